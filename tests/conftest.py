@@ -1,0 +1,34 @@
+"""What holds for every test: eight virtual CPU devices, and no network beyond this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from hypothesis import settings
+
+# Before JAX starts; subprocesses of tests inherit both.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+# No deadline: the first example of a property pays for imports and compilation.
+settings.register_profile("repository", deadline=None)
+settings.load_profile("repository")
+
+_LOCAL_HOSTS = {None, "", "localhost", "127.0.0.1", "::1", b"localhost", b"127.0.0.1"}
+
+
+def _refuse_network(event: str, args: tuple) -> None:
+    """Audit hook: Python raises these events before it resolves a name or sends a packet."""
+    if event == "socket.getaddrinfo":
+        host = args[0]
+    elif event in {"socket.connect", "socket.sendto"}:
+        address = args[1]
+        host = address[0] if isinstance(address, tuple) else None  # a Unix socket's is a path
+    else:
+        return
+    if host not in _LOCAL_HOSTS:
+        raise AssertionError(f"a test may not reach the network: {event} {host!r}")
+
+
+sys.addaudithook(_refuse_network)

@@ -1,0 +1,93 @@
+"""What is installed is what the repository says: version, command, dependencies, weight maps."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCHEMA = json.loads((ROOT / "configs/schema.json").read_text())
+SEED = ROOT / "tests/data/seeds/gpt_neox.json"  # KoboldAI's map, never to be edited
+MAPS = [SEED, *sorted(set(ROOT.glob("configs/*.json")) - {ROOT / "configs/schema.json"})]
+
+NORM = "gpt_neox.final_layer_norm.weight"
+QKV = "gpt_neox.layers.{layer}.attention.query_key_value.weight"
+
+
+def test_installed_version_is_that_of_pyproject():
+    assert importlib.metadata.version("mtj-loader") == PROJECT["version"]
+
+
+def test_command_is_installed():
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="mtj-loader")
+    assert callable(script.load())
+
+
+def test_package_imports_its_core_dependencies_only():
+    modules = {name.partition(">=")[0] for name in PROJECT["dependencies"]} - {"dm-haiku"}
+    allowed = modules | {"haiku", "mtj_loader"} | sys.stdlib_module_names
+    found = {name for file in (ROOT / "mtj_loader").rglob("*.py") for name in _imports(file)}
+    assert sorted(found - allowed) == []
+
+
+def _imports(file: Path) -> set[str]:
+    """Top-level names of the modules that a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    froms = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {str(name).partition(".")[0] for name in plain | froms}
+
+
+def test_schema_is_a_valid_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("file", MAPS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_map_follows_the_schema(file: Path):
+    jsonschema.validate(json.loads(file.read_text()), SCHEMA)
+
+
+def _target(map_: dict) -> dict:
+    return map_["layer_weights"][QKV]["mtj"]
+
+
+BAD_MAPS: dict[str, Callable[[dict], object]] = {
+    "unknown top-level key": lambda m: m.update(extra={}),
+    "no mtj_compat": lambda m: m.pop("mtj_compat"),
+    "unknown family": lambda m: m.update(mtj_compat="gpt5"),
+    "unknown positions": lambda m: m.update(mtj_pe="spiral"),
+    "unknown configuration key": lambda m: m["mtj_config_map"].update(width="hidden_size"),
+    "no number of layers": lambda m: m["mtj_config_map"].pop("layers"),
+    "configuration key is a number": lambda m: m["mtj_config_map"].update(layers=6),
+    "list without a default": lambda m: m["mtj_config_map"].update(layers=["num_layers"]),
+    "list that starts with a number": lambda m: m["mtj_config_map"].update(layers=[6, 6]),
+    "unknown key in an entry": lambda m: m["static_weights"][NORM].update(optional=True),
+    "entry is null": lambda m: m["static_weights"].update({NORM: None}),
+    "layer entry among the static ones": lambda m: m["static_weights"].update({QKV: {}}),
+    "static entry among the layers": lambda m: m["layer_weights"].update({NORM: {}}),
+    "unknown placeholder": lambda m: m["layer_weights"].update({"h.{layer}.{expert}": {}}),
+    "no module": lambda m: _target(m).pop("module"),
+    "module without {layer}": lambda m: _target(m).update(module="layer_0/~/combined_qkv"),
+    "unknown param": lambda m: _target(m).update(param="weight"),
+    "unknown key in a target": lambda m: _target(m).update(scale=2),
+    "unknown transform": lambda m: _target(m).update(transforms=["transpose"]),
+    "transform twice": lambda m: _target(m).update(transforms=["vocab_pad", "vocab_pad"]),
+    "transforms not a list": lambda m: _target(m).update(transforms="vocab_pad"),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_MAPS.values(), ids=BAD_MAPS)
+def test_bad_map_breaks_the_schema(spoil: Callable[[dict], object]):
+    map_ = json.loads(SEED.read_text())
+    spoil(map_)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(map_, SCHEMA)
