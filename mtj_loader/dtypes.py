@@ -1,0 +1,46 @@
+"""The dtypes of checkpoints and of parameters: names, sizes, and their numpy types."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+from mtj_loader.errors import UsageError
+
+# Bits per element of every dtype that safetensors 0.8 defines. All are legal in a header.
+BITS: dict[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+}  # fmt: skip
+
+# The dtypes that a weight may have; others are legal to list and an error to load.
+WEIGHT_DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+FLOAT32 = WEIGHT_DTYPES["F32"]
+BFLOAT16 = WEIGHT_DTYPES["BF16"]
+FLOAT16 = WEIGHT_DTYPES["F16"]
+
+DTypeName = Literal["auto", "bfloat16", "float32", "float16"]
+_PARAMETER_DTYPES = {"bfloat16": BFLOAT16, "float32": FLOAT32, "float16": FLOAT16}
+
+
+def parameter_dtype(name: str) -> np.dtype:
+    """The dtype of parameters for `dtype=name`; "auto" is bfloat16, as MTJ keeps its weights.
+
+    Raises:
+      UsageError: the name is none of auto, bfloat16, float32, float16.
+    """
+    if name == "auto":
+        return BFLOAT16
+    if name not in _PARAMETER_DTYPES:
+        choices = ", ".join(["auto", *_PARAMETER_DTYPES])
+        raise UsageError("unknown dtype", key="dtype", expected=choices, found=repr(name))
+    return _PARAMETER_DTYPES[name]

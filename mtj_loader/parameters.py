@@ -1,0 +1,87 @@
+"""What a model declares of each parameter, as data: read by the map's resolver and by the planner.
+
+The vocabulary of axes, used here, in the maps and in the modules:
+
+  n shards   d model   e embedding   f feed-forward   V padded vocabulary
+  h heads    k head_dim   g KV heads   E experts   b batch   t time
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ROOT = "causal_transformer_shard/~/"  # every MTJ module path begins with this
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a parameter: a letter of the vocabulary above, and its full (unsplit) size."""
+
+    name: str
+    size: int
+
+    def part(self, shards: int) -> int:
+        """The size of one shard's part if this axis is split."""
+        return max(1, self.size // shards)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: where it lives, its axes, and the axis that is split over the shards.
+
+    `groups` are the dimensions that the checkpoint's tensor has after the map's transforms; axes
+    in one group are merged, row-major: `(d,), (h, 3, k)` is a matrix [d, h·3·k] whose columns go
+    head by head. The split axis is cut into n equal parts; the parts become a leading axis, so the
+    array is [n, …]. An axis shorter than n (KV heads) has to divide it, and neighboring shards
+    then hold the same part. Without a split every shard holds a full copy.
+    """
+
+    module: str  # without ROOT, as the map writes it
+    param: str
+    groups: tuple[tuple[Axis, ...], ...]
+    split: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The full Haiku module path."""
+        return ROOT + self.module
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole parameter's shape, before it is split: one number per group."""
+        return tuple(math.prod(axis.size for axis in group) for group in self.groups)
+
+    def shard_shape(self, shards: int) -> tuple[int, ...]:
+        """The shape that one shard holds, without the leading axis."""
+        return tuple(
+            math.prod(a.part(shards) if a.name == self.split else a.size for a in group)
+            for group in self.groups
+        )
+
+    def array_shape(self, shards: int) -> tuple[int, ...]:
+        """The shape of the `jax.Array`: [n, …], placed `PartitionSpec("mp", …)`."""
+        return (shards, *self.shard_shape(shards))
+
+    def split_size(self) -> int | None:
+        """Full size of the split axis, None for a replicated parameter."""
+        return next((a.size for g in self.groups for a in g if a.name == self.split), None)
+
+
+def axes(pattern: str, sizes: Mapping[str, int]) -> tuple[tuple[Axis, ...], ...]:
+    """Reads `"d (h 3 k)"` into groups; a bare number is an axis of that size.
+
+    Args:
+      pattern: axis names, those in one pair of parentheses merged into one dimension.
+      sizes: the full size of every named axis.
+    """
+    groups = re.findall(r"\(([^)]*)\)|(\S+)", pattern)
+    return tuple(
+        tuple(
+            Axis(name, int(name) if name.isdigit() else sizes[name])
+            for name in (merged or single).split()
+        )
+        for merged, single in groups
+    )

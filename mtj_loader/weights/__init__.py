@@ -1,0 +1,1 @@
+"""Weight maps and views: which elements of which tensors a parameter is made of."""

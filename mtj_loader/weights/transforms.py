@@ -1,0 +1,78 @@
+"""The map's transforms, as view operations, and the shapes that they imply."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+from mtj_loader.parameters import ParamSpec
+from mtj_loader.weights.view import View
+
+# Applied in this order, whatever the order in the map. `divide_by_shards` moves no element and is
+# left to the loading.
+TRANSFORMS = (
+    "remove_first_two_rows",
+    "divide_by_shards",
+    "vocab_pad",
+    "no_transpose",
+    "qkv_blocks_to_heads",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all transforms of one load have in common.
+
+    Attributes:
+      shards: n, the multiple that vocabularies are padded to.
+      vocab_size: rows of the tensors that `vocab_pad` pads.
+      transposed_linear: weights keep torch's [out, in].
+    """
+
+    shards: int
+    vocab_size: int
+    transposed_linear: bool
+
+    def file_shape(self, spec: ParamSpec, transforms: Set[str]) -> tuple[int, ...]:
+        """The shape that the tensor must have in the file: what the transforms do, undone."""
+        shape = list(spec.shape)
+        if self._transposes(len(shape), transforms):
+            shape[-2:] = shape[:-3:-1]
+        if "vocab_pad" in transforms:
+            shape[0] = self.vocab_size
+        if "remove_first_two_rows" in transforms:
+            shape[0] += 2
+        return tuple(shape)
+
+    def apply(self, view: View, spec: ParamSpec, transforms: Set[str]) -> View:
+        """The parameter's elements, from a tensor of `file_shape`."""
+        if "remove_first_two_rows" in transforms:
+            view = view.slice((2, *(0 for _ in view.shape[1:])), view.shape)
+        if "vocab_pad" in transforms:
+            view = view.pad(0, -(-view.shape[0] // self.shards) * self.shards)
+        ndim = len(view.shape)
+        if self._transposes(ndim, transforms):
+            view = view.transpose((*range(ndim - 2), ndim - 1, ndim - 2))
+        if "qkv_blocks_to_heads" in transforms:
+            view = _blocks_to_heads(view, spec)
+        return view
+
+    def _transposes(self, ndim: int, transforms: Set[str]) -> bool:
+        """Whether torch's [out, in] becomes Haiku's [in, out]; of experts, each for itself."""
+        return ndim >= 2 and "no_transpose" not in transforms and not self.transposed_linear
+
+
+def _blocks_to_heads(view: View, spec: ParamSpec) -> View:
+    """[Q; K; V] in whole blocks, as MPT has it, to q, k, v of each head in turn.
+
+    Raises:
+      ValueError: the parameter has no dimension (h 3 k).
+    """
+    for dim, group in enumerate(spec.groups):
+        if [axis.name for axis in group] == ["h", "3", "k"]:
+            heads, three, size = (axis.size for axis in group)
+            view = view.split_axis(dim, (three, heads, size))
+            order = list(range(len(view.shape)))
+            order[dim], order[dim + 1] = dim + 1, dim
+            return view.transpose(order)
+    raise ValueError("qkv_blocks_to_heads needs a dimension of heads, each q, k, v")
