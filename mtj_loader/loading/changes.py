@@ -1,0 +1,68 @@
+"""What happens to tensors on their way to a parameter, read off the plan that will be executed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mtj_loader.display import counted
+from mtj_loader.weights.view import ZEROS, Piece
+
+if TYPE_CHECKING:
+    from mtj_loader.loading.plan import ParamPlan
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How a parameter differs from the tensors that fill it, but for its dtype and its split.
+
+    Attributes:
+      transposed: torch's [out, in] becomes Haiku's [in, out].
+      zero_rows: rows of zeros that pad the vocabulary.
+      dropped_rows: rows of the tensors that are not used.
+      divided_by: what every element is divided by; 1 for nothing.
+    """
+
+    transposed: bool
+    zero_rows: int
+    dropped_rows: int
+    divided_by: int
+
+    def __str__(self) -> str:
+        said = [
+            (self.transposed, "transposed"),
+            (self.zero_rows, f"{counted(self.zero_rows, 'row')} of zeros added"),
+            (self.dropped_rows, f"{counted(self.dropped_rows, 'row')} dropped"),
+            (self.divided_by != 1, f"divided by {self.divided_by}"),
+        ]
+        return ", ".join(words for holds, words in said if holds)
+
+
+def changes(param: ParamPlan) -> Changes:
+    """The changes that the plan makes; a row is a row of the first tensor."""
+    records, layout = param.view.records, param.view.layout
+    row = math.prod(records[0].shape[1:]) or 1
+    zeros = sum(math.prod(piece.shape) for piece in layout.pieces if piece.source == ZEROS)
+    stored = sum(math.prod(record.shape) for record in records)
+    used = sum(math.prod(piece.shape) for piece in layout.pieces if piece.source != ZEROS)
+    return Changes(
+        transposed=any(map(_is_transposed, layout.pieces)),
+        zero_rows=zeros // row,
+        dropped_rows=(stored - used) // row,
+        divided_by=param.divisor,
+    )
+
+
+def dtype_changes(params: Iterable[ParamPlan]) -> dict[str, int]:
+    """How many parameters change their dtype on the way, by "from → to"."""
+    changed = (p for p in params if p.source_dtype != p.dtype)
+    return dict(Counter(f"{p.source_dtype.name} → {p.dtype.name}" for p in changed))
+
+
+def _is_transposed(piece: Piece) -> bool:
+    """Whether a later axis moves farther in the file than an earlier one."""
+    moving = [s for n, s in zip(piece.shape, piece.strides, strict=True) if n > 1 and s]
+    return piece.source != ZEROS and moving != sorted(moving, reverse=True)

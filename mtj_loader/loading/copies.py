@@ -1,0 +1,194 @@
+"""From a shard's layout to the byte runs that are read and the strided copies that place them.
+
+All offsets and strides count elements: of the source record on one side, of the shard's buffer
+(row-major) on the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from mtj_loader.parameters import Axis
+from mtj_loader.weights.view import ZEROS, Layout, row_major
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """One loop of a strided copy: how often, and how far each side moves per turn."""
+
+    count: int
+    src: int
+    dst: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A strided copy from one record into a shard's buffer.
+
+    Attributes:
+      source: which of the view's records.
+      src: its first element there.
+      dst: where that element goes.
+      loops: by falling `src` stride, neighbors merged wherever both sides allow it.
+    """
+
+    source: int
+    src: int
+    dst: int
+    loops: tuple[Loop, ...]
+
+    @property
+    def stop(self) -> int:
+        """One past the last source element it touches."""
+        return self.src + _extent(self.loops)
+
+    @property
+    def size(self) -> int:
+        """Number of elements copied."""
+        return math.prod(loop.count for loop in self.loops)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether both sides are contiguous, so that the file can be read straight into place."""
+        return not self.loops or (
+            len(self.loops) == 1 and self.loops[0].src == 1 == self.loops[0].dst
+        )
+
+
+@dataclass(frozen=True)
+class ShardCopies:
+    """All that fills one shard: copies from records, and boxes of zeros in the buffer."""
+
+    copies: tuple[Copy, ...]
+    zeros: tuple[tuple[slice, ...], ...]
+
+
+@lru_cache(maxsize=4096)  # layers share layouts; the largest known model has far fewer kinds
+def shard_layouts(
+    layout: Layout, groups: tuple[tuple[Axis, ...], ...], split: str | None, shards: int
+) -> tuple[Layout, ...]:
+    """The layout of every shard of a parameter; its shape has one number per axis of `groups`.
+
+    The row-major merge of those axes into `ParamSpec.shard_shape` is a free reshape. Replicated
+    parameters give n equal layouts.
+    """
+    layout = split_groups(layout, groups)
+    if split is None:
+        return (layout,) * shards
+    axes = [axis for group in groups for axis in group]
+    at = [axis.name for axis in axes].index(split)
+    length, part = axes[at].size, axes[at].part(shards)
+
+    def shard(j: int) -> Layout:
+        first = j * length // shards
+        start, stop = [0] * len(axes), list(layout.shape)
+        start[at], stop[at] = first, first + part
+        return layout.slice(start, stop)
+
+    return tuple(shard(j) for j in range(shards))
+
+
+def split_groups(layout: Layout, groups: tuple[tuple[Axis, ...], ...]) -> Layout:
+    """One dimension per axis, unless the layout has them already."""
+    if len(layout.shape) == sum(map(len, groups)):
+        return layout
+    for dim in reversed(range(len(groups))):
+        layout = layout.split_axis(dim, [axis.size for axis in groups[dim]])
+    return layout
+
+
+@lru_cache(maxsize=65536)  # one per distinct shard: kinds of parameters × shards
+def shard_copies(layout: Layout) -> ShardCopies:
+    """The strided copies and the zero boxes that a layout's pieces come to."""
+    strides = row_major(layout.shape)
+    copies, zeros = [], []
+    for piece in layout.pieces:
+        if piece.source == ZEROS:
+            zeros.append(tuple(slice(a, b) for a, b in zip(piece.start, piece.stop, strict=True)))
+            continue
+        dst = sum(a * s for a, s in zip(piece.start, strides, strict=True))
+        loops = [Loop(*three) for three in zip(piece.shape, piece.strides, strides, strict=True)]
+        copies.append(Copy(piece.source, piece.offset, dst, _merged(loops)))
+    return ShardCopies(tuple(copies), tuple(zeros))
+
+
+def source_elements(layout: Layout) -> int:
+    """How many elements a shard takes from files, repeats (strides of 0) counted once."""
+    return sum(
+        math.prod(n for n, s in zip(p.shape, p.strides, strict=True) if s)
+        for p in layout.pieces
+        if p.source != ZEROS
+    )
+
+
+def clip(copy: Copy, start: int, stop: int) -> Iterator[Copy]:
+    """The parts of a copy whose source elements lie in [start, stop)."""
+    if stop <= copy.src or copy.stop <= start:
+        return
+    if start <= copy.src and copy.stop <= stop:
+        yield copy
+        return
+    loop, inner = copy.loops[0], copy.loops[1:]
+    low, high = start - copy.src, stop - copy.src
+    extent = _extent(inner)
+    # Turn i reads [i·stride, i·stride + extent): which turns touch the range, which lie inside it?
+    first = max(0, (low - extent) // loop.src + 1)
+    last = min(loop.count, -(-high // loop.src))
+    inside = max(first, -(-low // loop.src))
+    outside = max(inside, min(last, (high - extent) // loop.src + 1))
+    for i in (*range(first, min(inside, last)), *range(outside, last)):
+        turn = Copy(copy.source, copy.src + i * loop.src, copy.dst + i * loop.dst, inner)
+        yield from clip(turn, start, stop)
+    if inside < outside:
+        turns = (replace(loop, count=outside - inside), *inner)
+        yield Copy(copy.source, copy.src + inside * loop.src, copy.dst + inside * loop.dst, turns)
+
+
+def runs(copies: tuple[Copy, ...]) -> np.ndarray:
+    """The merged source ranges, int64 [runs, 2] of (start, stop), that these copies need."""
+    found = [_copy_runs(copy) for copy in copies]
+    if not found:
+        return np.empty((0, 2), np.int64)
+    ranges = np.concatenate(found)
+    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
+    reach = np.maximum.accumulate(ranges[:, 1])
+    breaks = np.flatnonzero(ranges[1:, 0] > reach[:-1])
+    starts = ranges[np.concatenate([[0], breaks + 1]), 0]
+    stops = reach[np.concatenate([breaks, [len(ranges) - 1]])]
+    return np.stack([starts, stops], axis=1)
+
+
+def _copy_runs(copy: Copy) -> np.ndarray:
+    """The contiguous source ranges of one copy, unmerged."""
+    moving = [loop for loop in copy.loops if loop.src]
+    length = 1
+    while moving and moving[-1].src <= length:  # the innermost loops that leave no gap
+        loop = moving.pop()
+        length += (loop.count - 1) * loop.src
+    starts = np.array([copy.src], np.int64)
+    for loop in moving:
+        starts = (starts[:, None] + np.arange(loop.count) * loop.src).reshape(-1)
+    return np.stack([starts, starts + length], axis=1)
+
+
+def _extent(loops: tuple[Loop, ...]) -> int:
+    """Source elements from the first to the last that nested loops touch, both counted."""
+    return 1 + sum((loop.count - 1) * loop.src for loop in loops)
+
+
+def _merged(loops: list[Loop]) -> tuple[Loop, ...]:
+    """Loops by falling source stride, without turns of one, adjacent ones made one."""
+    ordered = sorted((o for o in loops if o.count > 1), key=lambda o: (-o.src, -o.dst))
+    merged: list[Loop] = []
+    for inner in ordered:
+        outer = merged[-1] if merged else None
+        if outer and (outer.src, outer.dst) == (inner.count * inner.src, inner.count * inner.dst):
+            merged[-1] = Loop(outer.count * inner.count, inner.src, inner.dst)
+        else:
+            merged.append(inner)
+    return tuple(merged)

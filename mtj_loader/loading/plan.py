@@ -1,0 +1,140 @@
+"""The load plan: everything that will be read and where it will go, as data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jax.sharding import Mesh
+
+from mtj_loader.checkpoint.source import Checkpoint
+from mtj_loader.loading import describe, plan_json
+from mtj_loader.loading.copies import source_elements
+from mtj_loader.loading.topology import Topology
+from mtj_loader.models.config import ModelConfig
+from mtj_loader.parameters import ParamSpec
+from mtj_loader.weights.resolve import Comparison
+from mtj_loader.weights.view import Layout, View
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a caller chooses; see `mtj_loader.load`."""
+
+    dtype: str = "auto"
+    transposed_linear: bool = False
+    expert_parallel: bool = False
+    host_memory_bytes: int = 1 << 30
+    check_finite: bool = False
+    allow_unmapped: bool = False
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class ParamPlan:
+    """One parameter: its view, the layout of each of its n shards, and the dtypes on both ends."""
+
+    spec: ParamSpec
+    view: View
+    shards: tuple[Layout, ...]
+    source_dtype: np.dtype
+    dtype: np.dtype
+    divisor: int
+
+    @property
+    def shard_bytes(self) -> int:
+        """What one shard takes on its device."""
+        return math.prod(self.spec.shard_shape(len(self.shards))) * self.dtype.itemsize
+
+    def distinct(self, numbers: Sequence[int]) -> dict[Layout, list[int]]:
+        """The different layouts among some shards, and the shard numbers that share each."""
+        groups: dict[Layout, list[int]] = {}
+        for j in numbers:
+            groups.setdefault(self.shards[j], []).append(j)
+        return groups
+
+    def source_bytes(self, numbers: Sequence[int]) -> int:
+        """Bytes that must be read for some shards, each distinct one once."""
+        elements = sum(source_elements(layout) for layout in self.distinct(numbers))
+        return elements * self.source_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """A checkpoint, a model and a mesh brought together.
+
+    Attributes:
+      checkpoint: what is read.
+      model_type: the family.
+      config: the model.
+      map_file: the weight map that was applied.
+      topology: the mesh, as dp × mp positions and their hosts.
+      options: what the caller chose.
+      params: every parameter, in file order.
+      comparisons: tied copies that are compared while loading.
+      skipped: tensors that the map names as not needed.
+      unmapped: tensors that no entry of the map knows (only with allow_unmapped).
+      mesh: the devices that were planned for, where they were given.
+    """
+
+    checkpoint: Checkpoint
+    model_type: str
+    config: ModelConfig
+    map_file: str
+    topology: Topology
+    options: LoadOptions
+    params: tuple[ParamPlan, ...]
+    comparisons: tuple[Comparison, ...]
+    skipped: tuple[str, ...]
+    unmapped: tuple[str, ...]
+    mesh: Mesh | None = None
+
+    @property
+    def shards(self) -> int:
+        """n, the size of the mesh axis `mp`."""
+        return self.topology.mp
+
+    def host_bytes(self, host: int) -> int:
+        """Bytes of weights that one host needs to read; process 0 also compares tied copies."""
+        numbers = self.topology.shards_of(host)
+        weights = sum(n * param.source_bytes(numbers) for param, n in self._kinds)
+        return weights + (self._comparison_bytes if host == self.topology.host_ids[0] else 0)
+
+    @cached_property
+    def bytes_of_hosts(self) -> dict[int, int]:
+        """`host_bytes` of every host in the mesh."""
+        return {host: self.host_bytes(host) for host in self.topology.host_ids}
+
+    @cached_property
+    def _kinds(self) -> list[tuple[ParamPlan, int]]:
+        """One of each kind of parameters that are read alike, and how many; layers are alike."""
+        alike: dict[tuple[int, np.dtype], list[ParamPlan]] = {}
+        for param in self.params:
+            alike.setdefault((id(param.shards), param.source_dtype), []).append(param)
+        return [(params[0], len(params)) for params in alike.values()]
+
+    @property
+    def _comparison_bytes(self) -> int:
+        return sum(c.copy.size_bytes + c.original.size_bytes for c in self.comparisons)
+
+    @cached_property
+    def device_bytes(self) -> int:
+        """Bytes of parameters on every device; all devices hold alike."""
+        return sum(param.shard_bytes for param in self.params)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was noticed and is no error."""
+        unmapped = [f"no entry of the map knows {name}; it was left out" for name in self.unmapped]
+        return (*self.checkpoint.index.warnings, *unmapped)
+
+    def summary(self) -> str:
+        """The plan for people: a table with the layers folded, and the totals."""
+        return describe.summary(self)
+
+    def to_dict(self) -> dict[str, object]:
+        """The plan as JSON types; docs/json.md describes them."""
+        return plan_json.to_dict(self)

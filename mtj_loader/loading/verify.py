@@ -1,0 +1,109 @@
+"""The check after a load: every byte on every device against the files, through the map.
+
+It shares the views with the loader and nothing else: each parameter is built whole, by numpy's own
+indexing over the piece list, converted whole, and compared bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from mtj_loader.checkpoint.storage import Storage
+from mtj_loader.dtypes import FLOAT32
+from mtj_loader.errors import NonFiniteError, VerifyError
+from mtj_loader.loading.plan import LoadPlan, ParamPlan
+from mtj_loader.weights.resolve import Comparison
+from mtj_loader.weights.view import ZEROS
+
+_COMPARED_BYTES = 1 << 20  # read at a time, from each of two tensors
+
+
+def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]]) -> int:
+    """Compares every local shard with the checkpoint; returns the bytes compared.
+
+    Raises:
+      VerifyError: a shard differs; names the parameter, the device and the first element.
+      NonFiniteError: weights are NaN or infinite and allow_nonfinite is off.
+    """
+    compared = 0
+    for param in plan.params:
+        whole = _expected(plan.checkpoint.storage, param)
+        if not plan.options.allow_nonfinite and not np.isfinite(whole).all():
+            names = ", ".join(record.name for record in param.view.records)
+            raise NonFiniteError("weights are NaN or infinite", tensor=names)
+        array = params[param.spec.path][param.spec.param]
+        for shard in array.addressable_shards:
+            _compare(param, np.asarray(shard.data), _shard(param, whole, shard.index[0]), shard)
+            compared += shard.data.nbytes
+    return compared
+
+
+def compare_tied(storage: Storage, comparison: Comparison) -> int:
+    """Compares a tied copy with the tensor that is used; returns the bytes read.
+
+    Raises:
+      VerifyError: they differ; shows the first element of both that does.
+    """
+    copy, original = comparison.copy, comparison.original
+    for start in range(0, copy.size_bytes, _COMPARED_BYTES):
+        count = min(_COMPARED_BYTES, copy.size_bytes - start)
+        one = storage.read(copy.file, copy.offset_bytes + start, count)
+        other = storage.read(original.file, original.offset_bytes + start, count)
+        if one != other:
+            at = next(i for i in range(count) if one[i] != other[i])
+            raise VerifyError(
+                f"config.json ties this tensor to {original.name}, and they differ",
+                file=copy.file,
+                tensor=copy.name,
+                expected=f"byte {other[at]:#04x}, as {original.name} has it",
+                found=f"byte {one[at]:#04x} at byte {start + at:,} of the tensor",
+                hint='set "tie_word_embeddings": false in config.json if both are meant',
+            )
+    return copy.size_bytes + original.size_bytes
+
+
+def _expected(storage: Storage, param: ParamPlan) -> np.ndarray:
+    """The whole parameter [spec.shape] as the devices should have it."""
+    whole = np.zeros(param.view.shape, param.source_dtype)
+    for piece in param.view.layout.pieces:
+        if piece.source == ZEROS:
+            continue
+        record = param.view.records[piece.source]
+        data = storage.read(record.file, record.offset_bytes, record.size_bytes)
+        flat = np.frombuffer(data, param.source_dtype)[piece.offset :]
+        strides = [stride * flat.itemsize for stride in piece.strides]
+        box = tuple(slice(a, b) for a, b in zip(piece.start, piece.stop, strict=True))
+        whole[box] = np.lib.stride_tricks.as_strided(flat, piece.shape, strides)
+    if param.divisor != 1:
+        return (whole.astype(FLOAT32) / np.float32(param.divisor)).astype(param.dtype)
+    return whole.astype(param.dtype)
+
+
+def _shard(param: ParamPlan, whole: np.ndarray, index: slice) -> np.ndarray:
+    """One shard of the whole, by numpy: split the axes, take part j, merge them again."""
+    axes = [axis for group in param.spec.groups for axis in group]
+    split = whole.reshape([axis.size for axis in axes])
+    names = [axis.name for axis in axes]
+    shards = len(param.shards)
+    if param.spec.split is not None:
+        at = names.index(param.spec.split)
+        split = np.split(split, shards, axis=at)[index.start or 0]
+    return split.reshape((1, *param.spec.shard_shape(shards)))
+
+
+def _compare(param: ParamPlan, found: np.ndarray, expected: np.ndarray, shard: jax.Shard) -> None:
+    bits = np.dtype(f"u{param.dtype.itemsize}")
+    differing = np.ascontiguousarray(found).view(bits) != np.ascontiguousarray(expected).view(bits)
+    if not differing.any():
+        return
+    at = tuple(int(i) for i in np.argwhere(differing)[0])
+    raise VerifyError(
+        f"{int(differing.sum())} elements of a parameter are not as the file has them",
+        tensor=", ".join(record.name for record in param.view.records),
+        key=f"{param.spec.path} {param.spec.param}, device {shard.device}, element {at}",
+        expected=expected[at],
+        found=found[at],
+    )
