@@ -1,0 +1,105 @@
+"""Which files of a folder are the weights: decided by name, never by trying."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from mtj_loader.errors import CheckpointError, FormatError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+
+# Nine digits: a stranger's number must not be long.
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<k>[0-9]{1,9})-of-(?P<n>[0-9]{1,9})\.safetensors")
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".npz", ".onnx")
+_NAMES_SHOWN = 5  # of a list in a message
+
+
+def choose_files(names: Iterable[str]) -> list[str]:
+    """Picks the weights of a folder that has no index.
+
+    In this order: a complete set of `model-00001-of-0000N.safetensors`; `model.safetensors`; the
+    only safetensors file there is.
+
+    Raises:
+      CheckpointError: none of these, or both of the first two.
+      FormatError: the set is not complete.
+    """
+    names = sorted(names)
+    candidates = [name for name in names if name.endswith(SUFFIX) and "/" not in name]
+    shards = [name for name in candidates if _is_model_shard(name)]
+    if shards and SINGLE_FILE not in candidates:
+        check_numbering(shards)
+        return shards
+    if SINGLE_FILE in candidates and not shards:
+        return [SINGLE_FILE]
+    if len(candidates) == 1:
+        return candidates
+    raise _unclear(candidates) if candidates else _no_weights(names)
+
+
+def check_numbering(files: Iterable[str]) -> None:
+    """Checks that of files named k of N all of 1 … N are there, with one N.
+
+    Raises:
+      FormatError: a gap, or two values of N.
+    """
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for file in files:
+        if match := _SHARD.fullmatch(file):
+            groups.setdefault(match["stem"], []).append((int(match["k"]), int(match["n"])))
+    for stem, numbers in groups.items():
+        _check_group(f"{stem}-*-of-*{SUFFIX}", numbers)
+
+
+def shard_total(file: str) -> int | None:
+    """The N of a file named k of N, None for any other name."""
+    match = _SHARD.fullmatch(file)
+    return int(match["n"]) if match else None
+
+
+def listed(names: Sequence[str]) -> str:
+    """A list of names for a message, cut where it gets long."""
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown}, … ({len(names)} in all)"
+
+
+def _check_group(file: str, numbers: Sequence[tuple[int, int]]) -> None:
+    totals = sorted({n for _, n in numbers})
+    if len(totals) > 1:
+        found = " and ".join(f"of-{n}" for n in totals)
+        raise FormatError("shards of two sets", file=file, expected="one total", found=found)
+    present, total = {k for k, _ in numbers}, totals[0]
+    if len(present) < total:  # compared before a range of a stranger's length is walked
+        gap = next(k for k in range(1, total + 1) if k not in present)
+        found = f"{len(present)} of them; shard {gap} is missing"
+        raise FormatError("a shard is missing", file=file, expected=f"{total} shards", found=found)
+    if min(present) != 1 or max(present) != total:
+        found = f"{min(present)} to {max(present)}"
+        raise FormatError("wrong shard numbers", file=file, expected=f"1 to {total}", found=found)
+
+
+def _is_model_shard(name: str) -> bool:
+    match = _SHARD.fullmatch(name)
+    return match is not None and match["stem"] == "model"
+
+
+def _unclear(candidates: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        "it is not clear which files are the weights",
+        expected=f"{INDEX_FILE}, or one set of weights",
+        found=listed(candidates),
+        hint="name one .safetensors file, or write the index",
+    )
+
+
+def _no_weights(names: Sequence[str]) -> CheckpointError:
+    other = [name for name in names if name.endswith(_OTHER_WEIGHTS)]
+    return CheckpointError(
+        "no safetensors weights",
+        expected=f"{INDEX_FILE}, {SINGLE_FILE} or another {SUFFIX} file",
+        found=listed(other or names) or "no file at all",
+        hint="convert the weights to safetensors; other formats are not read" if other else None,
+    )

@@ -1,0 +1,261 @@
+"""Where a checkpoint's bytes come from: one small interface, and the local folder behind it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from mtj_loader import strict_json
+from mtj_loader.checkpoint.record import FileStamp
+from mtj_loader.errors import CheckpointError, FormatError, StorageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# What the system says when there is no file: also for a loop of links, and for too long a name.
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_DRIVE = re.compile(r"[A-Za-z]:")  # C:model.safetensors is a path of its own on Windows
+
+
+class Storage(Protocol):
+    """A flat or nested set of files, named by relative paths with forward slashes.
+
+    All methods may be called from several threads at once. A path that could leave the set is
+    refused with FormatError by every method: the names come from files that strangers made.
+    """
+
+    def names(self) -> list[str]:
+        """The files at the top level, sorted."""
+        ...
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file of this name."""
+        ...
+
+    def stamp(self, path: str) -> FileStamp:
+        """The file's size and version as they are now."""
+        ...
+
+    def read(self, path: str, offset_bytes: int, length_bytes: int) -> bytes:
+        """Exactly this many bytes; nothing is allocated before the file is known to have them."""
+        ...
+
+    def read_into(self, path: str, offset_bytes: int, buffer: memoryview | np.ndarray) -> None:
+        """Fills all of a writable, contiguous buffer of bytes, or raises."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what reading holds open; a later read opens it anew."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def is_relative_name(path: str) -> bool:
+    """Whether a name stays below its folder on every system, and is the only spelling of its file.
+
+    Absolute paths, drives, backslashes, `.`, `..`, empty parts and control characters do not.
+    """
+    if not path.isprintable() or "\\" in path or _DRIVE.match(path):
+        return False
+    return all(part not in ("", ".", "..") for part in path.split("/"))
+
+
+def check_unchanged(storage: Storage, stamp: FileStamp) -> None:
+    """Compares a file with the stamp that was taken when its header was read.
+
+    Raises:
+      CheckpointError: its size or its version differ, or it is gone.
+    """
+    now = storage.stamp(stamp.path)
+    if now != stamp:
+        raise CheckpointError(
+            "the file changed after its header was read",
+            file=stamp.path,
+            expected=f"{stamp.size_bytes:,} bytes, version {stamp.version}",
+            found=f"{now.size_bytes:,} bytes, version {now.version}",
+            hint="load again when nothing writes to the checkpoint",
+        )
+
+
+def read_object(storage: Storage, path: str, max_bytes: int) -> dict[str, object]:
+    """Reads a JSON file whose document is an object, see `strict_json.parse`.
+
+    Raises:
+      FormatError: it has more than `max_bytes`, or is not such a document.
+    """
+    length_bytes = min(storage.stamp(path).size_bytes, max_bytes + 1)  # one too many is refused
+    data = storage.read(path, 0, length_bytes)
+    return strict_json.parse_object(data, file=path, max_bytes=max_bytes)
+
+
+class LocalStorage:
+    """The files of one folder; each is opened once and read with `preadv`, by any thread.
+
+    A symbolic link may point anywhere inside the folder. In a snapshot folder of the Hugging Face
+    cache, where every file is a link, it may also point to the blobs of that cache.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()  # the working folder may change
+        self._allowed = [folder.resolve() for folder in _readable_folders(root.resolve())]
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """The files at the top level, sorted.
+
+        Raises:
+          StorageError: the folder cannot be listed.
+        """
+        try:
+            return sorted(entry.name for entry in self.root.iterdir() if entry.is_file())
+        except OSError as error:
+            raise _machine_error("cannot list the folder", self.root, error) from error
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file of this name; a link to nothing is no file."""
+        status = self._status(path)
+        return status is not None and stat.S_ISREG(status.st_mode)
+
+    def stamp(self, path: str) -> FileStamp:
+        """The file's size and modification time, read anew, so that a replaced file shows.
+
+        Raises:
+          CheckpointError: there is no such file.
+          FormatError: it is not a regular file, or the path leaves the folder.
+          StorageError: the system does not answer.
+        """
+        status = self._status(path)
+        if status is None:
+            raise CheckpointError("the file is missing", file=path)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
+            raise FormatError("not a regular file", file=path)
+        return FileStamp(path, status.st_size, str(status.st_mtime_ns))
+
+    def read(self, path: str, offset_bytes: int, length_bytes: int) -> bytes:
+        """Exactly this many bytes.
+
+        Raises:
+          CheckpointError: the file is missing or ends before.
+          StorageError: the read failed.
+        """
+        there_bytes = os.fstat(self._descriptor(path)).st_size - offset_bytes
+        if length_bytes > there_bytes:
+            raise _truncated(path, offset_bytes, length_bytes, there_bytes)
+        buffer = bytearray(length_bytes)
+        self.read_into(path, offset_bytes, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, path: str, offset_bytes: int, buffer: memoryview | np.ndarray) -> None:
+        """Fills all of a writable, contiguous buffer of bytes.
+
+        Raises:
+          CheckpointError: the file is missing or ends before the buffer is full.
+          StorageError: the read failed.
+        """
+        if buffer.nbytes == 0:  # which cannot be cast
+            return
+        view = (buffer if isinstance(buffer, memoryview) else buffer.data).cast("B")
+        descriptor = self._descriptor(path)
+        done = 0
+        while done < len(view):  # a single call stops at 2 GiB
+            try:
+                count = os.preadv(descriptor, [view[done:]], offset_bytes + done)
+            except OSError as error:
+                what = f"a read at byte {offset_bytes + done:,} failed"
+                raise _machine_error(what, self.root / path, error) from error
+            if count == 0:
+                raise _truncated(path, offset_bytes, len(view), done)
+            done += count
+
+    def close(self) -> None:
+        """Closes every file; a later read opens it anew."""
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _descriptor(self, path: str) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = self._open(path)
+            return self._descriptors[path]
+
+    def _open(self, path: str) -> int:
+        self.stamp(path)  # a regular file, or its error
+        target = self._resolve(path)
+        try:
+            return os.open(target, os.O_RDONLY)
+        except OSError as error:
+            raise _machine_error("cannot open the file", target, error) from error
+
+    def _status(self, path: str) -> os.stat_result | None:
+        target = self._resolve(path)
+        try:
+            return target.stat()
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise _machine_error("cannot look at the file", target, error) from error
+
+    def _resolve(self, path: str) -> Path:
+        if not is_relative_name(path):
+            raise FormatError("not a relative file name", file=ascii(path))
+        target = Path(os.path.realpath(self.root / path))  # Path.resolve raises on a loop of links
+        if not any(target.is_relative_to(folder) for folder in self._allowed):
+            raise FormatError(
+                "a symbolic link leaves the checkpoint's folder",
+                file=path,
+                expected=f"a file in {self.root}",
+                found=target,
+                hint="name the folder that holds the files themselves",
+            )
+        return target
+
+
+def _readable_folders(root: Path) -> list[Path]:
+    """The folder; for `models--…/snapshots/<commit>` also where that cache keeps its blobs."""
+    for folder in root.parents:
+        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+            repository, cache = folder.parent, folder.parent.parent
+            return [root, repository / "blobs", cache / "blobs"]  # the last is shared by all
+    return [root]
+
+
+def _machine_error(what: str, path: object, error: OSError) -> StorageError:
+    return StorageError(what, file=path, found=error.strerror or str(error))
+
+
+def _truncated(
+    path: str, offset_bytes: int, length_bytes: int, there_bytes: int
+) -> CheckpointError:
+    return CheckpointError(
+        "the file ends in the middle of a read",
+        file=path,
+        expected=f"{length_bytes:,} bytes at byte {offset_bytes:,}",
+        found=f"{max(there_bytes, 0):,} bytes",
+    )
