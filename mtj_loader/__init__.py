@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from mtj_loader.errors import (
+    AdapterError,
+    AdapterMismatchError,
     CheckpointError,
     CheckpointMismatchError,
     ConfigError,
@@ -38,6 +40,8 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AdapterError",
+    "AdapterMismatchError",
     "CheckpointError",
     "CheckpointMismatchError",
     "ConfigError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,16 @@ from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.stopping import bos_id, eos_ids
 from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
 from mtj_loader.loading.load import load_params
+from mtj_loader.loading.merge import merge_all
 from mtj_loader.loading.place import Params
 from mtj_loader.loading.plan import LoadOptions, LoadPlan
-from mtj_loader.loading.planner import check_host_memory, make_plan, parse_bytes, read_model
+from mtj_loader.loading.planner import (
+    add_adapters,
+    check_host_memory,
+    make_plan,
+    parse_bytes,
+    read_model,
+)
 from mtj_loader.loading.progress import progress_bar
 from mtj_loader.loading.report import LoadReport
 from mtj_loader.loading.topology import Topology, as_mesh, make_abstract_mesh, make_mesh, topology
@@ -37,6 +45,7 @@ from mtj_loader.models.config import ModelConfig
 from mtj_loader.models.forward import Forward
 
 PathLike = str | os.PathLike[str]
+AdapterLike = PathLike | Sequence[tuple[PathLike, float]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Model:
       tokenizer: None if the checkpoint brings none.
       report: what the load did.
       plan: what was loaded, and how.
+      base: the model that adapters were added to after loading, None for others.
     """
 
     params: Params
@@ -58,6 +68,7 @@ class Model:
     tokenizer: Tokenizer | None
     report: LoadReport
     plan: LoadPlan
+    base: Model | None = None
 
     @cached_property
     def forward(self) -> Forward:
@@ -153,6 +164,45 @@ class Model:
         )
         return {"params": self.params, "step": step, "opt_state": opt_state}
 
+    def with_adapter(self, adapter: AdapterLike) -> Model:
+        """The model with LoRA adapters added; this one stays as it is.
+
+        Parameters that no adapter changes are shared between both.
+
+        Args:
+          adapter: an adapter's folder, or several as `[(folder, weight), …]`.
+
+        Raises:
+          AdapterError: an adapter is malformed, unsupported or made for another model.
+        """
+        plan = add_adapters(self.plan, _weighted(adapter))
+        old = {param.spec: len(param.terms) for param in self.plan.params}
+        new = [replace(p, terms=p.terms[old[p.spec] :]) for p in plan.adapted]
+        params = merge_all(self.params, [p for p in new if p.terms], self.mesh, donate=False)
+        return replace(self, params=params, plan=plan, base=self.without_adapter())
+
+    def without_adapter(self) -> Model:
+        """The model without any adapter: bit for bit what the checkpoint alone gives.
+
+        It is the model that `with_adapter` was called on; where the adapter was merged while
+        loading, the parameters that it changed are read again.
+        """
+        if self.base is not None:
+            return self.base
+        if not self.plan.adapters:
+            return self
+        unadapted = replace(
+            self.plan,
+            adapters=(),
+            carried=(),
+            params=tuple(replace(param, terms=()) for param in self.plan.params),
+        )
+        changed = {param.spec for param in self.plan.adapted}
+        again = replace(unadapted, params=tuple(p for p in unadapted.params if p.spec in changed))
+        fresh, report = load_params(again, self.mesh)
+        params = {m: arrays | fresh.get(m, {}) for m, arrays in self.params.items()}
+        return replace(self, params=params, plan=unadapted, report=report)
+
     @cached_property
     def _generator(self) -> Generator:
         checkpoint = self.plan.checkpoint
@@ -170,6 +220,7 @@ def plan(
     transposed_linear: bool = False,
     expert_parallel: bool = False,
     map: PathLike | None = None,
+    adapter: AdapterLike | None = None,
     host_memory: str | int = "1GiB",
     check_finite: bool = False,
     allow_unmapped: bool = False,
@@ -189,6 +240,7 @@ def plan(
       transposed_linear: keep linear weights in torch's [out, in], the fastest to load.
       expert_parallel: deal whole experts over the shards instead of splitting each.
       map: a weight map instead of the family's own.
+      adapter: a LoRA adapter's folder, or several as `[(folder, weight), …]`; merged while loading.
       host_memory: the most memory in flight between files and devices, such as "1GiB".
       check_finite: look for NaN and infinity in all weights.
       allow_unmapped: leave out tensors that the map does not know, with a warning.
@@ -224,6 +276,7 @@ def plan(
     map_path = None if map is None else Path(map)
     wanted = _topology(mesh, checkpoint, map_path)
     made = make_plan(checkpoint, wanted, options, map_path)
+    made = add_adapters(made, _weighted(adapter))
     return replace(made, mesh=mesh if isinstance(mesh, Mesh) else None)
 
 
@@ -235,6 +288,7 @@ def load(
     transposed_linear: bool = False,
     expert_parallel: bool = False,
     map: PathLike | None = None,
+    adapter: AdapterLike | None = None,
     host_memory: str | int = "1GiB",
     check_finite: bool = False,
     allow_unmapped: bool = False,
@@ -256,6 +310,7 @@ def load(
       transposed_linear: keep linear weights in torch's [out, in], the fastest to load.
       expert_parallel: deal whole experts over the shards instead of splitting each.
       map: a weight map instead of the family's own.
+      adapter: a LoRA adapter's folder, or several as `[(folder, weight), …]`; merged while loading.
       host_memory: the most memory in flight between files and devices, such as "1GiB".
       check_finite: look for NaN and infinity in all weights.
       allow_unmapped: leave out tensors that the map does not know, with a warning.
@@ -286,6 +341,7 @@ def load(
             transposed_linear=transposed_linear,
             expert_parallel=expert_parallel,
             map=map,
+            adapter=adapter,
             host_memory=host_memory,
             check_finite=check_finite,
             allow_unmapped=allow_unmapped,
@@ -309,6 +365,23 @@ def _execute(plan: LoadPlan, mesh: Mesh, plan_seconds: float, progress: bool) ->
     with plan.checkpoint.storage, progress_bar(needed, shown=progress) as advance:
         params, report = load_params(plan, mesh, plan_seconds=plan_seconds, progress=advance)
     return Model(params, plan.config, mesh, tokenizer, report, plan)
+
+
+def _weighted(adapter: AdapterLike | None) -> list[tuple[PathLike, float]]:
+    """Adapters with their weights; a single one has weight 1.
+
+    Raises:
+      UsageError: a list of something else, or a weight that is no finite number.
+    """
+    if adapter is None:
+        return []
+    if isinstance(adapter, str | os.PathLike):
+        return [(adapter, 1.0)]
+    for item in adapter:
+        if not (isinstance(item, tuple) and len(item) == 2 and math.isfinite(item[1])):
+            expected = "a folder, or a list of (folder, weight)"
+            raise UsageError("not an adapter", key="adapter", expected=expected, found=repr(item))
+    return list(adapter)
 
 
 def _topology(

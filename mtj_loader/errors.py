@@ -90,6 +90,10 @@ class MapError(MtjLoaderError):
     """The weight map (`configs/*.json` or `--map`) is malformed or does not fit the model."""
 
 
+class AdapterError(MtjLoaderError):
+    """A LoRA adapter that is malformed, does something unsupported, or fits another model."""
+
+
 class NonFiniteError(CheckpointError):
     """NaN or infinity in the weights, or a dtype change that would make one."""
 
@@ -138,14 +142,24 @@ class CheckpointMismatchError(CheckpointError):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        folded = fold_layers(problems)
-        shown = [f"- {problem}" for problem in folded[:_PROBLEMS_SHOWN]]
-        if len(folded) > _PROBLEMS_SHOWN:
-            shown.append(f"- … and {len(folded) - _PROBLEMS_SHOWN} more (see .problems)")
-        noun = "problem" if len(problems) == 1 else "problems"
-        super().__init__(
-            f"{len(problems)} {noun} between checkpoint, map and model\n" + "\n".join(shown)
-        )
+        super().__init__(_listing(problems, "between checkpoint, map and model"))
+
+
+class AdapterMismatchError(AdapterError):
+    """An adapter does not fit the model; `problems` lists every finding."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(_listing(problems, "between adapter and model"))
+
+
+def _listing(problems: Sequence[Problem], where: str) -> str:
+    folded = fold_layers(problems)
+    shown = [f"- {problem}" for problem in folded[:_PROBLEMS_SHOWN]]
+    if len(folded) > _PROBLEMS_SHOWN:
+        shown.append(f"- … and {len(folded) - _PROBLEMS_SHOWN} more (see .problems)")
+    noun = "problem" if len(problems) == 1 else "problems"
+    return "\n".join([f"{len(problems)} {noun} {where}", *shown])
 
 
 _PROBLEMS_SHOWN = 30  # a screenful; the attribute has them all

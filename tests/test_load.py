@@ -127,7 +127,7 @@ def meshes() -> dict[str, Mesh | str | None]:
 def test_any_mesh_holds_the_same_parameters(name: str) -> None:
     mesh = meshes()[name]
     model = mtj_loader.load(FIXTURE, mesh)
-    verify(model.plan, model.params)
+    verify(model.plan, model.params, model.mesh)
     if isinstance(mesh, Mesh):
         assert {d.id for d in model.mesh.devices.flat} == {d.id for d in mesh.devices.flat}
     embedding = model.params["causal_transformer_shard/~/embedding_shard/~/linear"]["w"]
@@ -204,7 +204,7 @@ def test_a_plan_can_be_loaded() -> None:
     plan = mtj_loader.plan(FIXTURE, mesh)
     model = mtj_loader.load(plan=plan)
     assert [d.id for d in model.mesh.devices.flat] == [6, 2]
-    verify(plan, model.params)
+    verify(plan, model.params, model.mesh)
 
 
 def test_bytes_read_are_bytes_needed_for_part_of_the_mesh(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_the_report_is_json_and_a_line() -> None:
 
 def test_verify_finds_a_wrong_bit() -> None:
     model = mtj_loader.load(FIXTURE, "mp=4")
-    assert verify(model.plan, model.params) == 4 * model.report.device_bytes
+    assert verify(model.plan, model.params, model.mesh) == 4 * model.report.device_bytes
     at = "causal_transformer_shard/~/layer_3/~/linear_4"
     array = model.params[at]["w"]
     bits = np.asarray(array).view(np.uint16).copy()
@@ -231,7 +231,7 @@ def test_verify_finds_a_wrong_bit() -> None:
     broken = jax.device_put(bits.view(ml_dtypes.bfloat16), array.sharding)
     params = model.params | {at: model.params[at] | {"w": broken}}
     with pytest.raises(VerifyError, match=r"1 elements(.|\n)*layers\.3(.|\n)*element \(0, 5, 7\)"):
-        verify(model.plan, params)
+        verify(model.plan, params, model.mesh)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -245,7 +245,7 @@ def test_non_finite_weights_are_found_when_looked_for(value: float, tmp_path: Pa
     assert allowed.report.finite is False
     assert mtj_loader.load(folder, "mp=2").report.finite is None  # not scanned
     with pytest.raises(NonFiniteError, match="dense_h_to_4h"):
-        verify(mtj_loader.plan(folder, "mp=2"), allowed.params)
+        verify(mtj_loader.plan(folder, "mp=2"), allowed.params, allowed.mesh)
 
 
 def test_finite_weights_that_overflow_in_float16_are_refused(tmp_path: Path) -> None:  # E81

@@ -117,13 +117,19 @@ def shard_copies(layout: Layout) -> ShardCopies:
     return ShardCopies(tuple(copies), tuple(zeros))
 
 
+def elements_by_source(layout: Layout) -> dict[int, int]:
+    """How many elements a shard takes from each record, repeats (strides of 0) counted once."""
+    counts: dict[int, int] = {}
+    for piece in layout.pieces:
+        if piece.source != ZEROS:
+            moving = (n for n, s in zip(piece.shape, piece.strides, strict=True) if s)
+            counts[piece.source] = counts.get(piece.source, 0) + math.prod(moving)
+    return counts
+
+
 def source_elements(layout: Layout) -> int:
-    """How many elements a shard takes from files, repeats (strides of 0) counted once."""
-    return sum(
-        math.prod(n for n, s in zip(p.shape, p.strides, strict=True) if s)
-        for p in layout.pieces
-        if p.source != ZEROS
-    )
+    """How many elements a shard takes from all records together."""
+    return sum(elements_by_source(layout).values())
 
 
 def clip(copy: Copy, start: int, stop: int) -> Iterator[Copy]:

@@ -112,31 +112,34 @@ def _reads(plan: LoadPlan) -> Iterator[tuple[str, str]]:
 
 
 def _parameter_table(plan: LoadPlan) -> Table:
-    """Two lines a row: the parameter, and below it the tensor that it comes from."""
+    """Rows in pairs: parameters that are alike, and below them the tensors that they come from."""
     headers = "parameter\n← tensor", "on each device\nin the file", "split\nchanges", "bytes"
     table = display.table(*headers)
     for group in folded(plan.params):
-        table.add_row(*_cells(group, plan.shards))
+        table.add_row(*map(Text, _on_device(group, plan.shards)))
+        table.add_row(*map(Text, _in_file(group)), style="dim")
     return table
 
 
-def _cells(group: Sequence[ParamPlan], shards: int) -> Iterator[Text]:
-    first, spec = group[0], group[0].spec
-    records = [record for param in group for record in param.view.records]
-    on_device = (
+def _on_device(group: Sequence[ParamPlan], shards: int) -> tuple[str, str, str, str]:
+    first = group[0]
+    return (
         fold_names([_name(param) for param in group]),
-        f"{list(spec.shard_shape(shards))} {first.dtype.name}",
-        _split(spec.split, shards),
+        f"{list(first.spec.shard_shape(shards))} {first.dtype.name}",
+        _split(first.spec.split, shards),
         show_bytes(len(group) * first.shard_bytes),
     )
-    in_file = (
-        "\n".join(f"← {name}" for name in fold_all([record.name for record in records])),
-        "\n".join(dict.fromkeys(f"{list(r.shape)} {r.dtype}" for r in first.view.records)),
-        str(changes(first)),
+
+
+def _in_file(group: Sequence[ParamPlan]) -> tuple[str, str, str, str]:
+    records = [record for param in group for record in param.view.records]
+    names = fold_all([record.name for record in records]) or ["no tensor"]
+    return (
+        "\n".join(f"← {name}" for name in names),
+        "\n".join(dict.fromkeys(f"{list(r.shape)} {r.dtype}" for r in group[0].view.records)),
+        str(changes(group[0])) if records else "zeros",
         show_bytes(sum(record.size_bytes for record in records)),
     )
-    for above, below in zip(on_device, in_file, strict=True):
-        yield Text(above).append(f"\n{below}", style="dim")
 
 
 def _split(axis: str | None, shards: int) -> str:

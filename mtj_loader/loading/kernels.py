@@ -75,12 +75,13 @@ def finishing(source: np.dtype, target: np.dtype, divisor: int) -> Finish | None
     rounded to `target` once, to nearest even.
     """
     if divisor == 1:
-        return None if source == target else lambda panel: _cast(panel, target)
+        return None if source == target else lambda panel: cast(panel, target)
     by = np.float32(divisor)
-    return lambda panel: _cast(np.divide(_cast(panel, FLOAT32), by), target)
+    return lambda panel: cast(np.divide(cast(panel, FLOAT32), by), target)
 
 
-def _cast(panel: np.ndarray, target: np.dtype) -> np.ndarray:
+def cast(panel: np.ndarray, target: np.dtype) -> np.ndarray:
+    """Another dtype, rounded once to nearest even."""
     if panel.dtype == BFLOAT16 and target == FLOAT32:  # exact: the missing bits are zeros
         return (panel.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):  # `overflowed` looks for it

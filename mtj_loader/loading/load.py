@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 from mtj_loader.checkpoint.storage import check_unchanged
 from mtj_loader.errors import MeshError
 from mtj_loader.loading.buffers import Buffers
+from mtj_loader.loading.merge import merge_all
 from mtj_loader.loading.place import Params
 from mtj_loader.loading.plan import LoadPlan
 from mtj_loader.loading.planner import check_host_memory
 from mtj_loader.loading.report import LoadReport, make_report
 from mtj_loader.loading.stream import Streamer
 from mtj_loader.loading.topology import topology
-from mtj_loader.loading.verify import compare_tied
+from mtj_loader.loading.verify import compare_carried, compare_tied
 
 
 def load_params(
@@ -50,12 +51,15 @@ def load_params(
     check_host_memory(plan.options.host_memory_bytes)
     _check_files(plan)
     begun = time.perf_counter()
-    streamer = Streamer(plan, mesh, progress, buffers)
-    params = jax.block_until_ready(streamer.run())
+    streamer = Streamer(plan.base, mesh, progress, buffers)
+    params = streamer.run()
     tally = streamer.tally
+    params = jax.block_until_ready(merge_all(params, plan.adapted, mesh, donate=True))
+    tally.bytes_read += plan.adapter_bytes(streamer.host)
     if streamer.host == plan.topology.host_ids[0]:
         storage = plan.checkpoint.storage
         tally.bytes_read += sum(compare_tied(storage, pair) for pair in plan.comparisons)
+        tally.bytes_read += sum(compare_carried(storage, pair) for pair in plan.carried)
     _check_files(plan)
     seconds = {
         "plan": plan_seconds,
@@ -69,3 +73,5 @@ def _check_files(plan: LoadPlan) -> None:
     """The files are still those whose headers the plan was made from."""
     for stamp in plan.checkpoint.index.files.values():
         check_unchanged(plan.checkpoint.storage, stamp)
+    for adapter in plan.adapters:
+        check_unchanged(adapter.storage, adapter.stamp)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from jax.sharding import Mesh
 
+from mtj_loader.checkpoint.adapter import Adapter
 from mtj_loader.checkpoint.source import Checkpoint
+from mtj_loader.dtypes import BITS
 from mtj_loader.loading import describe, plan_json
-from mtj_loader.loading.copies import source_elements
+from mtj_loader.loading.copies import elements_by_source, shard_layouts, source_elements
 from mtj_loader.loading.topology import Topology
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.parameters import ParamSpec
+from mtj_loader.weights.lora import CarriedCopy, LowRank
 from mtj_loader.weights.resolve import Comparison
 from mtj_loader.weights.view import Layout, View
 
@@ -35,7 +38,17 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class ParamPlan:
-    """One parameter: its view, the layout of each of its n shards, and the dtypes on both ends."""
+    """One parameter on its way.
+
+    Attributes:
+      spec: the parameter.
+      view: where its elements come from.
+      shards: the layout of each of its n shards.
+      source_dtype: in the file.
+      dtype: on the devices.
+      divisor: what every element is divided by.
+      terms: what adapters add to it.
+    """
 
     spec: ParamSpec
     view: View
@@ -43,6 +56,12 @@ class ParamPlan:
     source_dtype: np.dtype
     dtype: np.dtype
     divisor: int
+    terms: tuple[LowRank, ...] = ()
+
+    @property
+    def base(self) -> ParamPlan:
+        """The same without its terms, in the file's dtype, so that their sum is rounded once."""
+        return replace(self, dtype=self.source_dtype, terms=()) if self.terms else self
 
     @property
     def shard_bytes(self) -> int:
@@ -78,6 +97,8 @@ class LoadPlan:
       skipped: tensors that the map names as not needed.
       unmapped: tensors that no entry of the map knows (only with allow_unmapped).
       mesh: the devices that were planned for, where they were given.
+      adapters: what is added to the weights.
+      carried: copies of base weights in the adapters, which are compared.
     """
 
     checkpoint: Checkpoint
@@ -91,6 +112,19 @@ class LoadPlan:
     skipped: tuple[str, ...]
     unmapped: tuple[str, ...]
     mesh: Mesh | None = None
+    adapters: tuple[Adapter, ...] = ()
+    carried: tuple[CarriedCopy, ...] = ()
+
+    @property
+    def base(self) -> LoadPlan:
+        """The plan without its adapters; see `ParamPlan.base`."""
+        params = tuple(param.base for param in self.params)
+        return replace(self, params=params, adapters=(), carried=())
+
+    @property
+    def adapted(self) -> tuple[ParamPlan, ...]:
+        """The parameters that adapters change."""
+        return tuple(param for param in self.params if param.terms)
 
     @property
     def shards(self) -> int:
@@ -101,7 +135,14 @@ class LoadPlan:
         """Bytes of weights that one host needs to read; process 0 also compares tied copies."""
         numbers = self.topology.shards_of(host)
         weights = sum(n * param.source_bytes(numbers) for param, n in self._kinds)
-        return weights + (self._comparison_bytes if host == self.topology.host_ids[0] else 0)
+        compared = self._comparison_bytes if host == self.topology.host_ids[0] else 0
+        return weights + self.adapter_bytes(host) + compared
+
+    def adapter_bytes(self, host: int) -> int:
+        """Bytes of adapters' factors that one host needs to read."""
+        numbers = self.topology.shards_of(host)
+        terms = (term for param in self.adapted for term in param.terms)
+        return sum(_factor_bytes(term, self.shards, numbers) for term in terms)
 
     @cached_property
     def bytes_of_hosts(self) -> dict[int, int]:
@@ -118,7 +159,8 @@ class LoadPlan:
 
     @property
     def _comparison_bytes(self) -> int:
-        return sum(c.copy.size_bytes + c.original.size_bytes for c in self.comparisons)
+        pairs = (*self.comparisons, *self.carried)
+        return sum(pair.copy.size_bytes + pair.original.size_bytes for pair in pairs)
 
     @cached_property
     def device_bytes(self) -> int:
@@ -138,3 +180,14 @@ class LoadPlan:
     def to_dict(self) -> dict[str, object]:
         """The plan as JSON types; docs/json.md describes them."""
         return plan_json.to_dict(self)
+
+
+def _factor_bytes(term: LowRank, shards: int, numbers: Sequence[int]) -> int:
+    """Bytes of a term's factors that some shards need, each distinct part once."""
+    total = 0
+    for view, spec in ((term.left, term.left_spec), (term.right, term.right_spec)):
+        layouts = shard_layouts(view.layout, spec.groups, spec.split, shards)
+        for layout in dict.fromkeys(layouts[j] for j in numbers):
+            for source, count in elements_by_source(layout).items():
+                total += count * BITS[view.records[source].dtype] // 8
+    return total

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from mtj_loader import dtypes, hf_config, models
+from mtj_loader.checkpoint.adapter import Adapter, PathLike, open_adapter
 from mtj_loader.checkpoint.record import TensorRecord
 from mtj_loader.checkpoint.source import Checkpoint
-from mtj_loader.errors import ConfigError, MapError, UsageError
+from mtj_loader.errors import AdapterError, ConfigError, MapError, UsageError
 from mtj_loader.loading.copies import shard_layouts
 from mtj_loader.loading.plan import LoadOptions, LoadPlan, ParamPlan
 from mtj_loader.loading.topology import Topology
 from mtj_loader.models.config import ModelConfig
+from mtj_loader.weights.lora import AdapterTerms, LowRank, resolve_adapter
+from mtj_loader.weights.map_reader import read_map
 from mtj_loader.weights.maps import find_map
 from mtj_loader.weights.resolve import Binding, Resolution, TargetKey, resolve
 from mtj_loader.weights.schema import WeightMap
@@ -77,6 +81,52 @@ def make_plan(
         resolution.skipped,
         resolution.unmapped,
     )
+
+
+def add_adapters(plan: LoadPlan, adapters: Sequence[tuple[PathLike, float]]) -> LoadPlan:
+    """The plan with LoRA adapters that are added to the weights.
+
+    Args:
+      plan: of the model alone, or with other adapters already.
+      adapters: folders, each with a factor on top of its own scale.
+
+    Raises:
+      AdapterError: an adapter is malformed, unsupported or made for another model.
+    """
+    weight_map = read_map(Path(plan.map_file))
+    specs = [param.spec for param in plan.params]
+    options = plan.options
+    layout = Layout(plan.shards, plan.config.vocab_size, options.transposed_linear)
+    for path, weight in adapters:
+        adapter = open_adapter(path)
+        index, layers = plan.checkpoint.index, plan.config.layers
+        found = resolve_adapter(
+            adapter, weight, weight_map, index, specs, layout=layout, layers=layers
+        )
+        _refuse_tied(plan, adapter, found)
+        params = tuple(_with_term(param, found.terms) for param in plan.params)
+        plan = replace(
+            plan,
+            params=params,
+            adapters=(*plan.adapters, adapter),
+            carried=(*plan.carried, *found.copies),
+        )
+    return plan
+
+
+def _with_term(param: ParamPlan, terms: Mapping[TargetKey, LowRank]) -> ParamPlan:
+    term = terms.get((param.spec.module, param.spec.param))
+    return param if term is None else replace(param, terms=(*param.terms, term))
+
+
+def _refuse_tied(plan: LoadPlan, adapter: Adapter, found: AdapterTerms) -> None:
+    """Raises AdapterError if an adapter of the embedding would change the projection too."""
+    for key in set(_ties(plan.config).values()) & found.terms.keys():
+        raise AdapterError(
+            "the embedding is tied to the projection; an adapter of it would change both",
+            file=adapter.stamp.path,
+            key=" ".join(key),
+        )
 
 
 def read_model(

@@ -7,21 +7,26 @@ indexing over the piece list, converted whole, and compared bit by bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mtj_loader.checkpoint.record import TensorRecord
 from mtj_loader.checkpoint.storage import Storage
-from mtj_loader.dtypes import FLOAT32
+from mtj_loader.dtypes import FLOAT32, WEIGHT_DTYPES
 from mtj_loader.errors import NonFiniteError, VerifyError
+from mtj_loader.loading.merge import merged
 from mtj_loader.loading.plan import LoadPlan, ParamPlan
+from mtj_loader.weights.lora import CarriedCopy
 from mtj_loader.weights.resolve import Comparison
 from mtj_loader.weights.view import ZEROS
 
 _COMPARED_BYTES = 1 << 20  # read at a time, from each of two tensors
 
 
-def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]]) -> int:
+def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]], mesh: Mesh) -> int:
     """Compares every local shard with the checkpoint; returns the bytes compared.
 
     Raises:
@@ -30,13 +35,16 @@ def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]]) -> int
     """
     compared = 0
     for param in plan.params:
-        whole = _expected(plan.checkpoint.storage, param)
+        whole = _expected(plan.checkpoint.storage, param.base)
         if not plan.options.allow_nonfinite and not np.isfinite(whole).all():
             names = ", ".join(record.name for record in param.view.records)
             raise NonFiniteError("weights are NaN or infinite", tensor=names)
         array = params[param.spec.path][param.spec.param]
-        for shard in array.addressable_shards:
-            _compare(param, np.asarray(shard.data), _shard(param, whole, shard.index[0]), shard)
+        expected = _on_mesh(param, whole, mesh)
+        for shard, wanted in zip(
+            array.addressable_shards, expected.addressable_shards, strict=True
+        ):
+            _compare(param, np.asarray(shard.data), np.asarray(wanted.data), shard)
             compared += shard.data.nbytes
     return compared
 
@@ -65,6 +73,29 @@ def compare_tied(storage: Storage, comparison: Comparison) -> int:
     return copy.size_bytes + original.size_bytes
 
 
+def compare_carried(storage: Storage, pair: CarriedCopy) -> int:
+    """Compares a base weight that an adapter carries with the checkpoint's; returns bytes read.
+
+    Raises:
+      VerifyError: their values differ.
+    """
+    copy = _values(pair.storage, pair.copy)
+    original = _values(storage, pair.original)
+    if not np.array_equal(copy, original):
+        raise VerifyError(
+            f"the adapter carries a base weight that differs from {pair.original.name}",
+            file=pair.copy.file,
+            tensor=pair.copy.name,
+        )
+    return pair.copy.size_bytes + pair.original.size_bytes
+
+
+def _values(storage: Storage, record: TensorRecord) -> np.ndarray:
+    """A tensor's elements in float32, which holds every weight dtype exactly."""
+    data = storage.read(record.file, record.offset_bytes, record.size_bytes)
+    return np.frombuffer(data, WEIGHT_DTYPES[record.dtype]).astype(FLOAT32)
+
+
 def _expected(storage: Storage, param: ParamPlan) -> np.ndarray:
     """The whole parameter [spec.shape] as the devices should have it."""
     whole = np.zeros(param.view.shape, param.source_dtype)
@@ -80,6 +111,18 @@ def _expected(storage: Storage, param: ParamPlan) -> np.ndarray:
     if param.divisor != 1:
         return (whole.astype(FLOAT32) / np.float32(param.divisor)).astype(param.dtype)
     return whole.astype(param.dtype)
+
+
+def _on_mesh(param: ParamPlan, whole: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The array that should be there; what adapters add is computed once more, on the devices."""
+
+    def shard(index: Any) -> np.ndarray:  # the slices of the array that a device holds
+        return _shard(param, whole, index[0])
+
+    sharding = NamedSharding(mesh, PartitionSpec("mp"))
+    shape = param.spec.array_shape(len(param.shards))
+    base = jax.make_array_from_callback(shape, sharding, shard)
+    return merged(param, base, mesh, donate=False) if param.terms else base
 
 
 def _shard(param: ParamPlan, whole: np.ndarray, index: slice) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass
 
-from mtj_loader.parameters import ParamSpec
+from mtj_loader.parameters import Axis, ParamSpec
 from mtj_loader.weights.view import View
 
 # Applied in this order, whatever the order in the map. `divide_by_shards` moves no element and is
@@ -50,29 +50,60 @@ class Layout:
             view = view.slice((2, *(0 for _ in view.shape[1:])), view.shape)
         if "vocab_pad" in transforms:
             view = view.pad(0, -(-view.shape[0] // self.shards) * self.shards)
-        ndim = len(view.shape)
-        if self._transposes(ndim, transforms):
-            view = view.transpose((*range(ndim - 2), ndim - 1, ndim - 2))
+        if self._transposes(len(view.shape), transforms):
+            view = _swapped(view)
         if "qkv_blocks_to_heads" in transforms:
-            view = _blocks_to_heads(view, spec)
+            view = _blocks_to_heads(view, spec.groups)
         return view
+
+    def apply_factors(
+        self, b: View, a: View, spec: ParamSpec, transforms: Set[str]
+    ) -> tuple[View, View]:
+        """The factors of a low-rank term b · a, in the parameter's order.
+
+        Args:
+          b: [..., out, r].
+          a: [..., r, in].
+          spec: the parameter.
+          transforms: those of the parameter's map entry.
+
+        Returns:
+          Views whose product is what `apply` makes of b · a: [..., rows, r] and [..., r, columns].
+        """
+        if "vocab_pad" in transforms:
+            b = b.pad(0, -(-b.shape[0] // self.shards) * self.shards)
+        left, right = b, a
+        if self._transposes(len(spec.shape), transforms):
+            left, right = _swapped(a), _swapped(b)
+        if "qkv_blocks_to_heads" in transforms:
+            left = _blocks_to_heads(left, spec.groups[:-1])
+            right = _blocks_to_heads(right, spec.groups[-1:], first_dim=1)
+        return left, right
 
     def _transposes(self, ndim: int, transforms: Set[str]) -> bool:
         """Whether torch's [out, in] becomes Haiku's [in, out]; of experts, each for itself."""
         return ndim >= 2 and "no_transpose" not in transforms and not self.transposed_linear
 
 
-def _blocks_to_heads(view: View, spec: ParamSpec) -> View:
+def _swapped(view: View) -> View:
+    """The last two axes the other way round."""
+    ndim = len(view.shape)
+    return view.transpose((*range(ndim - 2), ndim - 1, ndim - 2))
+
+
+def _blocks_to_heads(view: View, groups: tuple[tuple[Axis, ...], ...], first_dim: int = 0) -> View:
     """[Q; K; V] in whole blocks, as MPT has it, to q, k, v of each head in turn.
 
-    Raises:
-      ValueError: the parameter has no dimension (h 3 k).
+    Args:
+      view: with a dimension for each group, from `first_dim` on.
+      groups: of a parameter; those that are not (h 3 k) are left as they are.
+      first_dim: see `view`.
     """
-    for dim, group in enumerate(spec.groups):
+    for dim, group in enumerate(groups, first_dim):
         if [axis.name for axis in group] == ["h", "3", "k"]:
             heads, three, size = (axis.size for axis in group)
             view = view.split_axis(dim, (three, heads, size))
             order = list(range(len(view.shape)))
             order[dim], order[dim + 1] = dim + 1, dim
             return view.transpose(order)
-    raise ValueError("qkv_blocks_to_heads needs a dimension of heads, each q, k, v")
+    return view

@@ -1,0 +1,207 @@
+"""LoRA adapters as PEFT writes them: adapter_config.json and the tensors beside it.
+
+Everything that would change the result and is not supported here is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from mtj_loader.checkpoint import safetensors
+from mtj_loader.checkpoint.record import FileStamp, TensorRecord
+from mtj_loader.checkpoint.storage import LocalStorage, Storage, read_object
+from mtj_loader.errors import AdapterError
+
+T = TypeVar("T")
+PathLike = str | os.PathLike[str]
+
+CONFIG_FILE = "adapter_config.json"
+_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_MAX_CONFIG_BYTES = 1 << 20  # a thousand times a usual one
+
+# Where training began; these leave the base weights as they were (PEFT's LoraConfig).
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
+
+# Settings that say how the adapter was made or found its modules, not what it computes.
+_HARMLESS = frozenset({
+    "alora_invocation_string", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
+    "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "target_modules", "task_type",
+})  # fmt: skip
+
+_READ = frozenset({
+    "alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "peft_type", "r",
+    "rank_pattern", "target_parameters", "use_rslora",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter's config says of its numbers.
+
+    Attributes:
+      rank: r, where no pattern says otherwise.
+      alpha: the numerator of the scale, likewise.
+      rank_pattern, alpha_pattern: regular expressions of module names; the first that fits wins.
+      rslora: the scale is alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023).
+      target_parameters: names of parameters, instead of modules, that are adapted.
+    """
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rslora: bool
+    target_parameters: tuple[str, ...]
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module, by its name as the adapter writes it."""
+        return _first_match(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """The factor of a module's product."""
+        rank, alpha = self.rank_of(module), _first_match(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter whose headers were read and whose tensors were not.
+
+    Attributes:
+      location: its folder.
+      storage: its files.
+      config: see AdapterConfig.
+      records: its tensors.
+      stamp: the file that they are in.
+    """
+
+    location: str
+    storage: Storage
+    config: AdapterConfig
+    records: Mapping[str, TensorRecord]
+    stamp: FileStamp
+
+
+def open_adapter(path: PathLike) -> Adapter:
+    """Opens an adapter's folder.
+
+    Raises:
+      AdapterError: it is no LoRA adapter, or one that does something unsupported.
+      CheckpointError: its files are damaged.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError("not an adapter's folder", file=folder, expected=CONFIG_FILE)
+    storage = LocalStorage(folder)
+    with storage:
+        config = read_object(storage, CONFIG_FILE, _MAX_CONFIG_BYTES)
+        checked = read_config(config, file=str(folder / CONFIG_FILE))
+        file = next((name for name in _WEIGHT_FILES if storage.exists(name)), None)
+        if file is None:
+            expected = " or ".join(_WEIGHT_FILES)
+            raise AdapterError("the adapter has no weights", file=folder, expected=expected)
+        stamp = storage.stamp(file)
+        records = {record.name: record for record in _read_records(storage, stamp)}
+    return Adapter(str(folder), storage, checked, records, stamp)
+
+
+def _read_records(storage: Storage, stamp: FileStamp) -> list[TensorRecord]:
+    if stamp.path.endswith(".safetensors"):
+        return safetensors.read_records(storage, stamp)
+    from mtj_loader.checkpoint import torch_zip
+
+    return torch_zip.read_records(storage, stamp)
+
+
+def read_config(config: Mapping[str, object], *, file: str) -> AdapterConfig:
+    """Checks adapter_config.json.
+
+    Raises:
+      AdapterError: a setting that is malformed, unknown or not supported.
+    """
+    read = _Reader(config, file)
+    read.refuse_what_is_not_lora()
+    return AdapterConfig(
+        rank=read.rank(config.get("r", 8), "r"),
+        alpha=read.alpha(config.get("lora_alpha", 8), "lora_alpha"),
+        rank_pattern={k: read.rank(v, k) for k, v in read.table("rank_pattern").items()},
+        alpha_pattern={k: read.alpha(v, k) for k, v in read.table("alpha_pattern").items()},
+        rslora=read.flag("use_rslora"),
+        target_parameters=read.names("target_parameters"),
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Typed access to the config; every failure names the file and the key."""
+
+    config: Mapping[str, object]
+    file: str
+
+    def refuse_what_is_not_lora(self) -> None:
+        if self.config.get("peft_type") != "LORA":
+            raise self.error("not a LoRA adapter", "peft_type", "LORA")
+        if self.config.get("bias", "none") != "none":
+            raise self.error("adapters that train biases are not supported", "bias", "none")
+        if self.config.get("init_lora_weights") not in _PLAIN_STARTS:
+            what = "this start changed the base weights; convert the adapter with PEFT first"
+            raise self.error(what, "init_lora_weights", "true")
+        # In linear layers PEFT drops this setting with a warning; embeddings need none.
+        self.flag("fan_in_fan_out")
+        for key, value in self.config.items():
+            if key not in _READ | _HARMLESS and value not in (None, False, {}, []):
+                raise self.error("this setting of an adapter is not supported", key, "null")
+
+    def rank(self, value: object, key: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.error("a rank is a positive integer", key, "1 or more", value)
+        return value
+
+    def alpha(self, value: object, key: str) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.error("alpha is a number", key, "a number", value)
+        return float(value)
+
+    def table(self, key: str) -> dict[str, object]:
+        value = self.config.get(key) or {}
+        if not isinstance(value, dict):
+            raise self.error("patterns are an object", key, "an object")
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise self.error("not a regular expression", key, None, pattern) from error
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.config.get(key, False)
+        if not isinstance(value, bool):
+            raise self.error("a truth value is needed", key, "true or false")
+        return value
+
+    def names(self, key: str) -> tuple[str, ...]:
+        value = self.config.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.error("names are needed", key, "a list of names")
+        return tuple(value)
+
+    def error(
+        self, what: str, key: str, expected: str | None, found: object = None
+    ) -> AdapterError:
+        value = self.config.get(key) if found is None else found
+        return AdapterError(what, file=self.file, key=key, expected=expected, found=repr(value))
+
+
+def _first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT's get_pattern_key
+            return value
+    return default

@@ -1,0 +1,381 @@
+"""LoRA (Hu et al., 2021, arXiv:2106.09685): an adapter's tensors as low-rank terms of parameters.
+
+W += scale · B · A, with A [r, in] and B [out, r] in torch's order. The factors are views, brought
+to the parameter's own order and grouped like it, so that a shard's rows of B and columns of A are
+cut before they are read. Adapters on experts stored one by one go through the map's conversions:
+the factors of one merged parameter stand side by side along the rank, zeros between them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mtj_loader import dtypes
+from mtj_loader.checkpoint.adapter import Adapter
+from mtj_loader.checkpoint.record import TensorIndex, TensorRecord
+from mtj_loader.checkpoint.storage import Storage
+from mtj_loader.errors import AdapterMismatchError, Problem
+from mtj_loader.parameters import Axis, ParamSpec
+from mtj_loader.weights.conversion import Conversions, Merge, spellings
+from mtj_loader.weights.resolve import TargetKey, match_name
+from mtj_loader.weights.schema import Target, WeightMap
+from mtj_loader.weights.transforms import Layout
+from mtj_loader.weights.view import View, concat, stack, view_of, zeros
+
+_PREFIX = "base_model.model."  # PEFT puts it before every name
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
+_COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
+_NESTED = ".base_layer"  # a second adapted parameter of one module wraps the first
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A term left · right of a parameter, in the parameter's own order.
+
+    Attributes:
+      spec: the parameter.
+      storage: where the factors are read.
+      left: [..., rows, r], grouped as the parameter's rows.
+      right: [..., r, columns], grouped as its columns.
+      scales: float32 [..., r], a factor for each rank.
+    """
+
+    spec: ParamSpec
+    storage: Storage
+    left: View
+    right: View
+    scales: np.ndarray
+
+    @property
+    def left_spec(self) -> ParamSpec:
+        """The left factor, declared as a parameter that is split like the parameter itself."""
+        return self._factor_spec((self.spec.groups[-2], (self._rank,)))
+
+    @property
+    def right_spec(self) -> ParamSpec:
+        """The right factor, likewise."""
+        return self._factor_spec(((self._rank,), self.spec.groups[-1]))
+
+    @property
+    def _rank(self) -> Axis:
+        return Axis("r", self.scales.shape[-1])
+
+    def _factor_spec(self, groups: tuple[tuple[Axis, ...], ...]) -> ParamSpec:
+        groups = self.spec.groups[:-2] + groups
+        names = [axis.name for group in groups for axis in group]
+        split = self.spec.split if self.spec.split in names else None
+        return ParamSpec(self.spec.module, self.spec.param, groups, split)
+
+
+@dataclass(frozen=True)
+class CarriedCopy:
+    """A base weight that the adapter carries; it must be equal to the checkpoint's."""
+
+    storage: Storage
+    copy: TensorRecord
+    original: TensorRecord
+
+
+@dataclass(frozen=True)
+class AdapterTerms:
+    """What one adapter adds to a model."""
+
+    terms: Mapping[TargetKey, LowRank]
+    copies: tuple[CarriedCopy, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A pair of factors in torch's order: `a` [..., r, in], `b` [..., out, r]."""
+
+    a: View
+    b: View
+    scales: np.ndarray  # float32 [..., r]
+
+
+def resolve_adapter(
+    adapter: Adapter,
+    weight: float,
+    weight_map: WeightMap,
+    index: TensorIndex,
+    specs: Sequence[ParamSpec],
+    *,
+    layout: Layout,
+    layers: int,
+) -> AdapterTerms:
+    """Finds the parameter of every tensor of an adapter.
+
+    Args:
+      adapter: an opened adapter.
+      weight: a factor on top of the adapter's own scale.
+      weight_map: the family's map.
+      index: the checkpoint's tensors, for copies of base weights.
+      specs: the model's parameters.
+      layout: shard count, vocabulary and order of the weights.
+      layers: how far `{layer}` runs.
+
+    Raises:
+      AdapterMismatchError: tensors that fit nothing, halves of pairs, wrong ranks or shapes; lists
+        every problem.
+    """
+    work = _Work(adapter, weight, weight_map, index, layout)
+    work.entries = weight_map.expand(layers)
+    work.specs = {(spec.module, spec.param): spec for spec in specs}
+    for record in adapter.records.values():
+        work.file(record)
+    for module, pair in work.pairs.items():
+        work.place(module, pair)
+    work.merge()
+    if not work.terms and not work.problems:
+        work.problems.append(Problem("the adapter has no LoRA tensor", file=adapter.stamp.path))
+    if work.problems:
+        raise AdapterMismatchError(work.problems)
+    return AdapterTerms(work.terms, tuple(work.copies))
+
+
+@dataclass
+class _Pair:
+    """The factors of one module, as they are found."""
+
+    embedding: bool = False
+    factors: dict[str, TensorRecord] = field(default_factory=dict)  # "A", "B"
+
+
+@dataclass
+class _Work:
+    """The tables that one `resolve_adapter` fills."""
+
+    adapter: Adapter
+    weight: float
+    weight_map: WeightMap
+    index: TensorIndex
+    layout: Layout
+    entries: Mapping[str, Target | None] = field(default_factory=dict)
+    specs: Mapping[TargetKey, ParamSpec] = field(default_factory=dict)
+    pairs: dict[str, _Pair] = field(default_factory=dict)
+    placed: set[str] = field(default_factory=set)  # target_parameters that have their pair
+    parts: dict[tuple[str, Merge], list[dict[int, Factors]]] = field(default_factory=dict)
+    terms: dict[TargetKey, LowRank] = field(default_factory=dict)
+    copies: list[CarriedCopy] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def conversions(self) -> Conversions:
+        return self.weight_map.conversions
+
+    def file(self, record: TensorRecord) -> None:
+        """Files one tensor of the adapter under its module."""
+        name = record.name.removeprefix(_PREFIX)
+        if record.dtype not in dtypes.WEIGHT_DTYPES:
+            self.refuse("this dtype cannot be loaded", record, found=record.dtype)
+        elif not record.name.startswith(_PREFIX):
+            self.refuse(f"an adapter's names begin with {_PREFIX}", record)
+        elif found := _FACTOR.fullmatch(name):
+            pair = self.pairs.setdefault(found["module"], _Pair(found["embedding"] is not None))
+            pair.factors[found["factor"]] = record
+        elif found := _COPY.fullmatch(name):
+            self.carry(record, found["module"] + ".weight")
+        else:
+            self.refuse("an adapter's tensor that is not used", record)
+
+    def carry(self, record: TensorRecord, name: str) -> None:
+        """Notes a copy of a base weight, to be compared."""
+        found = next((s for s in spellings(name) if s in self.index.records), None)
+        original = self.index.records[found] if found else None
+        if original is None or original.shape != record.shape:
+            expected = "none" if original is None else str(list(original.shape))
+            self.refuse(
+                "a base weight that the adapter carries is not the checkpoint's",
+                record,
+                expected=expected,
+                found=str(list(record.shape)),
+            )
+            return
+        self.copies.append(CarriedCopy(self.adapter.storage, record, original))
+
+    def place(self, module: str, pair: _Pair) -> None:
+        """Turns a pair into factors and files them under the parameter that they belong to."""
+        if missing := {"A", "B"} - pair.factors.keys():
+            record = next(iter(pair.factors.values()))
+            self.refuse("half a pair", record, expected=f"lora_{missing.pop()} too")
+            return
+        if pair.embedding:
+            self.place_embedding(module, pair)
+        elif names := self.parameters_of(module):
+            self.place_parameter(module, names, pair)
+        else:
+            self.place_linear(module, pair)
+
+    def place_embedding(self, module: str, pair: _Pair) -> None:
+        # lora_embedding_A is [r, V] and lora_embedding_B [d, r]: the table's rows are A's columns.
+        a, b = pair.factors["A"], pair.factors["B"]
+        rank = self.checked_rank(module, a.shape[:1], b.shape[1:], a)
+        if rank is not None:
+            scales = self.scales(module, (rank,))
+            rows, columns = view_of(a).transpose((1, 0)), view_of(b).transpose((1, 0))
+            self.add(module + ".weight", Factors(columns, rows, scales), a)
+
+    def place_linear(self, module: str, pair: _Pair) -> None:
+        a, b = pair.factors["A"], pair.factors["B"]
+        rank = self.checked_rank(module, a.shape[:1], b.shape[1:], a)
+        if rank is None:
+            return
+        factors = Factors(view_of(a), view_of(b), self.scales(module, (rank,)))
+        located = self.conversions.locate(module + ".weight") if self.conversions.merges else None
+        for merge in self.conversions.merges if located else ():
+            assert located is not None
+            if (found := merge.match(located[1])) is not None:
+                empty: list[dict[int, Factors]] = [{} for _ in merge.sources]
+                parts = self.parts.setdefault((located[0], merge), empty)
+                parts[found[0]][found[1]] = factors
+                return
+        self.add("".join(located) if located else module + ".weight", factors, a)
+
+    def parameters_of(self, module: str) -> list[str]:
+        """The names of the parameters of a module that `target_parameters` lists."""
+        owner = module.removesuffix(_NESTED)
+        listed = [p.rpartition(".") for p in self.adapter.config.target_parameters]
+        return [
+            f"{owner}.{name}"
+            for path, _, name in listed
+            if owner == path or owner.endswith("." + path)
+        ]
+
+    def place_parameter(self, module: str, names: Sequence[str], pair: _Pair) -> None:
+        """An adapted parameter of experts: which of the listed ones, the shapes tell."""
+        a, b = pair.factors["A"], pair.factors["B"]
+        for name in names:
+            target, spec = self.target_of(name)
+            if target is None or spec is None or len(spec.shape) != 3:
+                continue
+            experts, outs, ins = self.layout.file_shape(spec, target.transforms)
+            if (b.shape[0], a.shape[1]) == (outs, ins) and name not in self.placed:
+                self.placed.add(name)
+                self.add_experts(name, experts, a, b)
+                return
+        shapes = f"A {list(a.shape)}, B {list(b.shape)}"
+        self.refuse("fits none of target_parameters", a, ", ".join(names), shapes)
+
+    def add_experts(self, name: str, experts: int, a: TensorRecord, b: TensorRecord) -> None:
+        # PEFT keeps A [E·r, in], expert by expert, and B [out, r·E], the experts fastest.
+        per_expert = (a.shape[0] // experts,) if a.shape[0] % experts == 0 else ()
+        rank = self.checked_rank(name, per_expert, (b.shape[1] // experts,), a)
+        if rank is None:
+            return
+        left = view_of(b).split_axis(1, (rank, experts)).transpose((2, 0, 1))
+        right = view_of(a).split_axis(0, (experts, rank))
+        self.add(name, Factors(right, left, self.scales(name, (experts, rank))), a)
+
+    def checked_rank(
+        self, module: str, a: Sequence[int], b: Sequence[int], record: TensorRecord
+    ) -> int | None:
+        """The rank, if both factors have the one that the config gives the module."""
+        expected = self.adapter.config.rank_of(module)
+        if tuple(a) == tuple(b) == (expected,):
+            return expected
+        found = f"A {list(a)}, B {list(b)}"
+        self.refuse("wrong rank", record, expected=str(expected), found=found)
+        return None
+
+    def scales(self, module: str, shape: tuple[int, ...]) -> np.ndarray:
+        scale = self.adapter.config.scale_of(module) * self.weight
+        return np.full(shape, scale, np.float32)
+
+    def target_of(self, name: str) -> tuple[Target | None, ParamSpec | None]:
+        entry = match_name(name, self.entries)
+        target = None if entry is None else self.entries[entry]
+        return target, target and self.specs.get((target.module, target.param))
+
+    def merge(self) -> None:
+        """Builds the factors of parameters that are merged from parts."""
+        for (prefix, merge), parts in self.parts.items():
+            name = prefix + merge.target
+            first = next(factors for part in parts for factors in part.values())
+            record = first.a.records[0]
+            _, spec = self.target_of(name)
+            if spec is None:
+                self.refuse("there is no such parameter in the model", record)
+                continue
+            try:
+                factors = merged_factors(parts, experts=spec.shape[0])
+            except ValueError as error:
+                self.refuse(f"factors cannot be merged: {error}", record)
+                continue
+            self.add(name, factors, record)
+
+    def add(self, name: str, factors: Factors, record: TensorRecord) -> None:
+        """Files factors under the parameter of this name, in the parameter's order."""
+        target, spec = self.target_of(name)
+        if target is None or spec is None:
+            self.refuse("there is no such parameter in the model", record)
+            return
+        expected = self.layout.file_shape(spec, target.transforms)
+        found = (*factors.b.shape[:-2], factors.b.shape[-2], factors.a.shape[-1])
+        if found != expected:
+            what = "the adapter was made for another shape"
+            self.refuse(what, record, str(list(expected)), str(list(found)))
+            return
+        left, right = self.layout.apply_factors(factors.b, factors.a, spec, target.transforms)
+        key = (target.module, target.param)
+        self.terms[key] = LowRank(spec, self.adapter.storage, left, right, factors.scales)
+
+    def refuse(
+        self,
+        what: str,
+        record: TensorRecord,
+        expected: str | None = None,
+        found: str | None = None,
+    ) -> None:
+        self.problems.append(
+            Problem(what, self.adapter.stamp.path, record.name, None, expected, found)
+        )
+
+
+def merged_factors(parts: Sequence[Mapping[int, Factors]], *, experts: int) -> Factors:
+    """Factors of many small matrices as those of the one parameter that they are merged into.
+
+    Args:
+      parts: for each pattern of a merge, number → factors; a matrix without any stays as it is.
+      experts: how many numbers there are.
+
+    Raises:
+      ValueError: a number is too large, or shapes differ.
+    """
+    if beyond := [e for part in parts for e in part if e >= experts]:
+        raise ValueError(f"there is no expert {beyond[0]} among {experts}")
+    first = next(factors for part in parts for factors in part.values())
+    outs, ins = first.b.shape[0], first.a.shape[1]
+    rank = max(sum(p[e].scales.size for p in parts if e in p) for e in range(experts))
+    built = [_one_expert(parts, e, rank, outs, ins) for e in range(experts)]
+    return Factors(
+        stack([factors.a for factors in built], 0),
+        stack([factors.b for factors in built], 0),
+        np.stack([factors.scales for factors in built]),
+    )
+
+
+def _one_expert(
+    parts: Sequence[Mapping[int, Factors]], expert: int, rank: int, outs: int, ins: int
+) -> Factors:
+    """One expert's factors: A's one below the other, B's block by block along the diagonal."""
+    a: list[View] = []
+    b: list[View] = []
+    scales = np.zeros(rank, np.float32)
+    for i, part in enumerate(parts):
+        if expert not in part:
+            continue
+        own = part[expert]
+        done = sum(view.shape[0] for view in a)
+        scales[done : done + own.scales.size] = own.scales
+        a.append(own.a)
+        above, below = i * outs, (len(parts) - 1 - i) * outs
+        blocks = [zeros((above, own.scales.size)), own.b, zeros((below, own.scales.size))]
+        b.append(concat([block for block in blocks if block.shape[0]], 0))
+    if not a:
+        return Factors(zeros((rank, ins)), zeros((len(parts) * outs, rank)), scales)
+    left, right = concat(b, 1), concat(a, 0)
+    return Factors(right.pad(0, rank), left.pad(1, rank), scales)
