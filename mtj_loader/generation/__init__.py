@@ -1,0 +1,1 @@
+"""Text from a loaded model: tokenizer, samplers, stopping, and the decode loop."""

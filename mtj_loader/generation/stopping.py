@@ -1,0 +1,99 @@
+"""Where a text ends: at an end-of-text token, before a stop string, or at its length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mtj_loader.errors import ConfigError, UsageError
+
+FinishReason = Literal["stop", "length"]  # the words of OpenAI's and koboldcpp's answers
+
+
+def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> frozenset[int]:
+    """The end-of-text tokens; there may be none.
+
+    Args:
+      config: config.json, parsed.
+      generation_config: generation_config.json, parsed; empty where there is none. It wins.
+
+    Raises:
+      ConfigError: `eos_token_id` is something else than an id, a list of ids, or null.
+    """
+    return frozenset(_token_ids("eos_token_id", config, generation_config))
+
+
+def bos_id(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> int | None:
+    """The token that stands in for an empty prompt, None where the checkpoint names none.
+
+    Raises:
+      ConfigError: `bos_token_id` is something else than an id, a list of ids, or null.
+    """
+    return next(iter(_token_ids("bos_token_id", config, generation_config)), None)
+
+
+def _token_ids(
+    key: str, config: Mapping[str, Any], generation_config: Mapping[str, Any]
+) -> list[int]:
+    sources = {"generation_config.json": generation_config, "config.json": config}
+    for file, source in sources.items():
+        value = source.get(key)
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(i) is int and i >= 0 for i in ids):  # bool is an int to isinstance
+            expected = "a token id, or a list of them"
+            raise ConfigError("not a token id", file=file, key=key, expected=expected, found=value)
+        return ids
+    return []
+
+
+def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Brings what a caller may pass as `stop` to one form.
+
+    Raises:
+      UsageError: a stop string that is empty or not a string.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    for string in stops:
+        if not isinstance(string, str) or not string:
+            expected = "a string of at least one character, or a list of them"
+            raise UsageError("not a stop string", key="stop", expected=expected, found=repr(string))
+    return stops
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What is known of a text that may run into a stop string.
+
+    Attributes:
+      text: final: it comes before any stop string.
+      held: may be the beginning of a stop string; scan it again with what follows.
+      stopped: a stop string was found, right after `text`.
+    """
+
+    text: str
+    held: str
+    stopped: bool
+
+
+def scan(text: str, stops: Sequence[str]) -> Scan:
+    """Cuts a text before the stop string that ends first (of two such, before the longer one).
+
+    That is where reading character by character would stop, so it does not matter how the text
+    was cut into pieces: `scan(held + piece)` finds what a scan of the whole would.
+    """
+    starts = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
+    if starts:
+        _, start = min(starts)
+        return Scan(text[:start], "", stopped=True)
+    held = max((_overlap(text, stop) for stop in stops), default=0)
+    cut = len(text) - held
+    return Scan(text[:cut], text[cut:], stopped=False)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of the text that a stop string begins with."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

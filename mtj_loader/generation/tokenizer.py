@@ -1,0 +1,100 @@
+"""Text to token ids and back, by the `tokenizers` library, from the files of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from mtj_loader import strict_json
+from mtj_loader.errors import FormatError, PromptError
+from mtj_loader.generation import byte_level
+
+# The class that transformers takes where tokenizer_config.json names none.
+_DEFAULT_CLASS = {"gpt_neox": "GPTNeoXTokenizer"}
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a single byte
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary with its rules; gives the ids that transformers' AutoTokenizer gives."""
+
+    backend: tokenizers.Tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The text's ids, with the tokens that the checkpoint asks to put around a prompt.
+
+        Raises:
+          PromptError: half a surrogate pair, which is no character.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = ascii(error.object[error.start])
+            raise PromptError("the text is not valid Unicode", found=found) from error
+        return self.backend.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The ids' text; special tokens (end of text, padding) have none.
+
+        Bytes that are no UTF-8 become U+FFFD; ids that the vocabulary does not have are skipped.
+        """
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def spells_byte(self, token: int) -> bool:
+        """Whether the token is one of SentencePiece's single bytes, `<0xE4>`."""
+        name = self.backend.id_to_token(token)
+        return name is not None and _BYTE_TOKEN.fullmatch(name) is not None
+
+
+def load_tokenizer(files: Mapping[str, Path], model_type: str | None = None) -> Tokenizer | None:
+    """Reads a checkpoint's tokenizer: tokenizer.json, or else vocab.json with merges.txt.
+
+    Args:
+      files: local paths by file name; tokenizer_config.json and special_tokens_map.json are read
+        too where they are there.
+      model_type: of config.json; decides between GPT-2's and GPT-NeoX's rules where
+        tokenizer_config.json does not.
+
+    Returns:
+      None where the files make no tokenizer: then token ids still work.
+
+    Raises:
+      FormatError: a file is damaged.
+    """
+    settings = _optional_json(files, "tokenizer_config.json")
+    name = settings.get("tokenizer_class") or _DEFAULT_CLASS.get(model_type or "", "")
+    kind = str(name).removesuffix("Fast")
+    if "tokenizer.json" in files:
+        return Tokenizer(_from_json(files["tokenizer.json"], kind, settings))
+    if "vocab.json" in files and "merges.txt" in files:
+        special = _optional_json(files, "special_tokens_map.json")
+        settings = special | settings
+        return Tokenizer(byte_level.build(files["vocab.json"], files["merges.txt"], kind, settings))
+    return None
+
+
+def _optional_json(files: Mapping[str, Path], name: str) -> dict[str, Any]:
+    path = files.get(name)
+    return strict_json.parse_object(path.read_bytes(), file=str(path)) if path else {}
+
+
+def _from_json(path: Path, kind: str, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """tokenizer.json is complete, but transformers' own classes set the prefix space themselves."""
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise FormatError("not a tokenizer", file=path, found=error) from error
+    backend.no_padding()
+    backend.no_truncation()  # a long prompt is refused later, never cut silently
+    current = backend.pre_tokenizer
+    if kind in byte_level.CLASSES and isinstance(current, pre_tokenizers.ByteLevel):
+        current.add_prefix_space = byte_level.prefix_space(settings)
+        backend.pre_tokenizer = current
+    return backend

@@ -1,0 +1,71 @@
+"""Token ids against transformers' AutoTokenizer, live; needs the `parity` extra (`make parity`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mtj_loader.generation.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.parity
+
+FIXTURE = Path(__file__).parents[1] / "data" / "shakespeare-neox"
+TEXTS = (
+    "To be, or not to be: that is the question.",
+    " two  spaces\n\n\tand a tab ",
+    "é e\u0301 😀 你好 \u00a0x<|endoftext|>y<|endoftext|>",
+    "Hi",
+    "don't 1234567 !!!",
+)
+SPECIAL = {f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "unk", "pad")}
+
+
+def transformers_tokenizer(folder: Path):
+    """Imported late: only `make parity` has it."""
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def write_vocab_and_merges(folder: Path) -> None:
+    model = json.loads((FIXTURE / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "".join(f"{a} {b}\n" for a, b in model["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges)
+
+
+def assert_same_ids(folder: Path) -> None:
+    shutil.copy(FIXTURE / "config.json", folder)
+    ours = load_tokenizer({path.name: path for path in folder.iterdir()}, "gpt_neox")
+    theirs = transformers_tokenizer(folder)
+    assert ours is not None
+    for text in TEXTS:
+        ids = theirs(text).input_ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", [None, "GPT2Tokenizer", "GPTNeoXTokenizerFast"])
+@pytest.mark.parametrize("add_bos_token", [False, True])
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+def test_vocab_and_merges(tmp_path: Path, name, add_bos_token: bool, add_prefix_space: bool):
+    write_vocab_and_merges(tmp_path)
+    settings = {"add_bos_token": add_bos_token, "add_prefix_space": add_prefix_space, **SPECIAL}
+    settings |= {"tokenizer_class": name} if name else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert_same_ids(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["TokenizersBackend", "GPT2Tokenizer", "GPTNeoXTokenizer"])
+@pytest.mark.parametrize("settings", [{}, {"add_prefix_space": True}, {"add_bos_token": True}])
+def test_tokenizer_json(tmp_path: Path, name: str, settings: dict):
+    """With the normal form that all published GPT-NeoX tokenizers have."""
+    content = json.loads((FIXTURE / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFC"} if name == "GPTNeoXTokenizer" else None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    settings = settings | SPECIAL | {"tokenizer_class": name}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert_same_ids(tmp_path)

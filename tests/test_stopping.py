@@ -1,0 +1,99 @@
+"""End-of-text ids, and stop strings that arrive in pieces."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtj_loader.errors import ConfigError, UsageError
+from mtj_loader.generation.stopping import Scan, bos_id, eos_ids, scan, stop_strings
+
+
+@pytest.mark.parametrize(
+    ("config", "generation_config", "expected"),
+    [
+        ({"eos_token_id": 2}, {}, {2}),
+        ({"eos_token_id": 2}, {"eos_token_id": 5}, {5}),
+        ({"eos_token_id": 2}, {"eos_token_id": [5, 0]}, {0, 5}),
+        ({"eos_token_id": 0}, {"eos_token_id": None}, {0}),
+        ({"eos_token_id": None}, {}, set()),
+        ({}, {}, set()),
+    ],
+)
+def test_end_of_text_ids(config: dict, generation_config: dict, expected: set):
+    assert eos_ids(config, generation_config) == expected
+
+
+@pytest.mark.parametrize("value", ["2", True, -1, 1.0, [1, None], {"id": 1}])
+def test_end_of_text_that_is_no_id_is_refused(value: object):
+    with pytest.raises(ConfigError, match="not a token id") as caught:
+        eos_ids({"eos_token_id": 0}, {"eos_token_id": value})
+    assert (caught.value.file, caught.value.key) == ("generation_config.json", "eos_token_id")
+    with pytest.raises(ConfigError) as caught:
+        bos_id({"bos_token_id": value}, {})
+    assert (caught.value.file, caught.value.key) == ("config.json", "bos_token_id")
+
+
+def test_beginning_of_text_id():
+    assert bos_id({"bos_token_id": 0}, {}) == 0
+    assert bos_id({"bos_token_id": 1}, {"bos_token_id": 3}) == 3
+    assert bos_id({"bos_token_id": None}, {}) is None
+
+
+def test_forms_of_stop():
+    assert stop_strings(None) == stop_strings([]) == ()
+    assert stop_strings("\n") == ("\n",)
+    assert stop_strings(["a", "b"]) == ("a", "b")
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""], [3], [None]])
+def test_what_is_no_stop_string_is_refused(stop: object):
+    with pytest.raises(UsageError, match=r"(?s)not a stop string.*at least one character"):
+        stop_strings(stop)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("abc", [], Scan("abc", "", stopped=False)),
+        ("abXYc", ["XY"], Scan("ab", "", stopped=True)),
+        ("abX", ["XY"], Scan("ab", "X", stopped=False)),
+        ("abX", ["XYZ", "bXQ"], Scan("a", "bX", stopped=False)),  # the longer beginning
+        ("aXaXb", ["XaXc"], Scan("aXaXb", "", stopped=False)),
+        ("aXaX", ["XaXc"], Scan("a", "XaX", stopped=False)),
+        ("", ["X"], Scan("", "", stopped=False)),
+        ("X", ["X"], Scan("", "", stopped=True)),
+        ("abcd", ["bcd", "c"], Scan("ab", "", stopped=True)),  # "c" is complete first
+        ("abc", ["bc", "c"], Scan("a", "", stopped=True)),  # complete together: the longer
+        ("aYbX", ["X", "Y"], Scan("a", "", stopped=True)),
+    ],
+)
+def test_scan(text: str, stops: list[str], expected: Scan):
+    assert scan(text, stops) == expected
+
+
+def read_in_pieces(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
+    released, held = "", ""
+    for piece in pieces:
+        found = scan(held + piece, stops)
+        released, held = released + found.text, found.held
+        if found.stopped:
+            return released, True
+    return released + held, False
+
+
+@given(
+    st.lists(st.text("ab", max_size=5), max_size=6),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_it_does_not_matter_how_a_text_is_cut(pieces: list[str], stops: list[str]):
+    """The reference reads character by character and looks at the end of what it has."""
+    text, expected, stopped = "".join(pieces), "".join(pieces), False
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            expected, stopped = text[: end - max(map(len, found))], True
+            break
+    assert read_in_pieces(pieces, stops) == (expected, stopped)
+    assert read_in_pieces(list(text), stops) == (expected, stopped)
