@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mtj_loader.checkpoint import safetensors
+from mtj_loader.checkpoint import safetensors, torch_zip
 from mtj_loader.checkpoint.record import FileStamp, TensorRecord
 from mtj_loader.checkpoint.storage import LocalStorage, Storage, read_object
 from mtj_loader.errors import AdapterError
@@ -116,8 +116,6 @@ def open_adapter(path: PathLike) -> Adapter:
 def _read_records(storage: Storage, stamp: FileStamp) -> list[TensorRecord]:
     if stamp.path.endswith(".safetensors"):
         return safetensors.read_records(storage, stamp)
-    from mtj_loader.checkpoint import torch_zip
-
     return torch_zip.read_records(storage, stamp)
 
 

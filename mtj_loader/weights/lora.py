@@ -238,11 +238,12 @@ class _Work:
     def parameters_of(self, module: str) -> list[str]:
         """The names of the parameters of a module that `target_parameters` lists."""
         owner = module.removesuffix(_NESTED)
-        listed = [p.rpartition(".") for p in self.adapter.config.target_parameters]
+        listed = self.adapter.config.target_parameters
+        names = [(f"{owner}.{target.rpartition('.')[2]}", target) for target in listed]
         return [
-            f"{owner}.{name}"
-            for path, _, name in listed
-            if owner == path or owner.endswith("." + path)
+            name
+            for name, target in names
+            if f".{name}".endswith(f".{target}") and self.target_of(name)[1] is not None
         ]
 
     def place_parameter(self, module: str, names: Sequence[str], pair: _Pair) -> None:
