@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from mtj_loader.checkpoint.source import Checkpoint, open_checkpoint
+from mtj_loader.display import parse_bytes
 from mtj_loader.dtypes import DTypeName, parameter_dtype
 from mtj_loader.errors import UsageError
 from mtj_loader.generation import generate as generation
@@ -34,7 +35,6 @@ from mtj_loader.loading.planner import (
     add_adapters,
     check_host_memory,
     make_plan,
-    parse_bytes,
     read_model,
 )
 from mtj_loader.loading.progress import progress_bar

@@ -210,6 +210,15 @@ def test_an_expert_that_is_not_there_is_refused(change, words: str, tmp_path: Pa
         mtj_loader.plan(base, "mp=2", adapter=adapter)
 
 
+def test_a_rank_that_the_experts_do_not_share_is_refused(tmp_path: Path) -> None:
+    terms, _ = new_adapter(RANK)
+    wider = {k: np.pad(v, ((0, 0), (0, 1))) if "lora_B" in k else v for k, v in terms.items()}
+    adapter = write_adapter(tmp_path / "a", wider, target_parameters=TARGETS)
+    base = write(tmp_path / "base", fused(EXPERT_WEIGHTS))
+    with pytest.raises(AdapterMismatchError, match=r"wrong rank(.|\n)*A \[3\], B \[13\]"):
+        mtj_loader.plan(base, "mp=2", adapter=adapter)
+
+
 @pytest.mark.parametrize(
     ("targets", "words"),
     [

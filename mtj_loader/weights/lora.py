@@ -8,6 +8,7 @@ the factors of one merged parameter stand side by side along the rank, zeros bet
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -247,29 +248,34 @@ class _Work:
         ]
 
     def place_parameter(self, module: str, names: Sequence[str], pair: _Pair) -> None:
-        """An adapted parameter of experts: which of the listed ones, the shapes tell."""
+        """An adapted parameter of a module: which of the listed ones, the shapes tell."""
         a, b = pair.factors["A"], pair.factors["B"]
         for name in names:
             target, spec = self.target_of(name)
-            if target is None or spec is None or len(spec.shape) != 3:
+            if target is None or spec is None or name in self.placed:
                 continue
-            experts, outs, ins = self.layout.file_shape(spec, target.transforms)
-            if (b.shape[0], a.shape[1]) == (outs, ins) and name not in self.placed:
+            *experts, outs, ins = self.layout.file_shape(spec, target.transforms)
+            if (b.shape[0], a.shape[1]) == (outs, ins):
                 self.placed.add(name)
-                self.add_experts(name, experts, a, b)
+                self.add_parameter(name, experts, a, b)
                 return
         shapes = f"A {list(a.shape)}, B {list(b.shape)}"
         self.refuse("fits none of target_parameters", a, ", ".join(names), shapes)
 
-    def add_experts(self, name: str, experts: int, a: TensorRecord, b: TensorRecord) -> None:
-        # PEFT keeps A [E·r, in], expert by expert, and B [out, r·E], the experts fastest.
-        per_expert = (a.shape[0] // experts,) if a.shape[0] % experts == 0 else ()
-        rank = self.checked_rank(name, per_expert, (b.shape[1] // experts,), a)
+    def add_parameter(
+        self, name: str, experts: Sequence[int], a: TensorRecord, b: TensorRecord
+    ) -> None:
+        """Files the factors of a matrix, or of a stack of `experts` matrices."""
+        count = math.prod(experts)
+        ranks = [(n // count,) if n % count == 0 else (n,) for n in (a.shape[0], b.shape[1])]
+        rank = self.checked_rank(name, ranks[0], ranks[1], a)
         if rank is None:
             return
-        left = view_of(b).split_axis(1, (rank, experts)).transpose((2, 0, 1))
-        right = view_of(a).split_axis(0, (experts, rank))
-        self.add(name, Factors(right, left, self.scales(name, (experts, rank))), a)
+        right, left = view_of(a), view_of(b)
+        if experts:  # PEFT keeps A [E·r, in], expert by expert, and B [out, r·E], experts fastest
+            right = right.split_axis(0, (count, rank))
+            left = left.split_axis(1, (rank, count)).transpose((2, 0, 1))
+        self.add(name, Factors(right, left, self.scales(name, (*experts, rank))), a)
 
     def checked_rank(
         self, module: str, a: Sequence[int], b: Sequence[int], record: TensorRecord
