@@ -49,7 +49,7 @@ def random_ids(config: dict[str, Any], seed: int) -> np.ndarray:
 def logits_of(model: GPTNeoXForCausalLM, ids: np.ndarray) -> np.ndarray:
     """float32 [b, t, vocab_size]."""
     with torch.no_grad():
-        return model(torch.from_numpy(ids).long()).logits.numpy()
+        return model(torch.from_numpy(ids).long()).logits.float().numpy()
 
 
 def modules_of(model: GPTNeoXForCausalLM, ids: np.ndarray) -> dict[str, np.ndarray]:
