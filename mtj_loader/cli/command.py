@@ -1,0 +1,116 @@
+"""Makes commands of functions: groups of options, and what every failure says and exits with."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import io
+import os
+import select
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from mtj_loader.errors import MachineError, MtjLoaderError
+
+_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
+_UNEXPECTED = 1
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Makes a function fit for `typer.Typer.command`.
+
+    A parameter whose type is a dataclass becomes an option for each of its fields, so that commands
+    share options without repeating them. `--debug` is added, and errors become exit codes.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    hints.pop("return", None)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+
+    @functools.wraps(function)
+    def run(*, debug: bool, **given: object) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{f.name: given.pop(f.name) for f in fields(group)})
+        with exit_codes(debug=debug):
+            function(**given)
+
+    run.__signature__ = inspect.Signature(list(_parameters(function, hints)))  # pyright: ignore[reportAttributeAccessIssue]
+    return run
+
+
+def _parameters(
+    function: Callable[..., None], hints: dict[str, Any]
+) -> Iterator[inspect.Parameter]:
+    """The function's parameters, with the fields of a dataclass in its place."""
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if is_dataclass(hint):
+            of_fields = get_type_hints(hint, include_extras=True)
+            for field in fields(hint):
+                yield _keyword(field.name, of_fields[field.name], field.default)
+        else:
+            yield _keyword(parameter.name, hint, parameter.default)
+    yield _keyword("debug", Debug, False)
+
+
+def _keyword(name: str, annotation: object, default: object) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY  # any order of those with and without a default
+    return inspect.Parameter(name, kind, annotation=annotation, default=default)
+
+
+@contextmanager
+def exit_codes(*, debug: bool) -> Iterator[None]:
+    """Says in plain words on stderr what went wrong, and exits with the code for it.
+
+    Raises:
+      typer.Exit: with the code.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        raise _failed("interrupted", _INTERRUPTED, debug) from error
+    except MtjLoaderError as error:
+        raise _failed(f"error: {error}", error.exit_code, debug) from error
+    except MemoryError as error:
+        what = "error: out of memory on this machine"
+        raise _failed(what, MachineError.exit_code, debug) from error
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return
+        hint = "" if debug else "\n  hint: --debug shows where"
+        what = f"error: not expected: {type(error).__name__}: {error}{hint}"
+        raise _failed(what, _UNEXPECTED, debug) from error
+
+
+def _failed(message: str, code: int, debug: bool) -> typer.Exit:
+    if debug:
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    return typer.Exit(code)
+
+
+def _reader_left() -> bool:
+    """Whether the reader of our output, such as `head`, has all that it wants and went away.
+
+    What is still buffered for it goes nowhere then, so that Python does not complain at its end.
+    """
+    try:
+        stdout = sys.stdout.fileno()
+    except io.UnsupportedOperation:  # no file is behind it
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)  # 0: errors alone, which a pipe without a reader has
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True

@@ -1,0 +1,76 @@
+"""What people read: sizes in their units, and tables in plain text or in a terminal's colors."""
+
+from __future__ import annotations
+
+import io
+import re
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mtj_loader.errors import UsageError
+
+_UNITS = {
+    "": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30,
+}  # fmt: skip
+_ANY_WIDTH = 100_000  # columns; more than any line has, so nothing is wrapped
+
+
+def show_bytes(count: float) -> str:
+    """A size for people: `2.83 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def parse_bytes(text: str | int) -> int:
+    """Reads `"1GiB"`, `"500MB"` or a number of bytes.
+
+    Raises:
+      UsageError: it is not a size.
+    """
+    found = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", str(text))
+    if found is None or found[2].upper() not in _UNITS:
+        raise UsageError("cannot read a size", expected='like "1GiB" or "500MB"', found=repr(text))
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: `1 file`, `1,024 files`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def table(*headers: str) -> Table:
+    """An empty table with a ruled header; the last column holds sizes.
+
+    What is too long for a terminal is folded, not cut.
+    """
+    empty = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for header in headers[:-1]:
+        empty.add_column(header, overflow="fold")
+    empty.add_column(headers[-1], justify="right", no_wrap=True)
+    return empty
+
+
+def facts(named: dict[str, str]) -> Table:
+    """Names and their values, a line each."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in named.items():
+        grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+    return grid
+
+
+def as_text(renderable: RenderableType) -> str:
+    """Plain text without colors, as wide as it has to be: no name is cut or wrapped."""
+    file = io.StringIO()
+    console = Console(
+        file=file, width=_ANY_WIDTH, color_system=None, force_terminal=False, force_jupyter=False
+    )
+    console.print(renderable)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).strip("\n")

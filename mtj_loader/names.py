@@ -1,0 +1,43 @@
+"""Names of tensors and modules: sorted as people count, and folded where layers repeat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# A layer or expert index inside a dotted name. Nine digits: a stranger's number must not be long.
+_INDEX = re.compile(r"(?<=[._])(?:0|[1-9][0-9]{0,8})(?=[./]|$)")
+
+
+def blank_indices(name: str) -> str:
+    """The name with `#` for every index: names that differ in indices alone become equal."""
+    return _INDEX.sub("#", name)
+
+
+def indices(name: str) -> list[int]:
+    """The layer and expert indices inside a name, from left to right."""
+    return [int(index) for index in _INDEX.findall(name)]
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sorts `h.2.w` before `h.10.w`: text as text, indices as numbers."""
+    texts, numbers = _INDEX.split(name), indices(name)
+    return [(0, texts[0]), *((n, text) for n, text in zip(numbers, texts[1:], strict=True))]
+
+
+def fold_names(names: Sequence[str]) -> str:
+    """One name for names that differ in indices alone: `h.{0...47}.w`, `h.{0,2,5...8}.w`."""
+    columns = iter(list(zip(*map(indices, names), strict=True)))
+    return _INDEX.sub(lambda _: number_set(next(columns)), names[0])
+
+
+def number_set(numbers: Sequence[int]) -> str:
+    """Distinct numbers with runs folded: `{0...5,7}`; a single one is just itself."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = [str(low) if low == high else f"{low}...{high}" for low, high in runs]
+    return shown[0] if len(set(numbers)) == 1 else "{" + ",".join(shown) + "}"
