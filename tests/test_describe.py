@@ -246,6 +246,7 @@ def test_dict_of_a_parameter():
             "zero_rows": 5,
             "dropped_rows": 0,
             "divided_by": 1,
+            "adapters": 0,
         },
         "tensors": [
             {

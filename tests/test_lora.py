@@ -10,8 +10,10 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import mtj_loader
+from mtj_loader.cli.app import app
 from mtj_loader.errors import AdapterError, AdapterMismatchError, UsageError, VerifyError
 from mtj_loader.loading import merge
 from mtj_loader.loading.verify import verify
@@ -281,3 +283,25 @@ def test_products_name_their_precision() -> None:
     text = str(jax.make_jaxpr(add)(np.zeros((2, 4, 5), np.float32)))
     assert "dot_general" in text
     assert text.count("HIGHEST") >= text.count("dot_general[")
+
+
+def test_the_command_line_takes_adapters_with_weights(tmp_path: Path) -> None:
+    one = write_adapter(tmp_path / "one", TERMS)
+    base = neox.write(tmp_path / "base")
+    arguments = [
+        "plan",
+        str(base),
+        "--mesh",
+        "mp=2",
+        "--adapter",
+        f"{one}=0.5",
+        "--adapter",
+        str(one),
+    ]
+    text = CliRunner().invoke(app, arguments)
+    assert text.exit_code == 0, text.stderr
+    assert "2 adapters added" in text.stdout
+    plan = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    changed = {p["module"] for p in plan["parameters"] if p["changes"]["adapters"] == 2}
+    assert "causal_transformer_shard/~/layer_0/~/combined_qkv" in changed
+    assert len(changed) == 4

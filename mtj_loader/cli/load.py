@@ -59,7 +59,7 @@ def load(
 def load_model(path: str, loading: Loading, source: Source, machine: Machine) -> Model:
     """Loads as the options say; warnings go to stderr."""
     machine.prepare()
-    options = asdict(loading) | asdict(source)
+    options = loading.options() | asdict(source)
     model = mtj_loader.load(path, progress=machine.progress, **options)
     warn(model.report.warnings)
     return model

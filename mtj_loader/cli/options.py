@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -91,6 +91,14 @@ class Loading:
             rich_help_panel=_LOADING,
         ),
     ] = None
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A LoRA adapter to merge, with a factor if it has one; may be given repeatedly.",
+            metavar="DIR[=WEIGHT]",
+            rich_help_panel=_LOADING,
+        ),
+    ] = None
     host_memory: Annotated[
         str,
         typer.Option(
@@ -119,6 +127,20 @@ class Loading:
             rich_help_panel=_LOADING,
         ),
     ] = False
+
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments of `mtj_loader.load`."""
+        adapters = [_weighted(text) for text in self.adapter or ()]
+        return asdict(self) | {"adapter": adapters or None}
+
+
+def _weighted(adapter: str) -> tuple[str, float]:
+    """Reads `DIR=0.5`; a name that merely contains an equals sign is a name."""
+    folder, _, weight = adapter.rpartition("=")
+    try:
+        return (folder, float(weight)) if folder else (adapter, 1.0)
+    except ValueError:
+        return adapter, 1.0
 
 
 @dataclass(frozen=True)

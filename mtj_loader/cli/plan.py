@@ -36,7 +36,7 @@ def plan(
     machine.prepare()
     if hosts > 1 and loading.mesh is None:
         raise UsageError("--hosts needs --mesh", hint="such as --mesh mp=8")
-    options = asdict(loading) | asdict(source)
+    options = loading.options() | asdict(source)
     if loading.mesh is not None:
         options["mesh"] = mtj_loader.make_abstract_mesh(loading.mesh, hosts)
     made = mtj_loader.plan(path, **options)

@@ -25,6 +25,7 @@ class Changes:
       zero_rows: rows of zeros that pad the vocabulary.
       dropped_rows: rows of the tensors that are not used.
       divided_by: what every element is divided by; 1 for nothing.
+      adapters: how many LoRA adapters add to it.
     """
 
     transposed: bool
@@ -32,6 +33,7 @@ class Changes:
     zero_rows: int
     dropped_rows: int
     divided_by: int
+    adapters: int = 0
 
     def __str__(self) -> str:
         said = [
@@ -40,6 +42,7 @@ class Changes:
             (self.zero_rows, f"{counted(self.zero_rows, 'row')} of zeros added"),
             (self.dropped_rows, f"{counted(self.dropped_rows, 'row')} dropped"),
             (self.divided_by != 1, f"divided by {self.divided_by}"),
+            (self.adapters, f"{counted(self.adapters, 'adapter')} added"),
         ]
         return ", ".join(words for holds, words in said if holds)
 
@@ -57,6 +60,7 @@ def changes(param: ParamPlan) -> Changes:
         zero_rows=zeros // row,
         dropped_rows=(stored - used) // row,
         divided_by=param.divisor,
+        adapters=len(param.terms),
     )
 
 

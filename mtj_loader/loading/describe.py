@@ -70,6 +70,8 @@ def _facts(plan: LoadPlan) -> Iterator[tuple[str, str]]:
     yield "checkpoint", _checkpoint(plan)
     yield "model", _model(plan)
     yield "map", plan.map_file
+    for adapter in plan.adapters:
+        yield "adapter", adapter.location
     yield "mesh", _mesh(plan)
     yield "parameters", f"{counted(len(plan.params), 'array')}, linear weights {linear}"
     for change, count in dtype_changes(plan.params).items():

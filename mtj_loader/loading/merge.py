@@ -6,7 +6,6 @@ Each host reads only the rows and columns of the factors that its shards need.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +95,8 @@ def _sharded(storage: Storage, view: View, spec: ParamSpec, shards: int, mesh: M
     shape = (1, *spec.shard_shape(shards))
     read: dict[Layout, np.ndarray] = {}
 
-    def shard(index: Any) -> np.ndarray:  # the slices of the array that a device holds
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # JAX asks with the slices of the array that a device holds
         layout = layouts[index[0].start or 0]
         if layout not in read:
             read[layout] = gather(storage, view.records, layout).reshape(shape)

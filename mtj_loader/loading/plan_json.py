@@ -18,6 +18,7 @@ def to_dict(plan: LoadPlan) -> dict[str, object]:
         "location": plan.checkpoint.location,
         "model_type": plan.model_type,
         "map": plan.map_file,
+        "adapters": [adapter.location for adapter in plan.adapters],
         "mesh": {
             "dp": plan.topology.dp,
             "mp": plan.topology.mp,

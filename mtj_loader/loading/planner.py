@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +25,6 @@ from mtj_loader.weights.schema import WeightMap
 from mtj_loader.weights.transforms import Layout
 
 LEAST_HOST_MEMORY = 64 << 20  # below, panels and pending copies no longer overlap
-_UNITS = {
-    "": 1,
-    "KB": 10**3, "MB": 10**6, "GB": 10**9,
-    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30,
-}  # fmt: skip
 
 
 def make_plan(
@@ -170,18 +164,6 @@ def _with_whole_experts(config: ModelConfig) -> ModelConfig:
 
 def _config_file(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.location}/config.json"
-
-
-def parse_bytes(text: str | int) -> int:
-    """Reads `"1GiB"`, `"500MB"` or a number of bytes.
-
-    Raises:
-      UsageError: it is not a size.
-    """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
-    if found is None or found[2].upper() not in _UNITS:
-        raise UsageError("cannot read a size", expected='like "1GiB" or "500MB"', found=repr(text))
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def check_host_memory(host_memory_bytes: int) -> None:

@@ -17,8 +17,10 @@ from rich.progress import (
 
 
 @contextmanager
-def progress_bar(total_bytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the bytes done so far.
+def progress_bar(
+    total_bytes: int, *, shown: bool, verb: str = "loading"
+) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the bytes done so far; `verb` says what is done with them.
 
     The bar goes to stderr, so that what a program prints stays clean, and only where a person can
     see it: a terminal, or a notebook.
@@ -28,12 +30,12 @@ def progress_bar(total_bytes: int, *, shown: bool) -> Iterator[Callable[[int], N
         yield lambda done: None
         return
     columns = (
-        TextColumn("loading"),
+        TextColumn(verb),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("load", total=total_bytes)
+        task = progress.add_task(verb, total=total_bytes)
         yield lambda done: progress.update(task, completed=done)

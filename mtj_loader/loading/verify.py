@@ -7,7 +7,6 @@ indexing over the piece list, converted whole, and compared bit by bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -116,7 +115,8 @@ def _expected(storage: Storage, param: ParamPlan) -> np.ndarray:
 def _on_mesh(param: ParamPlan, whole: np.ndarray, mesh: Mesh) -> jax.Array:
     """The array that should be there; what adapters add is computed once more, on the devices."""
 
-    def shard(index: Any) -> np.ndarray:  # the slices of the array that a device holds
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # JAX asks with the slices of the array that a device holds
         return _shard(param, whole, index[0])
 
     sharding = NamedSharding(mesh, PartitionSpec("mp"))
