@@ -1,0 +1,119 @@
+"""The public face: what `Model` offers, as a user calls it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+import mtj_loader
+from mtj_loader.errors import PromptError, TokenizerMissingError
+from tests import neox
+
+FIXTURE = Path(__file__).parent / "data/shakespeare-neox"
+
+
+@pytest.fixture(scope="module")
+def model() -> mtj_loader.Model:
+    return mtj_loader.load(FIXTURE, "dp=2,mp=4")
+
+
+def test_everything_in_the_readme_is_there(model: mtj_loader.Model) -> None:
+    assert model.config.vocab_size == 3003
+    assert model.mesh.shape == {"dp": 2, "mp": 4}
+    assert model.tokenizer is not None
+    assert model.report.bytes_read == 7645440
+    for name in mtj_loader.__all__:
+        assert getattr(mtj_loader, name) is not None
+
+
+def test_logits_of_a_batch_that_dp_does_not_divide(model: mtj_loader.Model) -> None:
+    ids = np.arange(21).reshape(3, 7)
+    logits = model.logits(ids)
+    assert (logits.shape, logits.dtype) == ((3, 7, 3003), jnp.float32)
+    np.testing.assert_allclose(logits[2:], model.logits(ids[2:]), atol=0.05)  # bfloat16
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([[0, 3003]], r"ids\[0\]\[1\](.|\n)*3003|3003"),
+        ([[-1]], "-1"),
+        ([1, 2], "batch"),
+        ([[0.5]], "batch"),
+        (np.zeros((1, 513), int), "513"),
+    ],
+)
+def test_ids_that_cannot_be_are_refused(model: mtj_loader.Model, ids, words: str) -> None:
+    with pytest.raises(PromptError, match=words):
+        model.logits(ids)
+
+
+def test_text_for_text_ids_for_ids_a_list_for_a_list(model: mtj_loader.Model) -> None:
+    assert model.tokenizer is not None
+    greedy = {"max_new_tokens": 6, "temperature": 0.0}
+    prompts = ["ROMEO.\n", model.tokenizer.encode("Enter HAMLET")]
+    text, ids = model.generate(prompts, **greedy)
+    assert isinstance(text, str)
+    assert isinstance(ids, list)
+    assert model.generate(prompts[0], **greedy) == text
+    assert model.generate(prompts[1], **greedy) == ids
+    assert "".join(model.stream(prompts[0], **greedy)) == text
+
+
+def test_without_a_tokenizer_ids_still_work(tmp_path: Path) -> None:
+    model = mtj_loader.load(neox.write(tmp_path), "mp=2")
+    assert model.tokenizer is None
+    found = model.generate([1, 2, 3], max_new_tokens=4, temperature=0.0)
+    assert len(found) == 4
+    with pytest.raises(TokenizerMissingError, match="no tokenizer"):
+        model.generate("text")
+
+
+def test_the_state_is_that_of_mesh_transformer_jax(model: mtj_loader.Model) -> None:
+    state = model.state(optimizer=optax.scale(0.0))
+    assert set(state) == {"params", "step", "opt_state"}
+    assert state["params"] is model.params
+    np.testing.assert_array_equal(state["step"], np.zeros(4, np.uint32))
+    assert state["step"].dtype == np.uint32
+    assert jax.tree.structure(state["opt_state"]) == jax.tree.structure(
+        optax.scale(0.0).init(model.params)
+    )
+
+
+def test_an_optimizer_is_initialized_on_each_shard(model: mtj_loader.Model) -> None:
+    state = model.state(optimizer=optax.adam(1e-3))
+    moments = state["opt_state"][0]
+    assert moments.count.shape == (4,)
+    jax.tree.map(
+        lambda moment, param: moment.shape == param.shape or pytest.fail("shapes differ"),
+        moments.mu,
+        model.params,
+    )
+    for leaf in jax.tree.leaves(state["opt_state"]):
+        assert leaf.sharding.spec == PartitionSpec("mp")
+        assert not np.asarray(leaf).any()
+    at = "causal_transformer_shard/~/layer_0/~/linear_4"
+    param, moment = model.params[at]["w"], moments.mu[at]["w"]
+    assert {s.device: s.index for s in param.addressable_shards} == {
+        s.device: s.index for s in moment.addressable_shards
+    }
+
+
+def test_a_model_without_its_generation_config_still_stops(tmp_path: Path) -> None:
+    """End-of-text then comes from config.json."""
+    folder = tmp_path / "model"
+    shutil.copytree(FIXTURE, folder)
+    (folder / "generation_config.json").unlink()
+    prompt = "THE END"
+    one, other = (
+        mtj_loader.load(path, "mp=2").generate(prompt, max_new_tokens=8, temperature=0.0)
+        for path in (FIXTURE, folder)
+    )
+    assert one == other
