@@ -30,7 +30,9 @@ from tests import neox
 
 DATA = Path(__file__).parent / "data"
 FIXTURE = DATA / "shakespeare-neox"
-GOLDENS = ["gpt_neox", "gpt_neox_serial"]
+GOLDENS = [
+    "gpt_neox", "gpt_neox_serial", "gptj", "gpt_neo", "opt", "xglm", "bloom",
+]  # fmt: skip
 
 Tree = dict[str, dict[str, np.ndarray]]
 

@@ -14,6 +14,7 @@ from mtj_loader.names import blank_indices, fold_names, indices, natural_key, nu
         (["h.5.w", "h.0.w", "h.6.w", "h.7.w", "h.2.w"], "h.{0,2,5...7}.w"),
         (["l.0.e.0.w", "l.0.e.1.w", "l.3.e.0.w", "l.3.e.1.w"], "l.{0,3}.e.{0...1}.w"),
         (["layer_0/~/linear_3 w", "layer_1/~/linear_3 w"], "layer_{0...1}/~/linear_3 w"),
+        (["b.0.norm_1.w", "b.1.norm_1.w"], "b.{0...1}.norm_1.w"),
         (["wte.weight"], "wte.weight"),
     ],
 )

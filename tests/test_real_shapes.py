@@ -1,4 +1,4 @@
-"""Checkpoints of real models' shapes, as sparse files: what is planned, read and listed for them."""
+"""Checkpoints of real models' shapes, as sparse files: what is planned, read and listed."""
 
 from __future__ import annotations
 
@@ -116,26 +116,43 @@ def test_mixtral_with_all_its_tensors_loads_with_nothing_read_twice(tmp_path: Pa
         assert report.bytes_read == report.bytes_needed == sum(2 * prod(s) for s in shapes.values())
 
 
+MPT = {
+    "model_type": "mpt",
+    "d_model": 4096,
+    "n_heads": 32,
+    "n_layers": 32,
+    "vocab_size": 50432,
+    "max_seq_len": 2048,
+    "no_bias": True,
+    "attn_config": {"alibi": True},
+}
+
+
 def test_the_topology_of_mpt_7b_is_the_published_list(tmp_path: Path) -> None:
-    listed = TOPOLOGY.read_text()
-    found = re.findall(r"^(\S+) torch\.Size\(\[([\d, ]+)\]\)$", listed, re.MULTILINE)
-    shapes = {name: tuple(map(int, numbers.split(", "))) for name, numbers in found}
-    assert len(shapes) == 194
+    """Line for line; of the list's empty lines, which it leaves out after its third block, ours
+    stand between all blocks."""
+    listed = TOPOLOGY.read_text().splitlines()
+    found = [re.fullmatch(r"(\S+) torch\.Size\(\[([\d, ]+)\]\)", line) for line in listed if line]
+    shapes = {m[1]: tuple(map(int, m[2].split(", "))) for m in found if m is not None}
+    assert len(shapes) == len(found) == 194
     in_file_order = dict(sorted(shapes.items()))  # as safetensors writes them
-    config = {
-        "model_type": "mpt",
-        "d_model": 4096,
-        "n_heads": 32,
-        "n_layers": 32,
-        "vocab_size": 50432,
-        "max_seq_len": 2048,
-        "no_bias": True,
-        "attn_config": {"alibi": True},
-    }
-    folder = write_sparse(tmp_path / "mpt", in_file_order, config)
+    folder = write_sparse(tmp_path / "mpt", in_file_order, MPT)
     result = CliRunner().invoke(app, ["inspect", str(folder), "--topology"])
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.rstrip("\n") == listed.rstrip("\n")
+    printed = result.stdout.splitlines()
+    assert [line for line in printed if line] == [line for line in listed if line]
+    assert printed[:16] == listed[:16]
+    blocks = [{block_of(line) for line in part} for part in split_at_empty(printed)]
+    assert blocks == [{None}, *({i} for i in range(32)), {None}]
+
+
+def block_of(line: str) -> int | None:
+    found = re.match(r"transformer\.blocks\.(\d+)\.", line)
+    return int(found[1]) if found else None
+
+
+def split_at_empty(lines: list[str]) -> list[list[str]]:
+    return [part.split("\n") for part in "\n".join(lines).split("\n\n")]
 
 
 def test_gpt_neox_20b_is_planned_for_a_pod_that_is_not_there(tmp_path: Path) -> None:

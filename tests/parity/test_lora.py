@@ -16,7 +16,7 @@ from tests.parity.cases import CASES, NAMES
 
 pytestmark = [
     pytest.mark.parity,
-    # PEFT asks transformers for an attribute that it deprecates, and says what it makes of settings.
+    # PEFT uses what transformers deprecates, and says what it makes of settings.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),

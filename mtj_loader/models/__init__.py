@@ -1,0 +1,13 @@
+"""The model families in Haiku: their configs, their parameters and their forward pass."""
+
+from mtj_loader.models.families import FAMILIES, Family, family, family_of_compat
+from mtj_loader.models.sharding import check_shards, usable_shards
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "check_shards",
+    "family",
+    "family_of_compat",
+    "usable_shards",
+]

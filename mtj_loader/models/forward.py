@@ -1,0 +1,198 @@
+"""Running a model on a mesh: logits of whole sequences, and prefill and steps with a cache.
+
+Everything is compiled once per shape: `jax.jit` around `jax.shard_map`, with explicit shardings.
+Parameters are split over "mp" and whole in every part of "dp"; a batch is split over "dp".
+
+  n shards   b batch   t time   T cache length   d model   h heads of one shard   k head_dim
+  r rotated dims   V padded vocabulary
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import haiku as hk
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy.typing import ArrayLike
+
+from mtj_loader.models import passes, rope
+from mtj_loader.models.config import ModelConfig
+from mtj_loader.models.declare import Declared, declared
+from mtj_loader.models.families import family
+from mtj_loader.models.parts import SHARDS
+from mtj_loader.models.passes import Cache
+
+Params = dict[str, dict[str, jax.Array]]
+Tree = Any  # a pytree of arrays, or of their partitions
+
+_PARAMS = P(SHARDS)  # [n, …]
+_BATCH = P("dp")  # [b, …]
+
+
+_CACHE = Cache(keys=P("dp", None, SHARDS), values=P("dp", None, SHARDS), frequencies=_BATCH)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A model as compiled functions; it holds no weights.
+
+    Attributes:
+      config: of any family.
+      mesh: with the Auto axes "dp" and "mp".
+      transposed_linear: whether linear weights are [out, in].
+      dtype: of the parameters, the residual stream and the cache.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+    transposed_linear: bool
+    dtype: np.dtype
+
+    def param_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Shape, dtype and sharding of every parameter, [n, …], as Haiku's init gives them."""
+        ids = np.zeros((1, 1), np.int32)
+        example = ids, self._frequencies(np.ones(1))
+
+        def init() -> hk.MutableParams:
+            return jax.tree.map(
+                lambda x: x[None], self._transformed(passes.whole).init(None, *example)
+            )
+
+        sharding = NamedSharding(self.mesh, _PARAMS)
+        placed = jax.shard_map(init, mesh=self.mesh, in_specs=(), out_specs=_PARAMS)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(placed),
+        )
+
+    def logits(self, params: Params, ids: ArrayLike) -> jax.Array:
+        """Logits of whole sequences.
+
+        Args:
+          params: as `param_shapes` has them.
+          ids: [b, t], any b.
+
+        Returns:
+          float32 [b, t, vocab_size].
+        """
+        rows = np.asarray(ids, np.int32)
+        padded = np.pad(rows, ((0, -len(rows) % self.mesh.shape["dp"]), (0, 0)))
+        frequencies = self._frequencies(np.full(len(padded), rows.shape[1]))
+        return self._run_whole(params, padded, frequencies)[0][: len(rows)]
+
+    def prefill(
+        self,
+        params: Params,
+        ids: ArrayLike,
+        lengths: ArrayLike,
+        totals: ArrayLike,
+        cache_length: int,
+    ) -> tuple[jax.Array, Cache]:
+        """Runs the prompts.
+
+        Args:
+          params: as `param_shapes` has them.
+          ids: int32 [b, t], padded on the right; dp divides b.
+          lengths: int32 [b], the tokens of each row.
+          totals: [b], on the host: the tokens that each row may have at its end. Rotary
+            frequencies that depend on the length are made for these.
+          cache_length: T, at least t.
+
+        Returns:
+          float32 [b, vocab_size], the logits after each row's last token, and the cache.
+        """
+        frequencies = self._frequencies(np.asarray(totals))
+        return self._run_prefill(params, ids, lengths, frequencies, cache_length)
+
+    def step(
+        self, params: Params, cache: Cache, tokens: ArrayLike, positions: ArrayLike
+    ) -> tuple[jax.Array, Cache]:
+        """Runs one more token of each row.
+
+        Args:
+          params: as `param_shapes` has them.
+          cache: of prefill or of the last step; donated.
+          tokens: int32 [b].
+          positions: int32 [b], where each stands: the number of tokens before it. A token beyond
+            the cache leaves the cache as it is.
+
+        Returns:
+          float32 [b, vocab_size], the logits after these tokens, and the cache.
+        """
+        return self._run_step(params, cache, tokens, positions)
+
+    @functools.cached_property
+    def _run_whole(self) -> Callable[..., tuple[jax.Array, None]]:
+        return self._compiled(passes.whole, (_BATCH, _BATCH), (P("dp", None, SHARDS), None))
+
+    @functools.cached_property
+    def _run_prefill(self) -> Callable[..., tuple[jax.Array, Cache]]:
+        outputs = P("dp", SHARDS), _CACHE
+        return self._compiled(passes.prefill, (_BATCH, _BATCH, _BATCH), outputs, static_argnums=4)
+
+    @functools.cached_property
+    def _run_step(self) -> Callable[..., tuple[jax.Array, Cache]]:
+        outputs = P("dp", SHARDS), _CACHE
+        return self._compiled(passes.step, (_CACHE, _BATCH, _BATCH), outputs, donate_argnums=1)
+
+    def _compiled(
+        self, body: Callable[..., Any], inputs: tuple[Tree, ...], outputs: Tree, **options: Tree
+    ) -> Callable[..., Any]:
+        """Jits one of the `passes` for whole arrays.
+
+        Args:
+          body: what one shard computes, from the model, the inputs and static arguments.
+          inputs: the partition of each input after the parameters.
+          outputs: the partitions of the logits, [b, …, V], and of the cache.
+          **options: static and donated arguments, for `jax.jit`.
+        """
+        specs = (_PARAMS, *inputs)
+
+        def run(*args: Tree) -> tuple[jax.Array, Tree]:
+            arrays, static = args[: len(specs)], args[len(specs) :]
+
+            def shard(params: Params, *local: Tree) -> tuple[jax.Array, Tree]:
+                mine = jax.tree.map(lambda x: x[0], params)
+                return self._transformed(body).apply(mine, None, *local, *static)
+
+            on_mesh = jax.shard_map(shard, mesh=self.mesh, in_specs=specs, out_specs=outputs)
+            logits, cache = on_mesh(*arrays)
+            return logits[..., : self.config.vocab_size], cache
+
+        # Tokens may come from the host or from a sampler's devices: their placement is left open.
+        placed = [None if spec == _BATCH else self._shardings(spec) for spec in specs]
+        return jax.jit(
+            run,
+            in_shardings=tuple(placed),
+            out_shardings=self._shardings((_BATCH, outputs[1])),
+            **options,
+        )
+
+    def _transformed(self, body: Callable[..., Any]) -> hk.Transformed:
+        """The body as a pair of pure functions, its model made of this family's modules."""
+        create = functools.partial(
+            family(self.config.model_type).Transformer, self.config, self._declared
+        )
+        return hk.transform(lambda *args: body(create(), *args))
+
+    @functools.cached_property
+    def _declared(self) -> Declared:
+        shards = self.mesh.shape[SHARDS]
+        specs = family(self.config.model_type).parameters(
+            self.config, shards, self.transposed_linear
+        )
+        return declared(
+            specs, shards=shards, dtype=self.dtype, transposed_linear=self.transposed_linear
+        )
+
+    def _shardings(self, specs: Tree) -> Tree:
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+    def _frequencies(self, totals: np.ndarray) -> np.ndarray | None:
+        return None if self.config.rope is None else rope.table(self.config.rope, totals)
