@@ -30,6 +30,8 @@ from mtj_loader.errors import (
 
 if TYPE_CHECKING:
     from mtj_loader.api import Model, load, plan
+    from mtj_loader.conversion.convert import convert
+    from mtj_loader.conversion.report import ConvertReport
     from mtj_loader.loading.plan import LoadPlan
     from mtj_loader.loading.report import LoadReport
     from mtj_loader.loading.topology import make_abstract_mesh, make_mesh
@@ -45,6 +47,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointMismatchError",
     "ConfigError",
+    "ConvertReport",
     "DeviceError",
     "FormatError",
     "LoadPlan",
@@ -62,18 +65,21 @@ __all__ = [
     "TokenizerMissingError",
     "UsageError",
     "VerifyError",
+    "convert",
     "load",
     "make_abstract_mesh",
     "make_mesh",
     "plan",
 ]
 
-# What needs JAX, and its module: imported when first asked for, since JAX takes a second to import
-# and half of the command line does without.
-_NEEDS_JAX = {
+# What is imported when first asked for, and its module: most of it needs JAX, which takes a second
+# to import, and half of the command line does without.
+_LAZY = {
+    "ConvertReport": "mtj_loader.conversion.report",
     "LoadPlan": "mtj_loader.loading.plan",
     "LoadReport": "mtj_loader.loading.report",
     "Model": "mtj_loader.api",
+    "convert": "mtj_loader.conversion.convert",
     "load": "mtj_loader.api",
     "make_abstract_mesh": "mtj_loader.loading.topology",
     "make_mesh": "mtj_loader.loading.topology",
@@ -82,10 +88,10 @@ _NEEDS_JAX = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _NEEDS_JAX:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_NEEDS_JAX[name]), name)
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_NEEDS_JAX]
+    return [*globals(), *_LAZY]

@@ -113,7 +113,7 @@ class MemoryLimitError(MachineError, MemoryError):
 
 
 class StorageError(MachineError, OSError):
-    """A read failed below us: disk, network, or a file that went away."""
+    """A read or a write failed below us: disk, network, or a file that went away."""
 
 
 class DeviceError(MachineError):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-# A layer or expert index inside a dotted name. Nine digits: a stranger's number must not be long.
-_INDEX = re.compile(r"(?<=[._])(?:0|[1-9][0-9]{0,8})(?=[./]|$)")
+# A layer or expert index: a whole part of a dotted name (`norm_1` is none), or MTJ's `layer_7/`.
+# Nine digits: a stranger's number must not be long.
+_NUMBER = "(?:0|[1-9][0-9]{0,8})"
+_INDEX = re.compile(rf"(?<=\.){_NUMBER}(?=\.|$)|(?<=\blayer_){_NUMBER}(?=/)")
 
 
 def blank_indices(name: str) -> str:

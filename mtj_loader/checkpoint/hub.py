@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -86,6 +87,18 @@ def download(
     return folder
 
 
+def list_files(repo_id: str, *, revision: str | None, token: str | None) -> list[str]:
+    """The names of all files of a repository.
+
+    Raises:
+      UsageError: no such repository or revision, or no access to it.
+      StorageError: the network failed.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT")
+    repository = _Repository(repo_id, token, None, False, endpoint)
+    return _list_names(repository, revision or DEFAULT_REVISION)
+
+
 class _NoBar(tqdm):
     """The hub's progress bar, unseen: the small files need none."""
 
@@ -130,10 +143,10 @@ def _weight_files(repository: _Repository, folder: Path) -> list[str]:
     return choose_files(weights)
 
 
-def _list_names(repository: _Repository, commit: str) -> list[str]:
-    with _our_errors(repository, commit):
+def _list_names(repository: _Repository, revision: str) -> list[str]:
+    with _our_errors(repository, revision):
         api = HfApi(endpoint=repository.endpoint, token=repository.token)
-        siblings = api.model_info(repository.id, revision=commit).siblings
+        siblings = api.model_info(repository.id, revision=revision).siblings
     return [sibling.rfilename for sibling in siblings or ()]
 
 

@@ -13,7 +13,7 @@ SUFFIX = ".safetensors"
 
 # Nine digits: a stranger's number must not be long.
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<k>[0-9]{1,9})-of-(?P<n>[0-9]{1,9})\.safetensors")
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".npz", ".onnx")
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".npz", ".onnx")
 _NAMES_SHOWN = 5  # of a list in a message
 
 
@@ -96,7 +96,7 @@ def _unclear(candidates: Sequence[str]) -> CheckpointError:
 
 
 def _no_weights(names: Sequence[str]) -> CheckpointError:
-    other = [name for name in names if name.endswith(_OTHER_WEIGHTS)]
+    other = [name for name in names if name.endswith(OTHER_WEIGHTS)]
     return CheckpointError(
         "no safetensors weights",
         expected=f"{INDEX_FILE}, {SINGLE_FILE} or another {SUFFIX} file",

@@ -96,8 +96,13 @@ def read_tensor(storage: Storage, record: TensorRecord) -> np.ndarray:
     return data
 
 
-def check_bool_bytes(record: TensorRecord, data: np.ndarray) -> None:
+def check_bool_bytes(record: TensorRecord, data: np.ndarray, first: int = 0) -> None:
     """Checks a BOOL tensor's bytes (uint8): numpy and XLA take other values than 0 and 1 on trust.
+
+    Args:
+      record: the tensor.
+      data: its bytes from number `first` on.
+      first: see `data`.
 
     Raises:
       FormatError: with the position and the value of the first bad byte.
@@ -109,7 +114,7 @@ def check_bool_bytes(record: TensorRecord, data: np.ndarray) -> None:
             file=record.file,
             tensor=record.name,
             expected="0 or 1",
-            found=f"{data[bad[0]]} at element {bad[0]}",
+            found=f"{data[bad[0]]} at element {first + bad[0]}",
         )
 
 
@@ -142,7 +147,7 @@ def _check_metadata(metadata: object, file: str) -> None:
 
 
 def _record(name: str, entry: object, file: str, data_start: int) -> TensorRecord:
-    if not _is_plain_name(name):
+    if not is_plain_name(name):
         expected = "printable characters, no `..` between slashes"
         raise FormatError("bad tensor name", file=file, tensor=ascii(name), expected=expected)
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
@@ -164,8 +169,8 @@ def _record(name: str, entry: object, file: str, data_start: int) -> TensorRecor
     return TensorRecord(name, file, data_start + offsets[0], dtype, tuple(shape))
 
 
-def _is_plain_name(name: str) -> bool:
-    """Names are printed, and other tools make paths of them."""
+def is_plain_name(name: str) -> bool:
+    """Whether a tensor may be called so: names are printed, and other tools make paths of them."""
     if not name or not name.isprintable():
         return False
     return ".." not in name or ".." not in name.replace("\\", "/").split("/")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,7 @@ def open_checkpoint(
     token: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    also: Iterable[str] = (),
 ) -> Checkpoint:
     """Opens a checkpoint and reads the headers of its weights.
 
@@ -67,30 +68,55 @@ def open_checkpoint(
       token: for private and gated repositories; None means the one that the machine has stored.
       cache_dir: where the files are kept; None means the usual Hugging Face cache.
       local_files_only: use the cache, never the network.
+      also: more files of the repository to fetch, beside the weights, configs and tokenizer.
 
     Raises:
       UsageError: no such path, repository or revision, or no access to it.
       CheckpointError: config.json or the weights are missing or malformed.
       StorageError: the disk or the network failed.
     """
-    if (path := _existing_path(path_or_id)) is not None:
+    if (path := existing_path(path_or_id)) is not None:
         if revision is not None:
             raise UsageError("only a Hugging Face id has revisions", file=path, key="revision")
         return _open_folder(path, str(path)) if path.is_dir() else _open_file(path)
-    if isinstance(path_or_id, os.PathLike) or not _HUB_ID.fullmatch(path_or_id):
-        raise UsageError("no such file or folder", file=path_or_id)
+    repo_id = _hub_id(path_or_id)
     folder = hub.download(
-        path_or_id,
-        files=(CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES),
+        repo_id,
+        files=(CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *also),
         revision=revision,
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    return _open_folder(folder, location=f"{path_or_id}@{folder.name}")
+    return _open_folder(folder, location=f"{repo_id}@{folder.name}")
 
 
-def _existing_path(path_or_id: str | os.PathLike[str]) -> Path | None:
+def repository_files(
+    path_or_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> list[str]:
+    """The names of all files of a Hugging Face repository; empty for what is on this machine.
+
+    Raises:
+      UsageError: no such path, repository or revision, or no access to it.
+      StorageError: the network failed.
+    """
+    if existing_path(path_or_id) is not None:
+        return []
+    return hub.list_files(_hub_id(path_or_id), revision=revision, token=token)
+
+
+def _hub_id(path_or_id: str | os.PathLike[str]) -> str:
+    if isinstance(path_or_id, os.PathLike) or not _HUB_ID.fullmatch(path_or_id):
+        raise UsageError("no such file or folder", file=path_or_id)
+    return path_or_id
+
+
+def existing_path(path_or_id: str | os.PathLike[str]) -> Path | None:
+    """The path, if there is something; None for what may be a Hugging Face id.
+
+    Raises:
+      UsageError: the system cannot even look.
+    """
     try:
         path = Path(path_or_id).expanduser()
         return path if path.exists() else None

@@ -6,7 +6,7 @@ filled twice, a shape or dtype that does not fit: all are collected and raised t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -211,7 +211,7 @@ class _Work:
         return Problem("the map has no entry for a parameter of the model", target=" ".join(key))
 
 
-def match_name(name: str, entries: Mapping[str, Target | None]) -> str | None:
+def match_name(name: str, entries: Container[str]) -> str | None:
     """The entry's name that a tensor's name means: exact, or but for one known base prefix.
 
     Published files carry or drop the prefix of the base model; nothing else may differ.

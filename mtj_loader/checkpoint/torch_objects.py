@@ -1,0 +1,188 @@
+"""What torch.save puts into a pickle, as plain data: nothing is imported and nothing is called.
+
+The few names that a dict of tensors needs are known here; every other name is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from mtj_loader.dtypes import BITS
+
+_MAX_INT = 2**63 - 1  # torch counts elements with signed 64 bits
+_MAX_RANK = 64  # numpy's limit
+_SHOWN_CHARS = 80  # of a stranger's text in a message
+
+
+class RefusedError(Exception):
+    """Something in a pickle that is not allowed; whoever knows file and place adds them."""
+
+    def __init__(self, what: str, expected: object = None, found: object = None) -> None:
+        super().__init__(what)
+        self.what, self.expected, self.found = what, expected, found
+
+
+class OrderedMapping(dict[str, object]):
+    """A collections.OrderedDict of a pickle; the only thing that may be given attributes."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class StorageType:
+    """torch.FloatStorage and its like; `dtype` as safetensors spells it."""
+
+    dtype: str
+
+
+@dataclass(frozen=True)
+class StorageRef:
+    """`elements` numbers in the archive's member `data/<key>`."""
+
+    dtype: str
+    key: str
+    elements: int
+
+    @property
+    def size_bytes(self) -> int:
+        """What the member has to hold."""
+        return self.elements * BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A strided window on a storage; offset and strides in elements."""
+
+    storage: StorageRef
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Function:
+    """One of the three names that may be called, which happens in `call`."""
+
+    name: str
+
+
+_ORDERED_DICT = Function("collections OrderedDict")
+_TENSOR = Function("torch._utils _rebuild_tensor_v2")
+_PARAMETER = Function("torch._utils _rebuild_parameter")
+_STORAGES = {
+    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "ComplexFloat": "C64",
+    "Long": "I64", "Int": "I32", "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL",
+}  # fmt: skip
+_ALLOWED: dict[str, Function | StorageType] = {
+    **{function.name: function for function in (_ORDERED_DICT, _TENSOR, _PARAMETER)},
+    **{f"torch {name}Storage": StorageType(dtype) for name, dtype in _STORAGES.items()},
+}
+
+# What is known and refused, in plain words.
+_MEANINGS = {
+    "torch._utils _rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils _rebuild_qtensor": "a quantized tensor",
+    "torch._utils _rebuild_nested_tensor": "a nested tensor",
+    "torch._utils _rebuild_tensor_v3": "a tensor of a dtype that old versions of torch lack",
+    "torch._utils _rebuild_parameter_with_state": "a parameter with attributes",
+    "torch._utils _rebuild_wrapper_subclass": "a tensor subclass",
+    "torch._utils _rebuild_meta_tensor_no_storage": "a meta tensor, which has no data",
+    "torch._tensor _rebuild_from_type_v2": "a tensor subclass, or a tensor with attributes",
+}
+
+
+def find_global(name: str) -> Function | StorageType:
+    """What stands for a global, named as `module name`.
+
+    Raises:
+      RefusedError: it is not on the list.
+    """
+    if name not in _ALLOWED:
+        meaning = f" ({_MEANINGS[name]})" if name in _MEANINGS else ""
+        raise RefusedError(
+            "the pickle names something that is not allowed",
+            "plain tensors of a dict",
+            f"{name.replace(' ', '.')[:_SHOWN_CHARS]}{meaning}",
+        )
+    return _ALLOWED[name]
+
+
+def find_storage(persistent_id: object) -> StorageRef:
+    """The storage of a persistent id: ("storage", type, key, device, elements).
+
+    Raises:
+      RefusedError: the id is another.
+    """
+    match persistent_id:
+        case ("storage", StorageType(dtype), str(key), str(), elements) if _is_count(elements):
+            if key.isascii() and key.isdigit():
+                return StorageRef(dtype, key, elements)
+    expected = '("storage", type, number, device, count)'
+    raise RefusedError("bad persistent id in the pickle", expected, kind(persistent_id))
+
+
+def call(function: object, arguments: object) -> object:
+    """What torch would get by calling the function: an empty mapping or a tensor.
+
+    Raises:
+      RefusedError: it is not one of ours, or the arguments are not what torch writes.
+    """
+    match function, arguments:
+        case Function(_ORDERED_DICT.name), ():
+            return OrderedMapping()
+        case Function(_TENSOR.name), (
+            StorageRef() as storage,
+            offset,
+            shape,
+            strides,
+            bool(),
+            *rest,
+        ):
+            return _tensor(storage, offset, shape, strides, rest)
+        case Function(_PARAMETER.name), (TensorRef() as tensor, bool(), OrderedMapping() as hooks):
+            if not hooks:
+                return tensor
+    if not isinstance(function, Function):
+        expected = "a function of the list"
+        raise RefusedError(
+            "the pickle calls something that is not allowed", expected, kind(function)
+        )
+    found = f"{function.name.replace(' ', '.')} of {kind(arguments)}"
+    raise RefusedError("the pickle calls a function with wrong arguments", None, found)
+
+
+def kind(value: object) -> str:
+    """What a value is, in a few words: never its whole content, which may be endless."""
+    if isinstance(value, str):
+        return repr(value[:_SHOWN_CHARS])
+    if value is None or isinstance(value, int):
+        return repr(value)
+    if isinstance(value, (Function, StorageType)):
+        return f"the name {value}"
+    names = {tuple: "a tuple", StorageRef: "a storage", TensorRef: "a tensor"}
+    return names.get(type(value), "a dict")
+
+
+def _tensor(
+    storage: StorageRef, offset: object, shape: object, strides: object, rest: list[object]
+) -> TensorRef:
+    """`rest` is hooks and, for views such as conjugates, metadata: both have to be empty."""
+    if not _is_count(offset) or not _are_counts(shape) or not _are_counts(strides):
+        what = "a tensor's offset, shape or strides are not numbers from 0 on"
+        raise RefusedError(what, "three numbers or tuples of them", kind(offset))
+    if len(shape) != len(strides) or len(shape) > _MAX_RANK:
+        found = f"{len(shape)} sizes and {len(strides)} strides"
+        raise RefusedError("a tensor's rank is wrong", f"one of at most {_MAX_RANK}", found)
+    if not rest or len(rest) > 2 or any(rest) or not isinstance(rest[0], OrderedMapping):
+        what = "a tensor has hooks or is a conjugate or negative view"
+        raise RefusedError(what, "a plain tensor", f"{len(rest)} more arguments")
+    return TensorRef(storage, offset, shape, strides)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= _MAX_INT  # `type`: True is an int to isinstance
+
+
+def _are_counts(values: object) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(values, tuple) and all(map(_is_count, values))

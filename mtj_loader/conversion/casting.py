@@ -1,0 +1,99 @@
+"""A dtype change, element by element: rounded once, to nearest even, and its losses counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from mtj_loader.dtypes import BFLOAT16, FLOAT16, FLOAT32, WEIGHT_DTYPES
+
+FLOAT64 = np.dtype(np.float64)
+SOURCES: dict[str, np.dtype] = WEIGHT_DTYPES | {"F64": FLOAT64}  # what can be converted
+SPELLINGS = {dtype: name for name, dtype in SOURCES.items()}
+
+# All bits of the exponent, which NaN and infinity alone have set.
+_EXPONENT = {
+    FLOAT16: 0x7C00, BFLOAT16: 0x7F80, FLOAT32: 0x7F800000, FLOAT64: 0x7FF0000000000000,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a dtype change did to some elements.
+
+    Attributes:
+      overflow: finite ones that are too large for the new dtype.
+      underflow: nonzero ones that became zero.
+      nonfinite: ones that were NaN or infinite before, and are so still.
+    """
+
+    overflow: int = 0
+    underflow: int = 0
+    nonfinite: int = 0
+
+    def __add__(self, other: Losses) -> Losses:
+        return Losses(
+            self.overflow + other.overflow,
+            self.underflow + other.underflow,
+            self.nonfinite + other.nonfinite,
+        )
+
+
+def cast(panel: np.ndarray, target: np.dtype, *, clamp: bool) -> tuple[np.ndarray, Losses]:
+    """Changes the dtype of an array of one of the `SOURCES`.
+
+    Args:
+      panel: the elements; given back as it is if it has the dtype already.
+      target: float16, bfloat16 or float32.
+      clamp: make the largest number of the new dtype of what overflows, instead of infinity.
+    """
+    nonfinite = _count_nonfinite(panel)
+    if panel.dtype == target:
+        return panel, Losses(nonfinite=nonfinite)
+    after = _rounded(panel, target)
+    overflow = _count_nonfinite(after) - nonfinite
+    underflow = _count_nonzero(panel) - _count_nonzero(after)
+    if overflow and clamp:
+        lost = _is_nonfinite(after) & ~_is_nonfinite(panel)
+        after[lost] = np.copysign(ml_dtypes.finfo(target).max, after[lost])
+    return after, Losses(overflow, underflow, nonfinite)
+
+
+def _rounded(panel: np.ndarray, target: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # all are counted
+        if panel.dtype == FLOAT64 and target != FLOAT32:
+            panel = _rounded_to_odd(panel)
+        return panel.astype(target)
+
+
+def _rounded_to_odd(panel: np.ndarray) -> np.ndarray:
+    """float64 → float32, inexact results with the last bit set, so that rounding again is exact.
+
+    Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
+    rounding to odd", 2008: it takes two bits more than the final format has.
+    """
+    near = panel.astype(FLOAT32)
+    wide, bits = near.astype(FLOAT64), near.view(np.uint32)
+    inexact = wide != panel
+    bits -= np.abs(wide) > np.abs(panel)  # one step toward zero
+    bits |= inexact
+    return near
+
+
+def _bits(panel: np.ndarray) -> np.ndarray:
+    return panel.view(f"u{panel.itemsize}")
+
+
+def _is_nonfinite(panel: np.ndarray) -> np.ndarray:
+    mask = _bits(panel).dtype.type(_EXPONENT[panel.dtype])
+    return (_bits(panel) & mask) == mask
+
+
+def _count_nonfinite(panel: np.ndarray) -> int:
+    return int(np.count_nonzero(_is_nonfinite(panel)))
+
+
+def _count_nonzero(panel: np.ndarray) -> int:
+    return int(np.count_nonzero(_bits(panel) << 1))  # without the sign
