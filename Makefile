@@ -25,7 +25,7 @@ demo: $(STAMP)-core  ## load a small GPT-NeoX onto eight virtual devices, then l
 	  --max-new-tokens 120 --temperature 0.8 --top-k 40 --seed 1
 
 test: $(STAMP)-test  ## run the tests that need no torch
-	$(BIN)/python -m pytest -m "not parity"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not parity"
 
 lint: $(STAMP)-lint  ## check style, types, and which module imports which
 	$(BIN)/ruff check
@@ -34,7 +34,7 @@ lint: $(STAMP)-lint  ## check style, types, and which module imports which
 	$(BIN)/lint-imports --no-logo
 
 parity: $(STAMP)-parity  ## compare logits and text with Hugging Face transformers
-	$(BIN)/python -m pytest -m parity
+	$(BIN)/python -m pytest -n auto --dist loadfile -m parity
 
 bench: $(STAMP)-parity  ## measure loading against its peers
 	$(BIN)/python -m benchmarks.load

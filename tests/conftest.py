@@ -9,7 +9,10 @@ from hypothesis import settings
 
 # Before JAX starts; subprocesses of tests inherit both.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Most of the time goes into compiling tiny programs, each run once or twice: optimizing them less
+# saves a third of it.
+_FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 
 # No deadline: the first example of a property pays for imports and compilation.
 settings.register_profile("repository", deadline=None)
