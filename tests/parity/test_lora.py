@@ -58,8 +58,30 @@ def test_an_adapter_of_all_linear_layers(family: str, tmp_path: Path) -> None:
     check(pair, tmp_path / "adapter", expected, "mp=1", transposed_linear=True)
 
 
-def neox(folder: Path) -> harness.Pair:
+def llama(folder: Path) -> harness.Pair:
     return harness.make_pair("llama", next(n for f, n in NAMES if f == "llama"), folder)
+
+
+def test_an_adapter_of_all_linear_layers_of_gpt_neox(tmp_path: Path) -> None:
+    config = {
+        "model_type": "gpt_neox",
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 40,
+        "vocab_size": 53,
+        "max_position_embeddings": 64,
+        "rotary_pct": 0.5,
+    }
+    theirs = harness.oracle().random_model(config, 1000)
+    theirs.save_pretrained(tmp_path / "model")
+    ids = harness.oracle().random_ids(53, (2, 11), 1000)
+    logits = harness.oracle().logits_of(theirs, ids)
+    pair = harness.Pair(theirs, tmp_path / "model", ids, logits)
+    settings = {"r": 3, "lora_alpha": 4, "target_modules": "all-linear"}
+    expected = write_adapter(pair, tmp_path / "adapter", **settings)
+    check(pair, tmp_path / "adapter", expected, "dp=2,mp=4")
+    check(pair, tmp_path / "adapter", expected, "mp=1", transposed_linear=True)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +95,7 @@ def neox(folder: Path) -> harness.Pair:
     ids=["rslora", "patterns", "fan_in_fan_out", "embedding"],
 )
 def test_settings_of_an_adapter(config: dict, tmp_path: Path) -> None:
-    pair = neox(tmp_path / "model")
+    pair = llama(tmp_path / "model")
     targets = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
     expected = write_adapter(pair, tmp_path / "adapter", **targets | config)
     if config.get("fan_in_fan_out"):  # written as it was asked for
