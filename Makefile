@@ -36,7 +36,7 @@ lint: $(STAMP)-lint  ## check style, types, and which module imports which
 parity: $(STAMP)-parity  ## compare logits and text with Hugging Face transformers
 	$(BIN)/python -m pytest -n auto --dist loadfile -m parity
 
-bench: $(STAMP)-parity  ## measure loading against its peers
+bench: $(STAMP)-bench  ## measure loading against its peers
 	$(BIN)/python -m benchmarks.load
 
 clean:  ## remove the virtual environment, caches and build products
@@ -49,6 +49,6 @@ $(STAMP)-venv:
 	touch $@
 
 # `core` is the package alone; any other name is an extra of pyproject.toml.
-$(STAMP)-core $(STAMP)-test $(STAMP)-lint $(STAMP)-parity: $(STAMP)-%: pyproject.toml | $(STAMP)-venv
+$(STAMP)-core $(STAMP)-test $(STAMP)-lint $(STAMP)-parity $(STAMP)-bench: $(STAMP)-%: pyproject.toml | $(STAMP)-venv
 	$(BIN)/python -m pip install --quiet --editable ".$(patsubst %,[%],$(filter-out core,$*))"
 	touch $@

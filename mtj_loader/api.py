@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from mtj_loader.checkpoint.source import Checkpoint, open_checkpoint
 from mtj_loader.display import parse_bytes
 from mtj_loader.dtypes import DTypeName, parameter_dtype
-from mtj_loader.errors import UsageError
+from mtj_loader.errors import MeshError, UsageError
 from mtj_loader.generation import generate as generation
 from mtj_loader.generation.generate import Generator, Stop
 from mtj_loader.generation.prompts import PromptLike, check_batch
@@ -266,6 +266,8 @@ def plan(
     )
     check_host_memory(options.host_memory_bytes)
     parameter_dtype(dtype)
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UsageError("not a checkpoint's path", key="path", found=repr(path))
     checkpoint = open_checkpoint(
         path,
         revision=revision,
@@ -377,11 +379,17 @@ def _weighted(adapter: AdapterLike | None) -> list[tuple[PathLike, float]]:
         return []
     if isinstance(adapter, str | os.PathLike):
         return [(adapter, 1.0)]
-    for item in adapter:
-        if not (isinstance(item, tuple) and len(item) == 2 and math.isfinite(item[1])):
-            expected = "a folder, or a list of (folder, weight)"
-            raise UsageError("not an adapter", key="adapter", expected=expected, found=repr(item))
-    return list(adapter)
+    found: list[tuple[PathLike, float]] = []
+    for item in adapter if isinstance(adapter, list | tuple) else [adapter]:
+        match item:
+            case (str() | os.PathLike() as folder, int() | float() as w) if math.isfinite(w):
+                found.append((folder, float(w)))
+            case _:
+                expected = "a folder, or a list of (folder, weight)"
+                raise UsageError(
+                    "not an adapter", key="adapter", expected=expected, found=repr(item)
+                )
+    return found
 
 
 def _topology(
@@ -390,8 +398,11 @@ def _topology(
     """The mesh to plan for; without one, a shard for every device that the model can use."""
     if isinstance(mesh, str):
         return make_abstract_mesh(mesh)
-    if mesh is not None:
+    if isinstance(mesh, Mesh | AbstractMesh | Topology):
         return topology(mesh)
+    if mesh is not None:
+        expected = 'a mesh, or a text such as "dp=2,mp=4"'
+        raise MeshError("not a mesh", key="mesh", expected=expected, found=repr(mesh))
     _, _, config = read_model(checkpoint, map_path)
     return make_abstract_mesh(f"mp={usable_shards(config, len(jax.devices()))[-1]}")
 

@@ -40,7 +40,7 @@ def parameter_dtype(name: str) -> np.dtype:
     """
     if name == "auto":
         return BFLOAT16
-    if name not in _PARAMETER_DTYPES:
+    if not isinstance(name, str) or name not in _PARAMETER_DTYPES:
         choices = ", ".join(["auto", *_PARAMETER_DTYPES])
         raise UsageError("unknown dtype", key="dtype", expected=choices, found=repr(name))
     return _PARAMETER_DTYPES[name]

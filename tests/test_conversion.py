@@ -118,6 +118,24 @@ def test_a_missing_expert_is_named() -> None:
     ]
 
 
+def test_two_spellings_of_one_expert_are_refused() -> None:
+    arrays = tensors(2) | {"layers.5.block_sparse_moe.experts.1.w1.weight": np.zeros((4, 3))}
+    _, (problem,) = convert(records(arrays), CONVERSIONS)
+    assert problem.what == "two tensors for one part of a parameter"
+    assert {problem.tensor, problem.found} == {
+        "layers.5.block_sparse_moe.experts.1.w1.weight",
+        "model.layers.5.block_sparse_moe.experts.1.w1.weight",
+    }
+
+
+@pytest.mark.parametrize("number", ["999999", "1" * 5000])
+def test_an_expert_of_a_large_number_costs_no_memory(number: str) -> None:
+    name = f"model.layers.5.block_sparse_moe.experts.{number}.w1.weight"
+    sources, problems = convert(records(tensors(2) | {name: np.zeros((4, 3))}), CONVERSIONS)
+    unmerged = [source.name for source in sources if source.name == name]
+    assert len(problems) + len(unmerged) == 1  # a gap, or a name that is no expert's
+
+
 def test_experts_of_different_shapes_are_named() -> None:
     arrays = tensors(2)
     arrays["model.layers.5.block_sparse_moe.experts.1.w2.weight"] = np.zeros((2, 4))

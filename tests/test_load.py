@@ -129,7 +129,7 @@ def meshes() -> dict[str, Mesh | str | None]:
 def test_any_mesh_holds_the_same_parameters(name: str) -> None:
     mesh = meshes()[name]
     model = mtj_loader.load(FIXTURE, mesh)
-    verify(model.plan, model.params, model.mesh)
+    verify(model.plan, model.params)
     if isinstance(mesh, Mesh):
         assert {d.id for d in model.mesh.devices.flat} == {d.id for d in mesh.devices.flat}
     embedding = model.params["causal_transformer_shard/~/embedding_shard/~/linear"]["w"]
@@ -206,7 +206,7 @@ def test_a_plan_can_be_loaded() -> None:
     plan = mtj_loader.plan(FIXTURE, mesh)
     model = mtj_loader.load(plan=plan)
     assert [d.id for d in model.mesh.devices.flat] == [6, 2]
-    verify(plan, model.params, model.mesh)
+    verify(plan, model.params)
 
 
 def test_bytes_read_are_bytes_needed_for_part_of_the_mesh(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_the_report_is_json_and_a_line() -> None:
 
 def test_verify_finds_a_wrong_bit() -> None:
     model = mtj_loader.load(FIXTURE, "mp=4")
-    assert verify(model.plan, model.params, model.mesh) == 4 * model.report.device_bytes
+    assert verify(model.plan, model.params) == 4 * model.report.device_bytes
     at = "causal_transformer_shard/~/layer_3/~/linear_4"
     array = model.params[at]["w"]
     bits = np.asarray(array).view(np.uint16).copy()
@@ -233,7 +233,7 @@ def test_verify_finds_a_wrong_bit() -> None:
     broken = jax.device_put(bits.view(ml_dtypes.bfloat16), array.sharding)
     params = model.params | {at: model.params[at] | {"w": broken}}
     with pytest.raises(VerifyError, match=r"1 elements(.|\n)*layers\.3(.|\n)*element \(0, 5, 7\)"):
-        verify(model.plan, params, model.mesh)
+        verify(model.plan, params)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -247,7 +247,7 @@ def test_non_finite_weights_are_found_when_looked_for(value: float, tmp_path: Pa
     assert allowed.report.finite is False
     assert mtj_loader.load(folder, "mp=2").report.finite is None  # not scanned
     with pytest.raises(NonFiniteError, match="dense_h_to_4h"):
-        verify(mtj_loader.plan(folder, "mp=2"), allowed.params, allowed.mesh)
+        verify(mtj_loader.plan(folder, "mp=2"), allowed.params)
 
 
 def test_finite_weights_that_overflow_in_float16_are_refused(tmp_path: Path) -> None:  # E81
@@ -311,6 +311,8 @@ def test_an_interrupt_stops_all_threads(tmp_path: Path, monkeypatch: pytest.Monk
         ("dp=4,mp=4", DeviceError, r"needs more devices(.|\n)*16(.|\n)*8 \(cpu\)"),
         ("mp=0", MeshError, r"cannot read the mesh"),
         ("tp=2", MeshError, r"cannot read the mesh(.|\n)*tp=2"),
+        ("mp=1,mp=2", MeshError, r"names mp twice"),
+        (5, MeshError, r"not a mesh(.|\n)*5"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_refused(
@@ -332,6 +334,7 @@ def test_a_mesh_of_other_axes_is_refused(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"dtype": "float8"}, "unknown dtype"),
+        ({"dtype": []}, "unknown dtype"),
         ({"host_memory": "63MiB"}, "host_memory is too small"),
         ({"host_memory": "much"}, "cannot read a size"),
     ],
@@ -339,6 +342,12 @@ def test_a_mesh_of_other_axes_is_refused(tmp_path: Path) -> None:
 def test_options_that_cannot_be_are_refused(options: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         mtj_loader.load(FIXTURE, "mp=2", **options)
+
+
+@pytest.mark.parametrize("path", [5, "", b"model"])
+def test_a_path_is_a_path(path: object) -> None:
+    with pytest.raises(UsageError, match="not a checkpoint's path"):
+        mtj_loader.load(path, "mp=2")
 
 
 def test_load_takes_a_path_or_a_plan() -> None:

@@ -57,7 +57,7 @@ def test_an_adapter_is_merged_like_by_hand(
     assert model.report.bytes_needed == expected.report.bytes_needed + factors
     ids = np.arange(10).reshape(2, 5)
     np.testing.assert_allclose(model.logits(ids), expected.logits(ids), atol=1e-4)
-    assert verify(model.plan, model.params, model.mesh)
+    assert verify(model.plan, model.params)
 
 
 def test_the_sum_is_rounded_once(tmp_path: Path) -> None:
@@ -265,7 +265,9 @@ def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:
         mtj_loader.plan(base, "mp=2", adapter=tmp_path)
 
 
-@pytest.mark.parametrize("adapter", [["a"], [("a", math.nan)], [("a", 1, 2)]])
+@pytest.mark.parametrize(
+    "adapter", [["a"], [("a", math.nan)], [("a", 1, 2)], 5, [("a", "b")], [(5, 1.0)]]
+)
 def test_a_list_of_adapters_has_weights(adapter: list, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not an adapter"):
         mtj_loader.plan(neox.write(tmp_path), "mp=2", adapter=adapter)
@@ -305,3 +307,89 @@ def test_the_command_line_takes_adapters_with_weights(tmp_path: Path) -> None:
     changed = {p["module"] for p in plan["parameters"] if p["changes"]["adapters"] == 2}
     assert "causal_transformer_shard/~/layer_0/~/combined_qkv" in changed
     assert len(changed) == 4
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        pytest.param(
+            linear(DENSE.format(0), 24, 24)
+            | linear(DENSE.format(0).removeprefix("gpt_neox."), 24, 24, seed=1),
+            "two adapters for one parameter",
+            id="two-spellings",
+        ),
+        pytest.param(
+            linear(DENSE.format(0), 24, 24)
+            | {f"base_model.model.{DENSE.format(0)}.lora_A": np.zeros((3, 24), np.float32)},
+            "two tensors for one factor",
+            id="two-factors",
+        ),
+        pytest.param(
+            {
+                f"base_model.model.{DENSE.format(0)}.lora_embedding_A": np.ones(
+                    (3, 24), np.float32
+                ),
+                f"base_model.model.{DENSE.format(0)}.lora_B.weight": np.ones((24, 3), np.float32),
+            },
+            "one factor is of an embedding",
+            id="mixed-pair",
+        ),
+        pytest.param(
+            {
+                f"base_model.model.{DENSE.format(0)}.lora_embedding_A": np.ones(
+                    (3, 24), np.float32
+                ),
+                f"base_model.model.{DENSE.format(0)}.lora_embedding_B": np.ones(
+                    (24, 3), np.float32
+                ),
+            },
+            "embeddings, and they alone",
+            id="embedding-pair-of-a-linear-layer",
+        ),
+        pytest.param(
+            linear("gpt_neox.embed_in", 29, 24), "embeddings, and they alone", id="linear-pair"
+        ),
+        pytest.param(
+            {
+                f"base_model.model.{DENSE.format(0)}.lora_A.weight": np.ones(3, np.float32),
+                f"base_model.model.{DENSE.format(0)}.lora_B.weight": np.ones((24, 3), np.float32),
+            },
+            r"a factor is a matrix(.|\n)*\[3\]",
+            id="one-dimension",
+        ),
+    ],
+)
+def test_nothing_of_an_adapter_is_dropped_or_turned_round(
+    terms: dict, words: str, tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "a", terms)
+    with pytest.raises(AdapterMismatchError, match=words):
+        mtj_loader.plan(neox.write(tmp_path / "base"), "mp=2", adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"rank_pattern": {"(?i)dense": 3}}, "not a regular expression"),
+        ({"rank_pattern": {"a{4294967296}": 3}}, "not a regular expression"),
+        ({"alpha_pattern": {r"([a-z_0-9]+\.?)+!": 3}}, "take forever"),
+        ({"alpha_pattern": {"(" * 3000 + ")" * 3000: 3}}, "take forever"),
+        ({"lora_alpha": 1e308}, "of usual size"),
+        ({"lora_alpha": float(10**30)}, "of usual size"),
+    ],
+)
+def test_settings_that_cannot_be_computed_are_refused(
+    config: dict, words: str, tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "a", TERMS, **config)
+    with pytest.raises(AdapterError, match=words):
+        mtj_loader.plan(neox.write(tmp_path / "base"), "mp=2", adapter=adapter)
+
+
+def test_verify_finds_an_adapter_that_was_merged_wrongly(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", TERMS)
+    model = mtj_loader.load(neox.write(tmp_path / "base"), "mp=2", adapter=adapter)
+    verify(model.plan, model.params)
+    without = model.without_adapter()
+    with pytest.raises(VerifyError, match="query_key_value"):
+        verify(model.plan, without.params)

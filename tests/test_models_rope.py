@@ -162,3 +162,17 @@ def test_settings_that_make_no_sense(settings, key, wording):
     with pytest.raises(ConfigError, match=wording) as caught:
         read(**settings)
     assert caught.value.key == f"rope_parameters.{key}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"partial_rotary_factor": 1e308},
+        {"rope_type": "linear", "factor": 1e-320},
+        {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1e308},
+        LONGROPE | {"short_factor": [1e-320] * 4, "factor": 2.0},
+    ],
+)
+def test_settings_without_finite_frequencies_are_refused(settings):
+    with pytest.raises(ConfigError):
+        read(**settings)

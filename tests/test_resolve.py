@@ -252,6 +252,28 @@ def test_a_map_that_reads_another_width_than_the_model_is_refused(tmp_path: Path
         mtj_loader.plan(neox.write(tmp_path / "c"), "mp=2", map=path)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "transforms"),
+    [
+        ("gpt_neox.layers.{layer}.input_layernorm.weight", ["vocab_pad"]),
+        ("gpt_neox.layers.{layer}.input_layernorm.weight", ["divide_by_shards"]),
+        ("gpt_neox.layers.{layer}.mlp.dense_h_to_4h.bias", ["divide_by_shards"]),
+        ("gpt_neox.layers.{layer}.attention.dense.weight", [{"op": "qkv_blocks_to_heads"}]),
+    ],
+)
+def test_a_transform_that_makes_no_sense_is_refused(
+    tensor: str, transforms: list, tmp_path: Path
+) -> None:
+    raw = json.loads(SEED.read_text())
+    raw["layer_weights"][tensor]["mtj"]["transforms"] = transforms
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(raw))
+    found = problems(neox.write(tmp_path / "c"), map=path)
+    assert {problem.what for problem in found} == {
+        "the map gives a transform that does not fit the parameter"
+    }
+
+
 def test_folding_keeps_gaps_visible() -> None:
     found = fold_layers([Problem("w", tensor=f"h.{i}.a") for i in (0, 2, 5)])
     assert [p.tensor for p in found] == ["h.{0,2,5}.a"]

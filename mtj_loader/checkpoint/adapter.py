@@ -23,6 +23,9 @@ PathLike = str | os.PathLike[str]
 
 CONFIG_FILE = "adapter_config.json"
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_MAX_ALPHA = 1e30  # beyond, the scale leaves float32
+_MAX_PATTERN = 512  # longer than any list of a model's modules
+_NESTED_REPEAT = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")  # (a+)+ backtracks exponentially
 _MAX_CONFIG_BYTES = 1 << 20  # a thousand times a usual one
 
 # Where training began; these leave the base weights as they were (PEFT's LoraConfig).
@@ -166,6 +169,8 @@ class _Reader:
     def alpha(self, value: object, key: str) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error("alpha is a number", key, "a number", value)
+        if not -_MAX_ALPHA < value < _MAX_ALPHA:
+            raise self.error("alpha is a number of usual size", key, f"below {_MAX_ALPHA}", value)
         return float(value)
 
     def table(self, key: str) -> dict[str, object]:
@@ -173,9 +178,11 @@ class _Reader:
         if not isinstance(value, dict):
             raise self.error("patterns are an object", key, "an object")
         for pattern in value:
+            if len(pattern) > _MAX_PATTERN or _NESTED_REPEAT.search(pattern):
+                raise self.error("a pattern that could take forever", key, None, pattern[:99])
             try:
-                re.compile(pattern)
-            except re.error as error:
+                re.compile(_whole(pattern))
+            except (re.error, OverflowError, RecursionError) as error:
                 raise self.error("not a regular expression", key, None, pattern) from error
         return value
 
@@ -200,6 +207,11 @@ class _Reader:
 
 def _first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT's get_pattern_key
+        if re.match(_whole(pattern), module):
             return value
     return default
+
+
+def _whole(pattern: str) -> str:
+    """A pattern as PEFT's get_pattern_key applies it."""
+    return rf"(.*\.)?({pattern})$"

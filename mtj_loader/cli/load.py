@@ -90,7 +90,7 @@ def _verify(model: Model) -> int:
 
     note("verifying: reading everything again")
     with model.plan.checkpoint.storage:
-        return verify(model.plan, model.params, model.mesh)
+        return verify(model.plan, model.params)
 
 
 def _write(path: Path, document: dict[str, object]) -> None:

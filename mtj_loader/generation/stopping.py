@@ -55,12 +55,13 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     Raises:
       UsageError: a stop string that is empty or not a string.
     """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    for string in stops:
+    if stop is None:
+        return ()
+    for string in stop if isinstance(stop, list | tuple) else [stop]:
         if not isinstance(string, str) or not string:
             expected = "a string of at least one character, or a list of them"
             raise UsageError("not a stop string", key="stop", expected=expected, found=repr(string))
-    return stops
+    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 @dataclass(frozen=True)

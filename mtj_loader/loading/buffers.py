@@ -8,7 +8,8 @@ copy from staging memory, which is used again once the copy is done.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import jax
@@ -92,15 +93,15 @@ class StagingBuffers:
 
 # Batches that exist at once while staging: one is copied to the devices, one is ready, one is read.
 _STAGED_BATCHES = 3
-# A thread's panel, its float32 form and its form in the parameter's dtype, and a tile.
-_SCRATCH_BYTES = 4 << 20
+# At most what a thread holds: a panel of 4 MiB, its float32 form, its last form, and a tile.
+SCRATCH_BYTES = 16 << 20
 
 
 def buffers_for(platform: str, host_memory_bytes: int, threads: int) -> Buffers:
     """The policy for a backend, so that everything in flight stays within `host_memory_bytes`."""
     if platform == "cpu":
         return AdoptedBuffers()
-    return StagingBuffers((host_memory_bytes - threads * _SCRATCH_BYTES) // _STAGED_BATCHES)
+    return StagingBuffers((host_memory_bytes - threads * SCRATCH_BYTES) // _STAGED_BATCHES)
 
 
 def allocate(size_bytes: int) -> np.ndarray:
@@ -132,8 +133,15 @@ def aligned(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def _device_put(arrays: Sequence[np.ndarray], devices: Sequence[Device]) -> list[jax.Array]:
+@contextmanager
+def device_refusals() -> Iterator[None]:
+    """Turns a device's refusal of an allocation into our error."""
     try:
-        return jax.device_put(list(arrays), list(devices))
+        yield
     except jax.errors.JaxRuntimeError as error:
         raise DeviceError("a device refused an allocation", found=str(error)) from error
+
+
+def _device_put(arrays: Sequence[np.ndarray], devices: Sequence[Device]) -> list[jax.Array]:
+    with device_refusals():
+        return jax.device_put(list(arrays), list(devices))

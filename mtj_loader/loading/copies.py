@@ -7,9 +7,10 @@ All offsets and strides count elements: of the source record on one side, of the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -58,6 +59,11 @@ class Copy:
         return not self.loops or (
             len(self.loops) == 1 and self.loops[0].src == 1 == self.loops[0].dst
         )
+
+    @property
+    def is_transpose(self) -> bool:
+        """Whether neighbors in the file are no neighbors in the buffer."""
+        return bool(self.loops) and self.loops[-1].src == 1 and self.loops[-1].dst > 1
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,20 @@ def elements_by_source(layout: Layout) -> dict[int, int]:
     return counts
 
 
+def joined(shards: Sequence[Layout], spacing: int) -> tuple[Copy, ...]:
+    """The copies that fill several shards in one buffer, number i from element i·spacing on.
+
+    Copies that repeat at a fixed distance on both sides become one with a loop more. So all shards
+    of a matrix that is split by columns are one copy, and by rows often a single run.
+    """
+    alike: dict[tuple[int, tuple[Loop, ...]], list[Copy]] = {}
+    for i, layout in enumerate(shards):
+        for copy in shard_copies(layout).copies:
+            there = replace(copy, dst=copy.dst + i * spacing)
+            alike.setdefault((copy.source, copy.loops), []).append(there)
+    return tuple(one for copies in alike.values() for one in _repeated(copies))
+
+
 def source_elements(layout: Layout) -> int:
     """How many elements a shard takes from all records together."""
     return sum(elements_by_source(layout).values())
@@ -185,6 +205,20 @@ def _copy_runs(copy: Copy) -> np.ndarray:
 def _extent(loops: tuple[Loop, ...]) -> int:
     """Source elements from the first to the last that nested loops touch, both counted."""
     return 1 + sum((loop.count - 1) * loop.src for loop in loops)
+
+
+def _repeated(copies: list[Copy]) -> Iterator[Copy]:
+    """Copies with equal loops, each stretch of them at a constant distance made one copy."""
+    copies = sorted(copies, key=lambda copy: (copy.src, copy.dst))
+    steps = [(b.src - a.src, b.dst - a.dst) for a, b in pairwise(copies)]
+    first = 0
+    while first < len(copies):
+        last = first
+        while last < len(steps) and steps[last] == steps[first]:
+            last += 1
+        turns = [Loop(last - first + 1, *steps[first])] if last > first else []
+        yield replace(copies[first], loops=_merged([*turns, *copies[first].loops]))
+        first = last + 1
 
 
 def _merged(loops: list[Loop]) -> tuple[Loop, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -29,12 +29,14 @@ class Job:
       plan: the parameter.
       shards: its distinct shards here, each with the shard numbers that share it.
       corner: of a block, where it begins in the shard; None for whole shards.
-      targets: a flat buffer for each of `shards`, in the parameter's dtype.
+      buffer: flat memory for all of `shards`, in the parameter's dtype.
+      targets: each shard's part of it, flat.
     """
 
     plan: ParamPlan
     shards: dict[Layout, list[int]]
     corner: tuple[int, ...] | None = None
+    buffer: np.ndarray = field(default_factory=partial(np.empty, 0))
     targets: list[np.ndarray] = field(default_factory=list)
 
     @cached_property
@@ -46,27 +48,27 @@ class Job:
     def steps(self) -> tuple[Step, ...]:
         """The reads that fill the buffers."""
         itemsize = self.plan.source_dtype.itemsize
-        return schedule(tuple(self.shards), itemsize, self.finish is None)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Bytes of each buffer."""
-        return [layout.size * self.plan.dtype.itemsize for layout in self.shards]
+        return schedule(tuple(self.shards), self._spacing, itemsize, self.finish is None)
 
     @property
     def size_bytes(self) -> int:
-        """Memory for its buffers."""
-        return sum(map(aligned, self.sizes))
+        """Memory for its buffer."""
+        return self._spacing * len(self.shards) * self.plan.dtype.itemsize
 
-    def take_buffers(self, memory: np.ndarray) -> None:
-        """Cuts the buffers out of a piece of memory and writes the zeros of padding."""
-        offset = 0
-        for layout, size in zip(self.shards, self.sizes, strict=True):
-            target = memory[offset : offset + size].view(self.plan.dtype)
+    @cached_property
+    def _spacing(self) -> int:
+        """Elements from one shard's beginning to the next one's; all have the same size."""
+        size = next(iter(self.shards)).size
+        return aligned(size * self.plan.dtype.itemsize) // self.plan.dtype.itemsize
+
+    def take_buffer(self, memory: np.ndarray) -> None:
+        """Takes the first `size_bytes` of a piece of memory and writes the zeros of padding."""
+        self.buffer = memory[: self.size_bytes].view(self.plan.dtype)
+        for i, layout in enumerate(self.shards):
+            target = self.buffer[i * self._spacing :][: layout.size]
             for box in shard_copies(layout).zeros:
                 target.reshape(layout.shape)[box] = 0
             self.targets.append(target)
-            offset += aligned(size)
 
 
 @dataclass
@@ -84,7 +86,7 @@ def batches(plan: LoadPlan, host: int, buffers: Buffers) -> Iterator[Batch]:
         memory = buffers.take(sum(job.size_bytes for job in jobs))
         offset = 0
         for job in jobs:
-            job.take_buffers(memory[offset:])
+            job.take_buffer(memory[offset:])
             offset += job.size_bytes
         yield Batch(jobs, memory)
 

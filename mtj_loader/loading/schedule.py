@@ -11,10 +11,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from mtj_loader.loading.copies import Copy, clip, runs, shard_copies
+from mtj_loader.loading.copies import Copy, clip, joined, runs
 from mtj_loader.weights.view import Layout
 
 PANEL_BYTES = 1 << 20  # what is read at a time stays in the second-level cache until it is copied
+# A transpose writes as much of each line of its target at once as a panel has rows; 1 MiB of them
+# took 25 % longer.
+_TRANSPOSED_PANEL_BYTES = 4 << 20
 STRAIGHT_BYTES = 8 << 20  # pieces of a straight read: small enough to share among threads
 _LEAST_STRAIGHT_BYTES = 64 << 10  # below, one panel for all shards costs fewer system calls
 
@@ -26,13 +29,13 @@ class Step:
     Attributes:
       source: which of the view's records.
       runs: the ranges to read, in order; all lie within one panel's length of the first.
-      copies: (which distinct shard, what to copy there) for each part of the panel.
+      copies: what goes where in the buffer that holds all shards.
       straight: the one run goes where the one copy says, with no scratch memory between.
     """
 
     source: int
     runs: tuple[tuple[int, int], ...]
-    copies: tuple[tuple[int, Copy], ...]
+    copies: tuple[Copy, ...]
     straight: bool
 
     @property
@@ -53,51 +56,56 @@ class Step:
 
 @lru_cache(maxsize=1024)  # kinds of parameters × hosts that one process plans for
 def schedule(
-    shards: tuple[Layout, ...], itemsize: int, may_read_straight: bool
+    shards: tuple[Layout, ...], spacing: int, itemsize: int, may_read_straight: bool
 ) -> tuple[Step, ...]:
     """The steps that fill some distinct shards of one parameter, each source element read once.
 
     Args:
       shards: the distinct layouts that this host's devices hold.
+      spacing: elements from the beginning of one shard's buffer to that of the next.
       itemsize: bytes per element in the file.
       may_read_straight: no element changes on the way, so bytes may go from file to buffer.
     """
-    copies = [(i, copy) for i, shard in enumerate(shards) for copy in shard_copies(shard).copies]
+    copies = joined(shards, spacing)
     steps: list[Step] = []
-    for source in sorted({copy.source for _, copy in copies}):
-        mine = [(i, copy) for i, copy in copies if copy.source == source]
-        straight = [c for c in mine if may_read_straight and _goes_straight(c[1], mine, itemsize)]
-        for i, copy in straight:
-            steps += _straight_steps(i, copy, STRAIGHT_BYTES // itemsize)
-        steps += _panel_steps(source, [c for c in mine if c not in straight], itemsize)
+    for source in sorted({copy.source for copy in copies}):
+        mine = [copy for copy in copies if copy.source == source]
+        straight = [c for c in mine if may_read_straight and _goes_straight(c, mine, itemsize)]
+        for copy in straight:
+            steps += _straight_steps(copy, STRAIGHT_BYTES // itemsize)
+        rest = [copy for copy in mine if copy not in straight]
+        transposed = may_read_straight and any(copy.is_transpose for copy in rest)
+        panel_bytes = _TRANSPOSED_PANEL_BYTES if transposed else PANEL_BYTES
+        steps += _panel_steps(source, rest, panel_bytes // itemsize)
     return tuple(steps)
 
 
-def _goes_straight(copy: Copy, all_copies: list[tuple[int, Copy]], itemsize: int) -> bool:
-    """Whether a copy is one long run that no other copy needs too."""
-    if not copy.is_run or copy.size * itemsize < _LEAST_STRAIGHT_BYTES:
+def _goes_straight(copy: Copy, all_copies: list[Copy], itemsize: int) -> bool:
+    """Whether a copy is one run that no other copy needs too, long or all there is."""
+    if not copy.is_run:
         return False
-    return sum(c.src < copy.stop and copy.src < c.stop for _, c in all_copies) == 1
+    if len(all_copies) > 1 and copy.size * itemsize < _LEAST_STRAIGHT_BYTES:
+        return False
+    return sum(c.src < copy.stop and copy.src < c.stop for c in all_copies) == 1
 
 
-def _straight_steps(shard: int, copy: Copy, length: int) -> Iterator[Step]:
+def _straight_steps(copy: Copy, length: int) -> Iterator[Step]:
     for start in range(copy.src, copy.stop, length):
         stop = min(start + length, copy.stop)
-        for part in clip(copy, start, stop):
-            yield Step(copy.source, ((start, stop),), ((shard, part),), straight=True)
+        yield Step(copy.source, ((start, stop),), tuple(clip(copy, start, stop)), straight=True)
 
 
-def _panel_steps(source: int, copies: list[tuple[int, Copy]], itemsize: int) -> Iterator[Step]:
-    needed = runs(tuple(copy for _, copy in copies))
+def _panel_steps(source: int, copies: list[Copy], most: int) -> Iterator[Step]:
+    needed = runs(tuple(copies))
     if not len(needed):
         return
-    length = _panel_length([copy for _, copy in copies], PANEL_BYTES // itemsize)
+    length = _panel_length(copies, most)
     first, last = int(needed[0, 0]), int(needed[-1, 1])
     for start in range(first, last, length):
         stop = min(start + length, last)
         inside = _cut(needed, start, stop)
         if inside:
-            parts = tuple((i, part) for i, c in copies for part in clip(c, start, stop))
+            parts = tuple(part for copy in copies for part in clip(copy, start, stop))
             yield Step(source, inside, parts, straight=False)
 
 

@@ -83,10 +83,14 @@ def parse_mesh(spec: str) -> tuple[int, int]:
       MeshError: it says anything else.
     """
     sizes = {"dp": 1, "mp": 1}
+    given: set[str] = set()
     for part in spec.split(","):
         found = re.fullmatch(r"\s*(dp|mp)\s*=\s*([1-9][0-9]{0,5})\s*", part)
         if found is None:
             raise MeshError("cannot read the mesh", expected='like "dp=1,mp=8"', found=repr(spec))
+        if found[1] in given:
+            raise MeshError(f"the mesh names {found[1]} twice", found=repr(spec))
+        given.add(found[1])
         sizes[found[1]] = int(found[2])
     return sizes["dp"], sizes["mp"]
 

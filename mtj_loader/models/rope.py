@@ -292,6 +292,7 @@ def read(
     _check_shared(rope, shared)
     result = kind.read(rope, shared)
     rope.refuse_rest()
+    _check_finite(rope, result)
     return result
 
 
@@ -306,10 +307,24 @@ def _power(theta: float, exponents: np.ndarray) -> np.ndarray:
     return np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
 
 
+def _check_finite(config: Reader, rope: Rope) -> None:
+    """Raises ConfigError if there are no finite frequencies, within or beyond what was trained."""
+    try:
+        with np.errstate(all="ignore"):
+            found = [rope.frequencies(n * rope.trained_positions) for n in (1, 2)]
+        finite = all(np.isfinite(row).all() for row in found)
+    except (ArithmeticError, ValueError):
+        finite = False
+    if not finite:
+        what = "settings of the rotary embedding give no finite frequencies"
+        raise config.error(what, "rope_type", "settings of usual size")
+
+
 def _check_shared(config: Reader, shared: Mapping[str, Any]) -> None:
     if shared["theta"] <= 1:
         raise config.error("not a legal value", "rope_theta", "a number above 1")
-    pairs = math.ceil(int(shared["head_dim"] * shared["fraction"]) / 2)
+    share = min(shared["fraction"], 2.0)  # what is above 1 is refused, however large
+    pairs = math.ceil(int(shared["head_dim"] * share) / 2)
     if not 2 <= 2 * pairs <= shared["head_dim"]:
         what = f"the rotated dimensions do not come in pairs within {shared['head_dim']}, the head"
         raise config.error(what, "partial_rotary_factor", "a share from 0 to 1")

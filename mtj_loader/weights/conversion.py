@@ -21,6 +21,9 @@ from mtj_loader.weights.view import View, concat, stack, view_of
 BASE_PREFIXES = ("transformer.", "model.", "gpt_neox.")
 
 
+_NUMBER = "(0|[1-9][0-9]{0,5})"  # six digits: a stranger's number must not be long
+
+
 @dataclass(frozen=True)
 class Source:
     """A tensor under the name that the map's entries know, whatever it is stored as."""
@@ -71,7 +74,7 @@ class Merge:
 
     @cached_property
     def _patterns(self) -> list[re.Pattern[str]]:
-        return [re.compile(re.escape(s).replace(r"\*", "(0|[1-9][0-9]*)")) for s in self.sources]
+        return [re.compile(re.escape(s).replace(r"\*", _NUMBER)) for s in self.sources]
 
     def match(self, name: str) -> tuple[int, int] | None:
         """Which pattern a name fits, and its number."""
@@ -91,8 +94,9 @@ class Merge:
         """
         count = max((max(part, default=-1) for part in parts), default=-1) + 1
         for pattern, part in zip(self.sources, parts, strict=True):
-            if missing := [i for i in range(count) if i not in part]:
-                raise ValueError(f"there is no {pattern.replace('*', str(missing[0]))}")
+            if len(part) < count:
+                missing = next(i for i in range(count) if i not in part)
+                raise ValueError(f"there is no {pattern.replace('*', str(missing))}")
         stacks = [
             stack([view_of(part[i]) for i in range(count)], self.stack_axis) for part in parts
         ]
@@ -131,6 +135,7 @@ class _Merger:
     """The parts of merged tensors as they are found: (prefix, merge) → parts."""
 
     parts: dict[tuple[str, Merge], list[dict[int, TensorRecord]]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
 
     def take(self, prefix: str, rest: str, record: TensorRecord, merges: Sequence[Merge]) -> bool:
         """Files a tensor that is a part; False if it is none."""
@@ -138,7 +143,11 @@ class _Merger:
             if (found := merge.match(rest)) is not None:
                 pattern, number = found
                 empty: list[dict[int, TensorRecord]] = [{} for _ in merge.sources]
-                self.parts.setdefault((prefix, merge), empty)[pattern][number] = record
+                filed = self.parts.setdefault((prefix, merge), empty)[pattern]
+                other = filed.setdefault(number, record)
+                if other is not record:
+                    what = "two tensors for one part of a parameter"
+                    self.problems.append(Problem(what, record.file, record.name, found=other.name))
                 return True
         return False
 
@@ -154,7 +163,7 @@ def convert(
         if located is not None and merger.take(*located, record, conversions.merges):
             continue
         sources.append(Source("".join(located) if located else name, view_of(record)))
-    problems: list[Problem] = []
+    problems = merger.problems
     for (prefix, merge), parts in merger.parts.items():
         try:
             sources.append(Source(prefix + merge.target, merge.build(parts)))

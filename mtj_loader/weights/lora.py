@@ -30,6 +30,8 @@ from mtj_loader.weights.view import View, concat, stack, view_of, zeros
 _PREFIX = "base_model.model."  # PEFT puts it before every name
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
 _COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
+# What torch computes with nn.Embedding; everything else is a linear layer or experts.
+_EMBEDDINGS = {("embedding_shard/~/linear", "w"), ("embedding_shard", "pos_embs")}
 _NESTED = ".base_layer"  # a second adapted parameter of one module wraps the first
 
 
@@ -177,7 +179,10 @@ class _Work:
             self.refuse(f"an adapter's names begin with {_PREFIX}", record)
         elif found := _FACTOR.fullmatch(name):
             pair = self.pairs.setdefault(found["module"], _Pair(found["embedding"] is not None))
-            pair.factors[found["factor"]] = record
+            if pair.embedding != (found["embedding"] is not None):
+                self.refuse("one factor is of an embedding and one is not", record)
+            elif pair.factors.setdefault(found["factor"], record) is not record:
+                self.refuse("two tensors for one factor", record)
         elif found := _COPY.fullmatch(name):
             self.carry(record, found["module"] + ".weight")
         else:
@@ -204,7 +209,10 @@ class _Work:
             record = next(iter(pair.factors.values()))
             self.refuse("half a pair", record, expected=f"lora_{missing.pop()} too")
             return
-        if pair.embedding:
+        record = next((r for r in pair.factors.values() if len(r.shape) != 2), None)
+        if record is not None:
+            self.refuse("a factor is a matrix", record, found=str(list(record.shape)))
+        elif pair.embedding:
             self.place_embedding(module, pair)
         elif names := self.parameters_of(module):
             self.place_parameter(module, names, pair)
@@ -218,7 +226,7 @@ class _Work:
         if rank is not None:
             scales = self.scales(module, (rank,))
             rows, columns = view_of(a).transpose((1, 0)), view_of(b).transpose((1, 0))
-            self.add(module + ".weight", Factors(columns, rows, scales), a)
+            self.add(module + ".weight", Factors(columns, rows, scales), a, embedding=True)
 
     def place_linear(self, module: str, pair: _Pair) -> None:
         a, b = pair.factors["A"], pair.factors["B"]
@@ -231,8 +239,9 @@ class _Work:
             assert located is not None
             if (found := merge.match(located[1])) is not None:
                 empty: list[dict[int, Factors]] = [{} for _ in merge.sources]
-                parts = self.parts.setdefault((located[0], merge), empty)
-                parts[found[0]][found[1]] = factors
+                filed = self.parts.setdefault((located[0], merge), empty)[found[0]]
+                if filed.setdefault(found[1], factors) is not factors:
+                    self.refuse("two adapters for one matrix", a)
                 return
         self.add("".join(located) if located else module + ".weight", factors, a)
 
@@ -252,7 +261,7 @@ class _Work:
         a, b = pair.factors["A"], pair.factors["B"]
         for name in names:
             target, spec = self.target_of(name)
-            if target is None or spec is None or name in self.placed:
+            if target is None or spec is None or len(spec.shape) < 2 or name in self.placed:
                 continue
             *experts, outs, ins = self.layout.file_shape(spec, target.transforms)
             if (b.shape[0], a.shape[1]) == (outs, ins):
@@ -314,11 +323,20 @@ class _Work:
                 continue
             self.add(name, factors, record)
 
-    def add(self, name: str, factors: Factors, record: TensorRecord) -> None:
+    def add(
+        self, name: str, factors: Factors, record: TensorRecord, *, embedding: bool = False
+    ) -> None:
         """Files factors under the parameter of this name, in the parameter's order."""
         target, spec = self.target_of(name)
         if target is None or spec is None:
             self.refuse("there is no such parameter in the model", record)
+            return
+        key = (target.module, target.param)
+        if (key in _EMBEDDINGS) != embedding:
+            self.refuse("embeddings, and they alone, have lora_embedding_A and _B", record)
+            return
+        if key in self.terms:
+            self.refuse("two adapters for one parameter", record)
             return
         expected = self.layout.file_shape(spec, target.transforms)
         found = (*factors.b.shape[:-2], factors.b.shape[-2], factors.a.shape[-1])
@@ -327,7 +345,6 @@ class _Work:
             self.refuse(what, record, str(list(expected)), str(list(found)))
             return
         left, right = self.layout.apply_factors(factors.b, factors.a, spec, target.transforms)
-        key = (target.module, target.param)
         self.terms[key] = LowRank(spec, self.adapter.storage, left, right, factors.scales)
 
     def refuse(

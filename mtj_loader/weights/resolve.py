@@ -198,6 +198,9 @@ class _Work:
         if len(source.dtypes) > 1:
             what, found = "the parts of one parameter differ in dtype", ", ".join(source.dtypes)
             return _problem(what, source, key, "one dtype", found)
+        if unfit := self.layout.unfit(spec, target.transforms):
+            what = "the map gives a transform that does not fit the parameter"
+            return _problem(what, source, key, found=unfit)
         expected, shape = self.layout.file_shape(spec, target.transforms), source.view.shape
         if shape != expected:
             what = "the shape does not fit the model that config.json describes"

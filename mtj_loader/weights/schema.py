@@ -83,6 +83,9 @@ class WeightMap:
         names = dict(self.static)
         for pattern, target in self.layer.items():
             for i in range(layers):
+                if pattern.replace("{layer}", str(i)) in self.static:
+                    what = "a layer's entry names a tensor that a static entry names too"
+                    raise MapError(what, file=self.file, key=pattern)
                 names[pattern.replace("{layer}", str(i))] = target and target.at(i)
         return names
 

@@ -44,6 +44,16 @@ class Layout:
             shape[0] += 2
         return tuple(shape)
 
+    def unfit(self, spec: ParamSpec, transforms: Set[str]) -> str | None:
+        """A transform that makes no sense for this parameter."""
+        names = [[axis.name for axis in group] for group in spec.groups]
+        fits = {
+            "vocab_pad": ["V"] in names,
+            "divide_by_shards": spec.param == "b" and spec.split is None,
+            "qkv_blocks_to_heads": ["h", "3", "k"] in names,
+        }
+        return next((op for op in transforms if not fits.get(op, True)), None)
+
     def apply(self, view: View, spec: ParamSpec, transforms: Set[str]) -> View:
         """The parameter's elements, from a tensor of `file_shape`."""
         if "remove_first_two_rows" in transforms:
@@ -70,6 +80,8 @@ class Layout:
         Returns:
           Views whose product is what `apply` makes of b · a: [..., rows, r] and [..., r, columns].
         """
+        if "remove_first_two_rows" in transforms:
+            b = b.slice((2, 0), b.shape)
         if "vocab_pad" in transforms:
             b = b.pad(0, -(-b.shape[0] // self.shards) * self.shards)
         left, right = b, a

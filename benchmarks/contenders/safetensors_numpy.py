@@ -1,0 +1,27 @@
+"""safetensors' own reader for numpy, then `jax.device_put` with a NamedSharding per tensor."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from safetensors.numpy import load_file
+
+from benchmarks.contenders.common import Loaded, check_equal, device_bytes, files, sharding
+
+
+def load(folder: Path, mesh: Mesh) -> Loaded:
+    """Every tensor in torch's shape; one file at a time is in host memory."""
+    arrays: dict[str, jax.Array] = {}
+    for path in files(folder):
+        tensors = load_file(path)
+        placed = {name: sharding(name, mesh) for name in tensors}
+        arrays |= jax.block_until_ready(jax.device_put(tensors, placed))
+        del tensors
+    return Loaded(
+        partial(device_bytes, arrays),
+        lambda: check_equal(folder, lambda name: np.asarray(arrays[name])),
+    )
