@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import matplotlib as mpl
@@ -19,18 +20,42 @@ def bars(result: dict, file: Path) -> None:
     axes = figure.subplots()
     names = list(result["medians"])[::-1]  # the first on top
     values = [result["medians"][name] for name in names]
-    shown = axes.barh(names, [v["seconds"] for v in values], color=list(map(_color, names)))
-    axes.bar_label(shown, [_label(v) for v in values], padding=8)
-    for i, name in enumerate(names):
+    axes.barh(names, [v["seconds"] for v in values], color=list(map(_color, names)))
+    for i, (name, value) in enumerate(zip(names, values, strict=True)):
         seconds = [run["seconds"] for run in result["runs"][name]]
         axes.plot(seconds, [i] * len(seconds), ".", color="black", markersize=3)
+        axes.annotate(_label(value), (max(seconds), i), (8, -3), textcoords="offset points")
     axes.set_xlabel("seconds (median; dots are single runs)")
     slowest = max(run["seconds"] for runs in result["runs"].values() for run in runs)
     axes.set_xlim(right=1.25 * slowest)  # room for the labels
     title = f"{result['shape']}, {result['bytes'] / 1e9:.2f} GB, page cache {result['page_cache']}"
-    axes.set_title(f"{title}\n{machine.in_words(result['machine'])}", fontsize=6, loc="left")
+    words = textwrap.fill(machine.in_words(result["machine"]), 130)
+    axes.set_title(f"{title}\n{words}", fontsize=6, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
+
+
+def growth(results: list[dict], file: Path) -> None:
+    """Seconds and memory over the parameters of several shapes, by the checkpoint's size."""
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    results = sorted(results, key=lambda result: result["bytes"])
+    time, memory = figure.subplots(1, 2)
+    for name, style in (("floor", "k--o"), *_LINES.items()):
+        found = [r for r in results if name in r["medians"]]
+        sizes = [r["bytes"] / 1e9 for r in found]
+        time.plot(sizes, [r["medians"][name]["seconds"] for r in found], style, label=name)
+        extra = [r["medians"][name]["extra_bytes"] / 1e6 for r in found]
+        memory.plot(sizes, extra, style, label=name)
+    time.set_ylabel("seconds")
+    memory.set_ylabel("MB over the parameters")
+    for axes in (time, memory):
+        axes.set(xlabel="checkpoint, GB", xlim=(0, None), ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    time.legend(frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+_LINES = {"ours, transposed_linear": "C0-o", "ours, transposes": "C0:o"}
 
 
 def _color(name: str) -> str:
