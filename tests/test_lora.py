@@ -45,9 +45,12 @@ def close(found: dict, expected: dict, rtol: float = 1e-6) -> None:
 def test_an_adapter_is_merged_like_by_hand(
     mesh: str, transposed_linear: bool, tmp_path: Path
 ) -> None:
-    base = neox.write(tmp_path / "base")
-    by_hand = neox.write(tmp_path / "hand", merged(neox.tensors(), TERMS, SCALE))
-    adapter = write_adapter(tmp_path / "adapter", TERMS)
+    # Weights of usual size: with those of size 1 the logits, near 50, magnify the last bit.
+    weights = {name: np.float32(0.2) * array for name, array in neox.tensors().items()}
+    terms = {name: np.float32(0.4) * array for name, array in TERMS.items()}
+    base = neox.write(tmp_path / "base", weights)
+    by_hand = neox.write(tmp_path / "hand", merged(weights, terms, SCALE))
+    adapter = write_adapter(tmp_path / "adapter", terms)
     options = {"dtype": "float32", "transposed_linear": transposed_linear}
     model = mtj_loader.load(base, mesh, adapter=adapter, **options)
     expected = mtj_loader.load(by_hand, mesh, **options)
