@@ -29,12 +29,13 @@ from mtj_loader.errors import (
 )
 
 if TYPE_CHECKING:
-    from mtj_loader.api import Model, load, plan
+    from mtj_loader.api import load, plan
     from mtj_loader.conversion.convert import convert
     from mtj_loader.conversion.report import ConvertReport
     from mtj_loader.loading.plan import LoadPlan
     from mtj_loader.loading.report import LoadReport
     from mtj_loader.loading.topology import make_abstract_mesh, make_mesh
+    from mtj_loader.model import Model
 
 try:
     __version__ = version("mtj-loader")
@@ -78,7 +79,7 @@ _LAZY = {
     "ConvertReport": "mtj_loader.conversion.report",
     "LoadPlan": "mtj_loader.loading.plan",
     "LoadReport": "mtj_loader.loading.report",
-    "Model": "mtj_loader.api",
+    "Model": "mtj_loader.model",
     "convert": "mtj_loader.conversion.convert",
     "load": "mtj_loader.api",
     "make_abstract_mesh": "mtj_loader.loading.topology",
