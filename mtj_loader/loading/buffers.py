@@ -122,10 +122,13 @@ def allocate(size_bytes: int) -> np.ndarray:
         raise MemoryLimitError(
             "out of memory on the host", found=f"{size_bytes:,} bytes"
         ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(mapping, np.uint8)
-    return memory[-memory.ctypes.data % _HUGE_PAGE_BYTES :][:size_bytes]
+    first = -memory.ctypes.data % _HUGE_PAGE_BYTES
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Whole huge pages only: the end of the last one would take memory that nothing uses.
+        whole_bytes = size_bytes // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+        mapping.madvise(mmap.MADV_HUGEPAGE, first, whole_bytes)
+    return memory[first:][:size_bytes]
 
 
 def aligned(size_bytes: int) -> int:
