@@ -22,7 +22,7 @@ from mtj_loader.loading.copies import clip, runs, shard_copies, shard_layouts
 from mtj_loader.loading.place import Params
 from mtj_loader.loading.plan import ParamPlan
 from mtj_loader.parameters import ParamSpec
-from mtj_loader.weights.lora import LowRank
+from mtj_loader.weights.low_rank import LowRank
 from mtj_loader.weights.view import Layout, View
 
 

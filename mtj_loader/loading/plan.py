@@ -18,7 +18,7 @@ from mtj_loader.loading.copies import elements_by_source, shard_layouts, source_
 from mtj_loader.loading.topology import Topology
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.parameters import ParamSpec
-from mtj_loader.weights.lora import CarriedCopy, LowRank
+from mtj_loader.weights.low_rank import CarriedCopy, LowRank
 from mtj_loader.weights.resolve import Comparison
 from mtj_loader.weights.view import Layout, View
 

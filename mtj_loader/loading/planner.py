@@ -17,7 +17,8 @@ from mtj_loader.loading.copies import shard_layouts
 from mtj_loader.loading.plan import LoadOptions, LoadPlan, ParamPlan
 from mtj_loader.loading.topology import Topology
 from mtj_loader.models.config import ModelConfig
-from mtj_loader.weights.lora import AdapterTerms, LowRank, resolve_adapter
+from mtj_loader.weights.lora import resolve_adapter
+from mtj_loader.weights.low_rank import AdapterTerms, LowRank
 from mtj_loader.weights.map_reader import read_map
 from mtj_loader.weights.maps import find_map
 from mtj_loader.weights.resolve import Binding, Resolution, TargetKey, resolve

@@ -19,7 +19,7 @@ from mtj_loader.dtypes import FLOAT32
 from mtj_loader.errors import NonFiniteError, VerifyError
 from mtj_loader.loading.merge import gather
 from mtj_loader.loading.plan import LoadPlan, ParamPlan
-from mtj_loader.weights.lora import CarriedCopy
+from mtj_loader.weights.low_rank import CarriedCopy
 from mtj_loader.weights.resolve import Comparison
 from mtj_loader.weights.view import ZEROS, view_of
 

@@ -1,9 +1,8 @@
 """LoRA (Hu et al., 2021, arXiv:2106.09685): an adapter's tensors as low-rank terms of parameters.
 
-W += scale · B · A, with A [r, in] and B [out, r] in torch's order. The factors are views, brought
-to the parameter's own order and grouped like it, so that a shard's rows of B and columns of A are
-cut before they are read. Adapters on experts stored one by one go through the map's conversions:
-the factors of one merged parameter stand side by side along the rank, zeros between them.
+W += scale · B · A, with A [r, in] and B [out, r] in torch's order. Adapters on experts stored one
+by one go through the map's conversions: the factors of one merged parameter stand side by side
+along the rank, zeros between them.
 """
 
 from __future__ import annotations
@@ -18,14 +17,20 @@ import numpy as np
 from mtj_loader import dtypes
 from mtj_loader.checkpoint.adapter import Adapter
 from mtj_loader.checkpoint.record import TensorIndex, TensorRecord
-from mtj_loader.checkpoint.storage import Storage
 from mtj_loader.errors import AdapterMismatchError, Problem
-from mtj_loader.parameters import Axis, ParamSpec
+from mtj_loader.parameters import ParamSpec
 from mtj_loader.weights.conversion import Conversions, Merge, spellings
+from mtj_loader.weights.low_rank import (
+    AdapterTerms,
+    CarriedCopy,
+    Factors,
+    LowRank,
+    merged_factors,
+)
 from mtj_loader.weights.resolve import TargetKey, match_name
 from mtj_loader.weights.schema import Target, WeightMap
 from mtj_loader.weights.transforms import Layout
-from mtj_loader.weights.view import View, concat, stack, view_of, zeros
+from mtj_loader.weights.view import view_of
 
 _PREFIX = "base_model.model."  # PEFT puts it before every name
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
@@ -33,71 +38,6 @@ _COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
 # What torch computes with nn.Embedding; everything else is a linear layer or experts.
 _EMBEDDINGS = {("embedding_shard/~/linear", "w"), ("embedding_shard", "pos_embs")}
 _NESTED = ".base_layer"  # a second adapted parameter of one module wraps the first
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """A term left · right of a parameter, in the parameter's own order.
-
-    Attributes:
-      spec: the parameter.
-      storage: where the factors are read.
-      left: [..., rows, r], grouped as the parameter's rows.
-      right: [..., r, columns], grouped as its columns.
-      scales: float32 [..., r], a factor for each rank.
-    """
-
-    spec: ParamSpec
-    storage: Storage
-    left: View
-    right: View
-    scales: np.ndarray
-
-    @property
-    def left_spec(self) -> ParamSpec:
-        """The left factor, declared as a parameter that is split like the parameter itself."""
-        return self._factor_spec((self.spec.groups[-2], (self._rank,)))
-
-    @property
-    def right_spec(self) -> ParamSpec:
-        """The right factor, likewise."""
-        return self._factor_spec(((self._rank,), self.spec.groups[-1]))
-
-    @property
-    def _rank(self) -> Axis:
-        return Axis("r", self.scales.shape[-1])
-
-    def _factor_spec(self, groups: tuple[tuple[Axis, ...], ...]) -> ParamSpec:
-        groups = self.spec.groups[:-2] + groups
-        names = [axis.name for group in groups for axis in group]
-        split = self.spec.split if self.spec.split in names else None
-        return ParamSpec(self.spec.module, self.spec.param, groups, split)
-
-
-@dataclass(frozen=True)
-class CarriedCopy:
-    """A base weight that the adapter carries; it must be equal to the checkpoint's."""
-
-    storage: Storage
-    copy: TensorRecord
-    original: TensorRecord
-
-
-@dataclass(frozen=True)
-class AdapterTerms:
-    """What one adapter adds to a model."""
-
-    terms: Mapping[TargetKey, LowRank]
-    copies: tuple[CarriedCopy, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """A pair of factors in torch's order: `a` [..., r, in], `b` [..., out, r]."""
-
-    a: View
-    b: View
-    scales: np.ndarray  # float32 [..., r]
 
 
 def resolve_adapter(
@@ -357,49 +297,3 @@ class _Work:
         self.problems.append(
             Problem(what, self.adapter.stamp.path, record.name, None, expected, found)
         )
-
-
-def merged_factors(parts: Sequence[Mapping[int, Factors]], *, experts: int) -> Factors:
-    """Factors of many small matrices as those of the one parameter that they are merged into.
-
-    Args:
-      parts: for each pattern of a merge, number → factors; a matrix without any stays as it is.
-      experts: how many numbers there are.
-
-    Raises:
-      ValueError: a number is too large, or shapes differ.
-    """
-    if beyond := [e for part in parts for e in part if e >= experts]:
-        raise ValueError(f"there is no expert {beyond[0]} among {experts}")
-    first = next(factors for part in parts for factors in part.values())
-    outs, ins = first.b.shape[0], first.a.shape[1]
-    rank = max(sum(p[e].scales.size for p in parts if e in p) for e in range(experts))
-    built = [_one_expert(parts, e, rank, outs, ins) for e in range(experts)]
-    return Factors(
-        stack([factors.a for factors in built], 0),
-        stack([factors.b for factors in built], 0),
-        np.stack([factors.scales for factors in built]),
-    )
-
-
-def _one_expert(
-    parts: Sequence[Mapping[int, Factors]], expert: int, rank: int, outs: int, ins: int
-) -> Factors:
-    """One expert's factors: A's one below the other, B's block by block along the diagonal."""
-    a: list[View] = []
-    b: list[View] = []
-    scales = np.zeros(rank, np.float32)
-    for i, part in enumerate(parts):
-        if expert not in part:
-            continue
-        own = part[expert]
-        done = sum(view.shape[0] for view in a)
-        scales[done : done + own.scales.size] = own.scales
-        a.append(own.a)
-        above, below = i * outs, (len(parts) - 1 - i) * outs
-        blocks = [zeros((above, own.scales.size)), own.b, zeros((below, own.scales.size))]
-        b.append(concat([block for block in blocks if block.shape[0]], 0))
-    if not a:
-        return Factors(zeros((rank, ins)), zeros((len(parts) * outs, rank)), scales)
-    left, right = concat(b, 1), concat(a, 0)
-    return Factors(right.pad(0, rank), left.pad(1, rank), scales)
