@@ -82,20 +82,6 @@ def parse_header(header: bytes, *, file: str, size_bytes: int) -> list[TensorRec
     return records
 
 
-def read_tensor(storage: Storage, record: TensorRecord) -> np.ndarray:
-    """Reads one whole tensor: its bytes as uint8 [size_bytes].
-
-    Raises:
-      FormatError: a BOOL that is neither 0 nor 1.
-      CheckpointError, StorageError: as the storage raises them.
-    """
-    data = np.empty(record.size_bytes, np.uint8)
-    storage.read_into(record.file, record.offset_bytes, data)
-    if record.dtype == "BOOL":
-        check_bool_bytes(record, data)
-    return data
-
-
 def check_bool_bytes(record: TensorRecord, data: np.ndarray, first: int = 0) -> None:
     """Checks a BOOL tensor's bytes (uint8): numpy and XLA take other values than 0 and 1 on trust.
 
