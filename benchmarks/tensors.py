@@ -13,13 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import jax
+import numpy as np
 import typer
 
 from benchmarks import machine
 from benchmarks.checkpoint import Shape, write
+from mtj_loader import load, make_mesh
 
 
 def main(
@@ -41,8 +45,8 @@ def main(
             rows += [_run(folder, int(n), runs) | {"devices": int(n)} for n in devices.split(",")]
     for row in rows:
         print(
-            f"{row['tensors']:>6} tensors on {row['devices']} devices: plan {row['plan']:.0f}, "
-            f"load {row['load']:.0f}, JAX's calls alone {row['jax']:.0f} µs per tensor"
+            f"{row['tensors']:>6} tensors on {row['devices']} devices, µs per tensor: "
+            + ", ".join(f"{key} {row[key]:.0f}" for key in ("plan", "load", *_BARE))
         )
     out.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine.facts(), "microseconds_per_tensor": rows}
@@ -61,36 +65,51 @@ def _run(folder: str, devices: int, runs: int) -> dict[str, float]:
 
 
 def _probe(folder: Path, runs: int) -> dict[str, float]:
-    """Microseconds per tensor, medians: planning, loading, and JAX's share of loading."""
-    from mtj_loader import load, make_mesh  # noqa: PLC0415 - not needed to start probes
-
+    """Microseconds per tensor, medians: planning, loading, and JAX's bare calls."""
     mesh = make_mesh()
     load(folder, mesh, progress=False)
-    seconds: dict[str, list[float]] = {"plan": [], "load": [], "jax": []}
+    seconds: dict[str, list[float]] = {key: [] for key in ("plan", "load", *_BARE)}
     for _ in range(runs):
         model = load(folder, mesh, progress=False)
+        leaves = jax.tree.leaves(model.params)
         seconds["plan"].append(model.report.seconds["plan"])
         seconds["load"].append(model.report.seconds["load"])
-        seconds["jax"].append(_bare(model.params))
+        for name, make in _BARE.items():
+            seconds[name].append(_seconds(make, leaves))
     tensors = model.report.parameters
     per_tensor = {key: 1e6 * statistics.median(values) / tensors for key, values in seconds.items()}
     return {"tensors": tensors} | per_tensor
 
 
-def _bare(params: dict) -> float:
-    """Seconds that JAX takes to make the same arrays from host memory that it can adopt."""
-    import jax  # noqa: PLC0415
-    import numpy as np  # noqa: PLC0415
-
-    leaves = jax.tree.leaves(params)
+def _seconds(make: Callable[[jax.Array, np.ndarray], object], leaves: list[jax.Array]) -> float:
+    """What one way to make the same arrays takes, from host memory that JAX can adopt."""
     hosts = [np.asarray(leaf) for leaf in leaves]
     begun = time.perf_counter()
-    made = [
-        jax.make_array_from_callback(leaf.shape, leaf.sharding, host.__getitem__)
-        for leaf, host in zip(leaves, hosts, strict=True)
-    ]
+    made = [make(leaf, host) for leaf, host in zip(leaves, hosts, strict=True)]
     jax.block_until_ready(made)
     return time.perf_counter() - begun
+
+
+def _callback(leaf: jax.Array, host: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, host.__getitem__)
+
+
+def _named_put(leaf: jax.Array, host: np.ndarray) -> jax.Array:
+    return jax.device_put(host, leaf.sharding)
+
+
+def _list_put(leaf: jax.Array, host: np.ndarray) -> jax.Array:
+    where = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+    parts = jax.device_put([host[index] for index in where.values()], list(where))
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+
+
+# The ways that JAX's documentation names; the first is what the loader does.
+_BARE = {
+    "make_array_from_callback": _callback,
+    "device_put, NamedSharding": _named_put,
+    "device_put of a list": _list_put,
+}
 
 
 if __name__ == "__main__":
