@@ -1,4 +1,7 @@
-"""A Hugging Face hub on 127.0.0.1, as small as huggingface_hub lets it be."""
+"""A Hugging Face hub on 127.0.0.1, as small as huggingface_hub lets it be.
+
+Where a test says so, files are answered with a redirect to signed addresses, which expire.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 _API = re.compile(r"/api/models/(?P<id>.+?)/(?P<kind>revision|tree)/(?P<revision>[^/?]+)")
+_SIGNED = re.compile(r"/cdn/(?P<id>.+)/-/(?P<file>[^?]+)\?sig=(?P<signature>.+)")
 _RESOLVE = re.compile(r"/(?P<id>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 
 
@@ -24,10 +28,29 @@ class Hub:
     failures: dict[str, tuple[int, str]] = field(default_factory=dict)  # id → status, X-Error-Code
     fetched: list[str] = field(default_factory=list)  # a file name for every GET of a file
     url: str = ""
+    redirects: bool = False  # to `other_host`, as for large files
+    uses: int = 10**9  # of a signature, then its address answers 403
+    signatures: dict[str, int] = field(default_factory=dict)  # signature → uses left
+    tokens: dict[str, set[str]] = field(default_factory=dict)  # host → Authorization headers seen
+
+    @property
+    def other_host(self) -> str:
+        """The same server under another name, so that it is another host to clients."""
+        return self.url.replace("127.0.0.1", "localhost")
+
+    def signed(self, repo_id: str, file: str) -> str:
+        """A fresh address of a file; its signature has what must not be re-encoded."""
+        signature = f"a/b+c%2F=={len(self.signatures)}"
+        self.signatures[signature] = self.uses
+        path = quote(f"/cdn/{repo_id}/-/{file}")
+        return f"{self.other_host}{path}?sig={quote(signature, safe='')}"
 
     def commit(self, repo_id: str) -> str:
         """The one commit of a repository: it changes with its contents."""
-        return hashlib.sha1(repr(sorted(self.repositories[repo_id].items())).encode()).hexdigest()
+        digest = hashlib.sha1()
+        for name, data in sorted(self.repositories[repo_id].items()):
+            digest.update(f"{name} {len(data)} ".encode() + data)
+        return digest.hexdigest()
 
 
 @contextmanager
@@ -61,7 +84,11 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the 
 
     def _answer(self) -> None:
         path = unquote(self.path)
-        if match := _API.match(path):
+        seen = self.hub.tokens.setdefault(self.headers["Host"].partition(":")[0], set())
+        seen.add(self.headers.get("Authorization", ""))
+        if match := _SIGNED.fullmatch(path):
+            self._answer_signed(match["id"], match["signature"], match["file"])
+        elif match := _API.match(path):
             self._answer_api(match["id"], match["kind"], match["revision"])
         elif match := _RESOLVE.fullmatch(path):
             self._answer_file(match["id"], match["revision"], match["file"])
@@ -99,11 +126,26 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the 
         if data is None:
             self._send(404, headers={"X-Error-Code": "EntryNotFound"})
             return
+        headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": self.hub.commit(repo_id)}
+        if self.hub.redirects and file.endswith(".safetensors"):
+            headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": headers["ETag"]}
+            self._send(302, b"", headers | {"Location": self.hub.signed(repo_id, file)})
+            return
+        self._send_file(file, data, headers)
+
+    def _answer_signed(self, repo_id: str, signature: str, file: str) -> None:
+        self.hub.signatures[signature] = self.hub.signatures.get(signature, 0) - 1
+        if self.hub.signatures[signature] < 0:
+            self._send(403, b"Request has expired")
+            return
+        data = self.hub.repositories[repo_id][file]
+        self._send_file(file, data, {"ETag": f'"cdn-{_etag(data)}"'})
+
+    def _send_file(self, file: str, data: bytes, headers: dict[str, str]) -> None:
         if self.command == "GET":
             self.hub.fetched.append(file)
-        headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": self.hub.commit(repo_id)}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(match[1]), int(match[2] or len(data) - 1)
+            first, last = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             self._send(206, data[first : last + 1], headers)
         else:

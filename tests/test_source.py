@@ -100,7 +100,7 @@ def test_file_of_another_kind(folder):
     message = refusal(folder / "pytorch_model.bin", UsageError)
     assert "not a checkpoint\n" in message
     assert "pytorch_model.bin\n" in message
-    assert "expected: a folder, a .safetensors file or a Hugging Face id" in message
+    assert "expected: a folder, a .safetensors file, a URL or a Hugging Face id" in message
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mtj_loader.checkpoint
+from mtj_loader.checkpoint import zip_members
 from mtj_loader.checkpoint.record import TensorRecord
 from mtj_loader.checkpoint.storage import LocalStorage
 from mtj_loader.checkpoint.torch_zip import read_records
@@ -38,6 +39,7 @@ from tests.torch_files import (
 
 DATA = Path(__file__).parent / "data" / "torch_zip"
 W = pickle_of(text("w"), tensor())
+LENGTH = len(member_bytes(Part("m/data.pkl", W)))
 GOOD = torch_zip(W)
 PARAMETER = name("torch._utils", "_rebuild_parameter")
 SYSTEM = name("os", "system") + text("touch owned") + b"\x85R"
@@ -183,6 +185,19 @@ REFUSED = {
         GOOD[:-6] + b"\xff\xff\xff\xff" + GOOD[-2:], "end of the archive is damaged"),
     "51-two-directories": (torch_zip(W, zip64=True, short_start=7), "two directories"),
     "51-zip64-elsewhere": (torch_zip(W, zip64=True, zip64_at=7), "end of the archive is damaged"),
+    "51-zip64-without-its-end": (
+        torch_zip(W, zip64=True).replace(b"PK\x06\x06", b"PK\x06\x05"),
+        "end of the archive is damaged", "one zip64 directory"),
+    "51-zip64-sizes-cut": (
+        flagged(0, zip64=True).replace(b"\1\0\x18\0", b"\1\0\x10\0"), "zip64 sizes", "m/data/0"),
+    "51-header-in-the-directory": (
+        archive(Part("m/data.pkl", W), Part("m/x", b"", at=LENGTH)),
+        "reaches into the directory", "m/x"),
+    "51-data-in-the-directory": (
+        archive(Part("m/data.pkl", W), Part("m/x", b"")).replace(b"\3\0\3\0m/x", b"\3\0\4\0m/x"),
+        "reaches into the directory", "m/x"),
+    "51-long-byte-order": (
+        archive(Part("m/data.pkl", W), Part("m/byteorder", b"l" * 17)), "too large", "found: 17"),
     "51-too-many-entries": (torch_zip(W, entries=5), "directory is damaged"),
     "51-too-few-entries": (torch_zip(W, entries=3), "directory is damaged"),
     "51-directory-elsewhere": (torch_zip(W, start=7), "end of the archive is damaged"),
@@ -192,7 +207,7 @@ REFUSED = {
         archive(
             Part("m/data.pkl", W),
             Part("m/data/0", member_bytes(Part("m/data/1", b"inside"))),
-            Part("m/data/1", b"inside", at=len(member_bytes(Part("m/data.pkl", W))) + 41)),
+            Part("m/data/1", b"inside", at=LENGTH + 41)),
         "two members overlap", "m/data/1"),
     "51-name-not-utf8": (GOOD.replace(b"m/version", b"m/versio\xff"), "not UTF-8"),
     "52-duplicate-pickle": (
@@ -251,6 +266,12 @@ def test_refused(case, tmp_path, monkeypatch):
     for words in ("a.bin", *wording):
         assert words in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]  # no code has run
+
+
+def test_a_directory_beyond_all_measure(tmp_path, monkeypatch):
+    monkeypatch.setattr(zip_members, "_MAX_DIRECTORY_BYTES", 100)
+    with pytest.raises(FormatError, match=r"directory is too large(.|\n)*expected: 100\n"):
+        records_of(tmp_path, GOOD)
 
 
 def test_every_case_of_the_list_is_here():

@@ -1,4 +1,4 @@
-"""Brings the needed files of a Hugging Face repository into the local cache, and nothing else."""
+"""Hugging Face repositories: what they hold, and the needed files brought into the local cache."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _CALLERS_FAULT: tuple[tuple[type[Exception], str, str | None], ...] = (
 
 
 @dataclass(frozen=True)
-class _Repository:
+class Repository:
     """A repository and how to get at it."""
 
     id: str
@@ -52,6 +52,12 @@ class _Repository:
     cache_dir: Path | None
     local_files_only: bool
     endpoint: str | None
+
+    @classmethod
+    def of(cls, repo_id: str, token: str | None) -> Repository:
+        """A repository that is asked over the network, without a cache."""
+        endpoint = os.environ.get("HF_ENDPOINT")  # read anew: huggingface_hub does so at import
+        return cls(repo_id, token, None, False, endpoint)
 
 
 def download(
@@ -77,7 +83,7 @@ def download(
     """
     cache = None if cache_dir is None else Path(cache_dir)
     endpoint = os.environ.get("HF_ENDPOINT")  # read anew: huggingface_hub does so at import only
-    repository = _Repository(repo_id, token, cache, local_files_only, endpoint)
+    repository = Repository(repo_id, token, cache, local_files_only, endpoint)
     folder = _fetch(repository, revision, [*files, INDEX_FILE], bar=_NoBar)
     weights = _weight_files(repository, folder)
     if not all((folder / name).is_file() for name in weights):
@@ -94,9 +100,21 @@ def list_files(repo_id: str, *, revision: str | None, token: str | None) -> list
       UsageError: no such repository or revision, or no access to it.
       StorageError: the network failed.
     """
-    endpoint = os.environ.get("HF_ENDPOINT")
-    repository = _Repository(repo_id, token, None, False, endpoint)
-    return _list_names(repository, revision or DEFAULT_REVISION)
+    return list_commit(Repository.of(repo_id, token), revision)[1]
+
+
+def list_commit(repository: Repository, revision: str | None) -> tuple[str, list[str]]:
+    """The commit that a revision stands for, and the names of all its files.
+
+    Raises:
+      UsageError: no such repository or revision, or no access to it.
+      StorageError: the network failed.
+    """
+    revision = revision or DEFAULT_REVISION
+    with our_errors(repository, revision):
+        api = HfApi(endpoint=repository.endpoint, token=repository.token)
+        info = api.model_info(repository.id, revision=revision)
+    return info.sha or revision, [sibling.rfilename for sibling in info.siblings or ()]
 
 
 class _NoBar(tqdm):
@@ -107,12 +125,12 @@ class _NoBar(tqdm):
 
 
 def _fetch(
-    repository: _Repository,
+    repository: Repository,
     revision: str | None,
     names: Sequence[str],
     bar: type[tqdm] | None = None,
 ) -> Path:
-    with _our_errors(repository, revision):
+    with our_errors(repository, revision):
         folder = snapshot_download(
             repository.id,
             revision=revision,
@@ -126,7 +144,7 @@ def _fetch(
     return Path(folder)
 
 
-def _weight_files(repository: _Repository, folder: Path) -> list[str]:
+def _weight_files(repository: Repository, folder: Path) -> list[str]:
     with LocalStorage(folder) as storage:
         if storage.exists(INDEX_FILE):
             return read_weight_map(storage).shards
@@ -136,22 +154,16 @@ def _weight_files(repository: _Repository, folder: Path) -> list[str]:
     if repository.local_files_only:
         return choose_files(weights or [SINGLE_FILE])
     try:
-        return choose_files(_list_names(repository, folder.name))
+        return choose_files(list_commit(repository, folder.name)[1])
     except StorageError:
         if not weights:
             raise
     return choose_files(weights)
 
 
-def _list_names(repository: _Repository, revision: str) -> list[str]:
-    with _our_errors(repository, revision):
-        api = HfApi(endpoint=repository.endpoint, token=repository.token)
-        siblings = api.model_info(repository.id, revision=revision).siblings
-    return [sibling.rfilename for sibling in siblings or ()]
-
-
 @contextmanager
-def _our_errors(repository: _Repository, revision: str | None) -> Iterator[None]:
+def our_errors(repository: Repository, revision: str | None) -> Iterator[None]:
+    """Raises our errors for those of huggingface_hub."""
     try:
         yield
     except (HFValidationError, _ClientError, OSError) as error:

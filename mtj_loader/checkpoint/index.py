@@ -80,8 +80,8 @@ def read_weight_map(storage: Storage) -> WeightMap:
 
 def _index_map(storage: Storage, weight_map: WeightMap) -> TensorIndex:
     """The index is an allow-list: what it does not name is left out, and said."""
-    missing = [file for file in weight_map.shards if not storage.exists(file)]
-    if missing:
+    there = storage.prepare(weight_map.shards)
+    if missing := [file for file in weight_map.shards if file not in there]:
         found = f"no {listed(missing)}"
         raise CheckpointError("a file of the index is missing", file=INDEX_FILE, found=found)
     whole = _index_files(storage, weight_map.shards)
@@ -100,8 +100,9 @@ def _index_files(
 ) -> TensorIndex:
     stamps: dict[str, FileStamp] = {}
     records: dict[str, TensorRecord] = {}
+    prepared = storage.prepare(files)
     for file in files:
-        stamps[file] = storage.stamp(file)
+        stamps[file] = prepared.get(file) or storage.stamp(file)
         for record in read_records(storage, stamps[file]):
             if record.name in records:
                 raise _twice(records[record.name], record)

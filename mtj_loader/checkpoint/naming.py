@@ -10,6 +10,17 @@ from mtj_loader.errors import CheckpointError, FormatError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+# What is asked for at once where every question takes a round trip.
+USUAL_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, SINGLE_FILE, *TOKENIZER_FILES)
 
 # Nine digits: a stranger's number must not be long.
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<k>[0-9]{1,9})-of-(?P<n>[0-9]{1,9})\.safetensors")

@@ -1,4 +1,4 @@
-"""Opens a checkpoint, wherever it is: a folder, one safetensors file, or a Hugging Face id."""
+"""Opens a checkpoint, wherever it is: a folder, a safetensors file, a URL, or a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mtj_loader.checkpoint import hub
 from mtj_loader.checkpoint.index import build_index
-from mtj_loader.checkpoint.naming import SUFFIX, listed
+from mtj_loader.checkpoint.naming import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    SUFFIX,
+    TOKENIZER_FILES,
+    USUAL_FILES,
+    listed,
+)
 from mtj_loader.checkpoint.record import TensorIndex
-from mtj_loader.checkpoint.storage import LocalStorage, Storage, read_object
+from mtj_loader.checkpoint.remote import is_url, open_repository, open_url
+from mtj_loader.checkpoint.storage import LocalStorage, Storage, StoredFile, read_object
 from mtj_loader.errors import CheckpointError, UsageError
 
-CONFIG_FILE = "config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-)
+if TYPE_CHECKING:
+    from mtj_loader.checkpoint.object_store import ObjectStorage
+
 _MAX_CONFIG_BYTES = 10_000_000  # a config has a few KB; with long label lists a few MB
 
 # A name or owner/name; anything else that is no file here is a path that was mistyped.
@@ -31,15 +33,29 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
+class Headers:
+    """What is read of a checkpoint to plan with; a host that has it from another reads nothing.
+
+    Attributes:
+      config, generation_config: the JSON objects; the latter is empty where there is none.
+      index: its tensors.
+    """
+
+    config: dict[str, object]
+    generation_config: dict[str, object]
+    index: TensorIndex
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose headers were read and whose tensors were not.
 
     Attributes:
-      location: where it is, for people: a path, or `owner/name@commit`.
+      location: where it is, for people: a path, a URL, or `owner/name@commit`.
       storage: its files, closed; reading opens them, so close it again at the end.
       config, generation_config: the JSON objects; the latter is empty where there is none.
       index: its tensors.
-      tokenizer_files: name → local path, of `TOKENIZER_FILES` those that are there.
+      tokenizer_files: by name, of `TOKENIZER_FILES` those that are there.
     """
 
     location: str
@@ -47,7 +63,7 @@ class Checkpoint:
     config: dict[str, object]
     generation_config: dict[str, object]
     index: TensorIndex
-    tokenizer_files: Mapping[str, Path]
+    tokenizer_files: Mapping[str, Path | StoredFile]
 
 
 def open_checkpoint(
@@ -57,29 +73,44 @@ def open_checkpoint(
     token: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    stream: bool = False,
     also: Iterable[str] = (),
+    headers: Headers | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint and reads the headers of its weights.
 
     Args:
-      path_or_id: a folder; a .safetensors file with config.json beside it; or the id of a Hugging
-        Face repository, of which only the files that are needed are fetched.
+      path_or_id: a folder; a .safetensors file with config.json beside it; the URL of either on
+        S3, Google Cloud Storage, Azure or an HTTP server; or the id of a Hugging Face repository,
+        of which only the files that are needed are fetched.
       revision: branch, tag or commit of the repository.
       token: for private and gated repositories; None means the one that the machine has stored.
       cache_dir: where the files are kept; None means the usual Hugging Face cache.
       local_files_only: use the cache, never the network.
+      stream: read a Hugging Face repository by ranges and keep no file of it, as a URL always is.
       also: more files of the repository to fetch, beside the weights, configs and tokenizer.
+      headers: what another host has read already.
 
     Raises:
       UsageError: no such path, repository or revision, or no access to it.
       CheckpointError: config.json or the weights are missing or malformed.
       StorageError: the disk or the network failed.
     """
-    if (path := existing_path(path_or_id)) is not None:
-        if revision is not None:
-            raise UsageError("only a Hugging Face id has revisions", file=path, key="revision")
-        return _open_folder(path, str(path)) if path.is_dir() else _open_file(path)
+    path = None if is_url(path_or_id) else existing_path(path_or_id)
+    if revision is not None and (path is not None or is_url(path_or_id)):
+        raise UsageError("only a Hugging Face id has revisions", file=path, key="revision")
+    if path is not None:
+        return _open_folder(path, headers) if path.is_dir() else _open_file(path, headers)
+    if is_url(path_or_id):
+        return _open_distant(*open_url(str(path_or_id)), headers)
+    from mtj_loader.checkpoint import hub  # noqa: PLC0415 -- its client takes 0.2 s to import
+
     repo_id = _hub_id(path_or_id)
+    if stream:
+        if local_files_only:
+            raise UsageError("streaming needs the network", key="local_files_only")
+        storage, files = open_repository(repo_id, revision=revision, token=token)
+        return _open_distant(storage, files, headers)
     folder = hub.download(
         repo_id,
         files=(CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *also),
@@ -88,20 +119,22 @@ def open_checkpoint(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    return _open_folder(folder, location=f"{repo_id}@{folder.name}")
+    return _open(LocalStorage(folder), f"{repo_id}@{folder.name}", None, headers)
 
 
 def repository_files(
     path_or_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
 ) -> list[str]:
-    """The names of all files of a Hugging Face repository; empty for what is on this machine.
+    """The names of all files of a Hugging Face repository; empty for what is none.
 
     Raises:
       UsageError: no such path, repository or revision, or no access to it.
       StorageError: the network failed.
     """
-    if existing_path(path_or_id) is not None:
+    if is_url(path_or_id) or existing_path(path_or_id) is not None:
         return []
+    from mtj_loader.checkpoint import hub  # noqa: PLC0415 -- see above
+
     return hub.list_files(_hub_id(path_or_id), revision=revision, token=token)
 
 
@@ -126,30 +159,63 @@ def existing_path(path_or_id: str | os.PathLike[str]) -> Path | None:
         ) from error
 
 
-def _open_file(path: Path) -> Checkpoint:
+def _open_file(path: Path, headers: Headers | None) -> Checkpoint:
     if path.suffix != SUFFIX:
-        expected = f"a folder, a {SUFFIX} file or a Hugging Face id"
+        expected = f"a folder, a {SUFFIX} file, a URL or a Hugging Face id"
         raise UsageError("not a checkpoint", file=path, expected=expected)
-    return _open_folder(path.parent, location=str(path), files=[path.name])
+    return _open(LocalStorage(path.parent), str(path), [path.name], headers)
 
 
-def _open_folder(folder: Path, location: str, files: Sequence[str] | None = None) -> Checkpoint:
-    with LocalStorage(folder) as storage:  # closed after the headers; a later read opens it anew
+def _open_folder(path: Path, headers: Headers | None) -> Checkpoint:
+    return _open(LocalStorage(path), str(path), None, headers)
+
+
+def _open_distant(
+    storage: ObjectStorage, files: list[str] | None, headers: Headers | None
+) -> Checkpoint:
+    """Asks for all files that are usual at once; without this, one after the other."""
+    try:
+        if headers is None:
+            storage.prepare([*USUAL_FILES, *(files or ())])
+        else:
+            storage.expect(headers.index.files.values())
+            storage.prepare(TOKENIZER_FILES)
+    except BaseException:
+        storage.close()
+        raise
+    location = f"{storage.location}/{files[0]}" if files else storage.location
+    return _open(storage, location, files, headers)
+
+
+def _open(
+    storage: Storage, location: str, files: Sequence[str] | None, headers: Headers | None
+) -> Checkpoint:
+    with storage:  # closed after the headers; a later read opens it anew
+        read = headers or _read_headers(storage, files)
         return Checkpoint(
             location=location,
             storage=storage,
-            config=_read_config(storage),
-            generation_config=_read_generation_config(storage),
-            index=build_index(storage, files),
-            tokenizer_files={n: storage.root / n for n in TOKENIZER_FILES if storage.exists(n)},
+            config=read.config,
+            generation_config=read.generation_config,
+            index=read.index,
+            tokenizer_files={n: _file(storage, n) for n in TOKENIZER_FILES if storage.exists(n)},
         )
 
 
-def _read_config(storage: LocalStorage) -> dict[str, object]:
+def _file(storage: Storage, name: str) -> Path | StoredFile:
+    return storage.root / name if isinstance(storage, LocalStorage) else StoredFile(storage, name)
+
+
+def _read_headers(storage: Storage, files: Sequence[str] | None) -> Headers:
+    config = _read_config(storage)
+    return Headers(config, _read_generation_config(storage), build_index(storage, files))
+
+
+def _read_config(storage: Storage) -> dict[str, object]:
     if not storage.exists(CONFIG_FILE):
         raise CheckpointError(
             "not a checkpoint: there is no config.json",
-            file=storage.root,
+            file=storage.location,
             found=listed(storage.names()) or "no file at all",
         )
     return read_object(storage, CONFIG_FILE, _MAX_CONFIG_BYTES)

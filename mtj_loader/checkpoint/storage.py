@@ -7,9 +7,13 @@ import os
 import re
 import stat
 import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from mtj_loader import strict_json
 from mtj_loader.checkpoint.record import FileStamp
@@ -30,6 +34,8 @@ class Storage(Protocol):
     refused with FormatError by every method: the names come from files that strangers made.
     """
 
+    location: str  # for people
+
     def names(self) -> list[str]:
         """The files at the top level, sorted."""
         ...
@@ -40,6 +46,18 @@ class Storage(Protocol):
 
     def stamp(self, path: str) -> FileStamp:
         """The file's size and version as they are now."""
+        ...
+
+    def stamps(self, paths: Sequence[str]) -> list[FileStamp]:
+        """As `stamp`, of all of them at once."""
+        ...
+
+    def prepare(self, paths: Iterable[str]) -> dict[str, FileStamp]:
+        """Says which files will be read next, from their beginnings on.
+
+        Returns:
+          The stamps of those that exist.
+        """
         ...
 
     def read(self, path: str, offset_bytes: int, length_bytes: int) -> bytes:
@@ -64,6 +82,37 @@ class Storage(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class DistantStorage(Storage, Protocol):
+    """A storage whose answers take long to begin, so that many should be asked for at once."""
+
+    ideal_range_bytes: int  # shorter requests waste time, longer ones memory
+    bytes_received: int  # so far, of all bodies
+
+    def fetch(self, path: str, offset_bytes: int, buffer: np.ndarray) -> Future[None]:
+        """Begins to fill a buffer (uint8) by one request; cancelling the future ends it."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One small file of a storage, with the methods of `pathlib.Path` that reading it takes."""
+
+    storage: Storage
+    name: str
+
+    def read_bytes(self) -> bytes:
+        """All of it; raises what `Storage.read` does."""
+        return self.storage.read(self.name, 0, _prepared(self.storage, self.name).size_bytes)
+
+    def read_text(self, encoding: str) -> str:
+        """All of it, decoded."""
+        return self.read_bytes().decode(encoding)
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def is_relative_name(path: str) -> bool:
     """Whether a name stays below its folder on every system, and is the only spelling of its file.
 
@@ -74,21 +123,35 @@ def is_relative_name(path: str) -> bool:
     return all(part not in ("", ".", "..") for part in path.split("/"))
 
 
-def check_unchanged(storage: Storage, stamp: FileStamp) -> None:
-    """Compares a file with the stamp that was taken when its header was read.
+def check_unchanged(storage: Storage, *stamps: FileStamp) -> None:
+    """Compares files with the stamps that were taken when their headers were read.
 
     Raises:
-      CheckpointError: its size or its version differ, or it is gone.
+      CheckpointError: the size or the version of one differs, or it is gone.
     """
-    now = storage.stamp(stamp.path)
-    if now != stamp:
-        raise CheckpointError(
-            "the file changed after its header was read",
-            file=stamp.path,
-            expected=f"{stamp.size_bytes:,} bytes, version {stamp.version}",
-            found=f"{now.size_bytes:,} bytes, version {now.version}",
-            hint="load again when nothing writes to the checkpoint",
-        )
+    for stamp, now in zip(stamps, storage.stamps([s.path for s in stamps]), strict=True):
+        if now != stamp:
+            raise changed(stamp, now)
+
+
+def changed(stamp: FileStamp, now: FileStamp, *, key: str | None = None) -> CheckpointError:
+    """The error for a file that is not the one whose header was read; `key` says where."""
+    return CheckpointError(
+        "the file changed after its header was read",
+        file=stamp.path,
+        key=key,
+        expected=f"{stamp.size_bytes:,} bytes, version {stamp.version}",
+        found=f"{now.size_bytes:,} bytes, version {now.version}",
+        hint="load again when nothing writes to the checkpoint",
+    )
+
+
+def opened(*storages: Storage) -> ExitStack:
+    """Closes all of them at the end of a `with`."""
+    stack = ExitStack()
+    for storage in storages:
+        stack.enter_context(storage)
+    return stack
 
 
 def read_object(storage: Storage, path: str, max_bytes: int) -> dict[str, object]:
@@ -97,9 +160,14 @@ def read_object(storage: Storage, path: str, max_bytes: int) -> dict[str, object
     Raises:
       FormatError: it has more than `max_bytes`, or is not such a document.
     """
-    length_bytes = min(storage.stamp(path).size_bytes, max_bytes + 1)  # one too many is refused
+    length_bytes = min(_prepared(storage, path).size_bytes, max_bytes + 1)  # one more is refused
     data = storage.read(path, 0, length_bytes)
     return strict_json.parse_object(data, file=path, max_bytes=max_bytes)
+
+
+def _prepared(storage: Storage, path: str) -> FileStamp:
+    """The stamp of a file that is read next."""
+    return storage.prepare([path]).get(path) or storage.stamp(path)  # which says that it is gone
 
 
 class LocalStorage:
@@ -111,6 +179,7 @@ class LocalStorage:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()  # the working folder may change
+        self.location = str(self.root)
         self._allowed = [folder.resolve() for folder in _readable_folders(root.resolve())]
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -146,6 +215,14 @@ class LocalStorage:
             raise FormatError("not a regular file", file=path)
         return FileStamp(path, status.st_size, str(status.st_mtime_ns))
 
+    def stamps(self, paths: Sequence[str]) -> list[FileStamp]:
+        """As `stamp`, of all of them."""
+        return [self.stamp(path) for path in paths]
+
+    def prepare(self, paths: Iterable[str]) -> dict[str, FileStamp]:
+        """The stamps of those that exist; see `stamp`."""
+        return {path: self.stamp(path) for path in paths if self.exists(path)}
+
     def read(self, path: str, offset_bytes: int, length_bytes: int) -> bytes:
         """Exactly this many bytes.
 
@@ -155,7 +232,7 @@ class LocalStorage:
         """
         there_bytes = os.fstat(self._descriptor(path)).st_size - offset_bytes
         if length_bytes > there_bytes:
-            raise _truncated(path, offset_bytes, length_bytes, there_bytes)
+            raise truncated(path, offset_bytes, length_bytes, there_bytes)
         buffer = bytearray(length_bytes)
         self.read_into(path, offset_bytes, memoryview(buffer))
         return bytes(buffer)
@@ -179,7 +256,7 @@ class LocalStorage:
                 what = f"a read at byte {offset_bytes + done:,} failed"
                 raise _machine_error(what, self.root / path, error) from error
             if count == 0:
-                raise _truncated(path, offset_bytes, len(view), done)
+                raise truncated(path, offset_bytes, len(view), done)
             done += count
 
     def close(self) -> None:
@@ -250,9 +327,8 @@ def _machine_error(what: str, path: object, error: OSError) -> StorageError:
     return StorageError(what, file=path, found=error.strerror or str(error))
 
 
-def _truncated(
-    path: str, offset_bytes: int, length_bytes: int, there_bytes: int
-) -> CheckpointError:
+def truncated(path: str, offset_bytes: int, length_bytes: int, there_bytes: int) -> CheckpointError:
+    """The error for a file that has fewer bytes at an offset than are needed."""
     return CheckpointError(
         "the file ends in the middle of a read",
         file=path,

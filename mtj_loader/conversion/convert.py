@@ -28,6 +28,7 @@ def convert(
     token: str | None = None,
     cache_dir: PathLike | None = None,
     local_files_only: bool = False,
+    stream: bool = False,
     progress: bool = True,
 ) -> ConvertReport:
     """Writes a checkpoint of any family anew, its floats in another dtype.
@@ -37,9 +38,9 @@ def convert(
     appears whole or not at all.
 
     Args:
-      src: a folder, a .safetensors file, or a Hugging Face id.
+      src: a folder, a .safetensors file, a URL such as gs://bucket/model, or a Hugging Face id.
       out: the folder to make; by default `<name>-<dtype>` beside the source, and in the working
-        folder for a Hugging Face id.
+        folder for what is not on this machine.
       dtype: of the new floats.
       on_overflow: "refuse" makes numbers that are too large for the dtype an error, "clamp" makes
         them the largest that it has.
@@ -51,6 +52,7 @@ def convert(
       token: for private models; by default the one that huggingface_hub finds.
       cache_dir: where downloads are kept; by default huggingface_hub's cache.
       local_files_only: take what the cache has, and ask no server.
+      stream: read a Hugging Face repository by ranges and keep no file of it; docs/storage.md.
       progress: show a progress bar where a person can see it.
 
     Raises:
@@ -69,6 +71,7 @@ def convert(
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        stream=stream,
     )
     plan = make_plan(source, target, dtype, max_shard_bytes)
     return execute(

@@ -19,9 +19,11 @@ from mtj_loader.conversion.small_files import copy_file, with_dtype, write_json
 from mtj_loader.conversion.stream import convert_tensors
 from mtj_loader.display import counted
 from mtj_loader.errors import NonFiniteError
+from mtj_loader.loading.failure import clean_failure
 from mtj_loader.loading.progress import progress_bar
 
 
+@clean_failure()
 def execute(
     plan: ConvertPlan, *, clamp: bool, allow_nonfinite: bool, overwrite: bool, progress: bool
 ) -> ConvertReport:
@@ -41,8 +43,7 @@ def execute(
     ):
         _write_other_files(plan, folder)
         losses = convert_tensors(storage, plan.moves, folder, clamp=clamp, progress=advance)
-        for stamp in plan.checkpoint.index.files.values():
-            check_unchanged(storage, stamp)
+        check_unchanged(storage, *plan.checkpoint.index.files.values())
         tensors = [_tensor_report(move, losses[move.source.name]) for move in plan.moves]
         _check(tensors, plan.dtype, clamp=clamp, allow_nonfinite=allow_nonfinite)
     return _report(plan, tensors, time.perf_counter() - begun)

@@ -82,8 +82,9 @@ def find_target(src: PathLike, out: PathLike | None, dtype: str) -> Path:
     path = existing_path(src)
     if out is not None:
         return _resolved(out)
-    if path is None:  # a Hugging Face id
-        return Path.cwd() / f"{Path(src).name}-{dtype}"
+    if path is None:  # a URL, whose query is no name, or a Hugging Face id
+        name = Path(os.fspath(src).partition("?")[0]).name
+        return Path.cwd() / f"{name.removesuffix(SUFFIX)}-{dtype}"
     path = path.resolve() if path.name in ("", "..") else path.absolute()  # they have a name too
     return path.parent.resolve() / f"{path.name.removesuffix(SUFFIX)}-{dtype}"
 
@@ -102,6 +103,7 @@ def open_source(
     token: str | None,
     cache_dir: PathLike | None,
     local_files_only: bool,
+    stream: bool = False,
 ) -> Source:
     """Opens a checkpoint; of a repository all small files are fetched too.
 
@@ -121,6 +123,7 @@ def open_source(
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        stream=stream,
         also=[name for name in names if is_small_file(name, 0) and "/" not in name],
     )
     return Source(checkpoint, _other_names(checkpoint.storage, names), warnings)

@@ -21,6 +21,7 @@ from tokenizers import (
 )
 
 from mtj_loader import strict_json
+from mtj_loader.checkpoint.storage import StoredFile
 from mtj_loader.errors import FormatError
 
 CLASSES = ("GPT2Tokenizer", "GPTNeoXTokenizer")
@@ -32,7 +33,9 @@ _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 _MAX_ID = 2**32 - 1  # the library's ids are unsigned 32-bit integers
 
 
-def build(vocab: Path, merges: Path, kind: str, settings: Mapping[str, Any]) -> Tokenizer:
+def build(
+    vocab: Path | StoredFile, merges: Path | StoredFile, kind: str, settings: Mapping[str, Any]
+) -> Tokenizer:
     """Makes the tokenizer.
 
     Args:
@@ -59,7 +62,7 @@ def prefix_space(settings: Mapping[str, Any]) -> bool:
     return settings.get("add_prefix_space") is True
 
 
-def _model(vocab: Path, merges: Path) -> models.BPE:
+def _model(vocab: Path | StoredFile, merges: Path | StoredFile) -> models.BPE:
     try:
         return models.BPE(vocab=_read_vocab(vocab), merges=_read_merges(merges))
     except FormatError:
@@ -68,7 +71,7 @@ def _model(vocab: Path, merges: Path) -> models.BPE:
         raise FormatError("merges.txt does not fit vocab.json", file=merges, found=error) from error
 
 
-def _read_vocab(path: Path) -> dict[str, int]:
+def _read_vocab(path: Path | StoredFile) -> dict[str, int]:
     vocab: dict[str, Any] = strict_json.parse_object(path.read_bytes(), file=str(path))
     token_of: dict[int, str] = {}
     for token, number in vocab.items():
@@ -81,7 +84,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
     return vocab
 
 
-def _read_merges(path: Path) -> list[tuple[str, str]]:
+def _read_merges(path: Path | StoredFile) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from mtj_loader import strict_json
+from mtj_loader.checkpoint.storage import StoredFile
 from mtj_loader.errors import FormatError, PromptError
 from mtj_loader.generation import byte_level
 
@@ -53,11 +54,13 @@ class Tokenizer:
         return name is not None and _BYTE_TOKEN.fullmatch(name) is not None
 
 
-def load_tokenizer(files: Mapping[str, Path], model_type: str | None = None) -> Tokenizer | None:
+def load_tokenizer(
+    files: Mapping[str, Path | StoredFile], model_type: str | None = None
+) -> Tokenizer | None:
     """Reads a checkpoint's tokenizer: tokenizer.json, or else vocab.json with merges.txt.
 
     Args:
-      files: local paths by file name; tokenizer_config.json and special_tokens_map.json are read
+      files: by file name; tokenizer_config.json and special_tokens_map.json are read
         too where they are there.
       model_type: of config.json; decides between GPT-2's and GPT-NeoX's rules where
         tokenizer_config.json does not.
@@ -80,15 +83,18 @@ def load_tokenizer(files: Mapping[str, Path], model_type: str | None = None) -> 
     return None
 
 
-def _optional_json(files: Mapping[str, Path], name: str) -> dict[str, Any]:
+def _optional_json(files: Mapping[str, Path | StoredFile], name: str) -> dict[str, Any]:
     path = files.get(name)
     return strict_json.parse_object(path.read_bytes(), file=str(path)) if path else {}
 
 
-def _from_json(path: Path, kind: str, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _from_json(
+    path: Path | StoredFile, kind: str, settings: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
     """tokenizer.json is complete, but transformers' own classes set the prefix space themselves."""
+    data = path.read_bytes()
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises nothing more specific
         raise FormatError("not a tokenizer", file=path, found=error) from error
     backend.no_padding()

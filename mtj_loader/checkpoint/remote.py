@@ -1,0 +1,90 @@
+"""Storages that are not on this machine: URLs, and Hugging Face repositories read by ranges.
+
+Only here is obstore imported, an optional dependency.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from mtj_loader.checkpoint import retry
+from mtj_loader.checkpoint.naming import SUFFIX
+from mtj_loader.checkpoint.storage import is_relative_name
+from mtj_loader.errors import UsageError
+
+if TYPE_CHECKING:
+    from mtj_loader.checkpoint.object_store import ObjectStorage
+
+SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "http", "https")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint's path begins with a scheme such as s3://."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def open_url(url: str) -> tuple[ObjectStorage, list[str] | None]:
+    """Opens the objects below a URL; asks the server nothing yet.
+
+    Args:
+      url: of a folder-like prefix, or of one .safetensors object.
+
+    Returns:
+      The storage of the folder, and the one file that is meant, None for all of them.
+
+    Raises:
+      UsageError: no store has such URLs, or obstore is not installed.
+    """
+    scheme, host, path, query, _ = urlsplit(url)
+    if scheme not in SCHEMES or not host:
+        expected = "a URL that begins with " + ", ".join(f"{s}://" for s in SCHEMES)
+        raise UsageError("not a checkpoint's URL", expected=expected, found=f"{scheme}://{host}")
+    files = None
+    if path.endswith(SUFFIX):
+        path, _, name = path.rpartition("/")
+        files = [unquote(name)]
+        if not is_relative_name(files[0]):
+            raise UsageError("not a file's name", found=ascii(files[0]))
+    with _obstore():
+        from mtj_loader.checkpoint.object_store import ObjectStorage  # noqa: PLC0415
+        from mtj_loader.checkpoint.origins import origin_of  # noqa: PLC0415
+    folder = urlunsplit((scheme, host, path.rstrip("/"), query, ""))
+    return ObjectStorage(origin_of(folder, retry.PATIENCE), retry.PATIENCE), files
+
+
+def open_repository(
+    repo_id: str, *, revision: str | None, token: str | None
+) -> tuple[ObjectStorage, list[str] | None]:
+    """Opens a Hugging Face repository without its cache: every read is a range from the hub.
+
+    Returns:
+      As `open_url`.
+
+    Raises:
+      UsageError: no such repository or revision, no access to it, or obstore is not installed.
+      StorageError: the network failed.
+    """
+    with _obstore():
+        from mtj_loader.checkpoint.hub_origin import hub_origin  # noqa: PLC0415
+        from mtj_loader.checkpoint.object_store import ObjectStorage  # noqa: PLC0415
+    origin = hub_origin(repo_id, revision, token, retry.PATIENCE)
+    return ObjectStorage(origin, retry.PATIENCE), None
+
+
+@contextmanager
+def _obstore() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "obstore":
+            raise
+        raise UsageError(
+            "reading over the network needs the package obstore",
+            hint="pip install 'mtj-loader[remote]'",
+        ) from error
