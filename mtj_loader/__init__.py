@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from mtj_loader.errors import (
@@ -14,6 +13,7 @@ from mtj_loader.errors import (
     ConfigError,
     DeviceError,
     FormatError,
+    HostError,
     MachineError,
     MapError,
     MemoryLimitError,
@@ -27,6 +27,7 @@ from mtj_loader.errors import (
     UsageError,
     VerifyError,
 )
+from mtj_loader.version import version
 
 if TYPE_CHECKING:
     from mtj_loader.api import load, plan
@@ -37,10 +38,7 @@ if TYPE_CHECKING:
     from mtj_loader.loading.topology import make_abstract_mesh, make_mesh
     from mtj_loader.model import Model
 
-try:
-    __version__ = version("mtj-loader")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = [
     "AdapterError",
@@ -51,6 +49,7 @@ __all__ = [
     "ConvertReport",
     "DeviceError",
     "FormatError",
+    "HostError",
     "LoadPlan",
     "LoadReport",
     "MachineError",
@@ -89,6 +88,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version()
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

@@ -120,6 +120,27 @@ class DeviceError(MachineError):
     """Fewer devices than the mesh asks for, or a device that refused an allocation."""
 
 
+class HostError(MachineError):
+    """Another host of the same load failed, died or did not come in time; or all differ.
+
+    Attributes:
+      host: which one; None where it is not known.
+      exit_code: that host's own, where it failed by itself.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        host: int | None = None,
+        exit_code: int = MachineError.exit_code,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.host, self.exit_code = host, exit_code
+        super().__init__(what, found=found, hint=hint)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One finding of a check that goes on after the first: what is wrong, and where."""
@@ -170,11 +191,11 @@ def fold_layers(problems: Iterable[Problem]) -> list[Problem]:
 
     `h.0.w`, `h.1.w`, `h.2.w` become `h.{0...2}.w`; the order of first appearance is kept.
     """
-    groups: dict[Problem, list[Problem]] = {}
+    groups: dict[object, list[Problem]] = {}
     for problem in problems:
-        key = replace(problem, **{f: _blank(getattr(problem, f)) for f in ("tensor", "target")})
-        key = replace(key, file=None)
-        groups.setdefault(key, []).append(problem)
+        likeness = problem.what, problem.expected, problem.found
+        names = _blank(problem.tensor), _blank(problem.target)
+        groups.setdefault((likeness, names), []).append(problem)
     return [_joined(group) for group in groups.values()]
 
 

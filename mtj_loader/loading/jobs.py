@@ -27,7 +27,8 @@ class Job:
 
     Attributes:
       plan: the parameter.
-      shards: its distinct shards here, each with the shard numbers that share it.
+      shards: what is read of it here, each layout once, with the numbers that share it; see
+        `ParamPlan.distinct`.
       corner: of a block, where it begins in the shard; None for whole shards.
       buffer: flat memory for all of `shards`, in the parameter's dtype.
       targets: each shard's part of it, flat.
@@ -106,11 +107,22 @@ def tasks(jobs: Sequence[Job]) -> Iterator[Task]:
         yield task
 
 
+def byte_runs(plan: LoadPlan, host: int, buffers: Buffers) -> Iterator[tuple[str, int, int]]:
+    """All that a host reads, in order: file, first byte, byte after the last."""
+    for job in _jobs(plan, host, buffers.block_bytes):
+        itemsize = job.plan.source_dtype.itemsize
+        for step in job.steps:
+            record = job.plan.view.records[step.source]
+            for start, stop in step.runs:
+                first = record.offset_bytes + start * itemsize
+                yield record.file, first, first + (stop - start) * itemsize
+
+
 def _jobs(plan: LoadPlan, host: int, block_bytes: int | None) -> Iterator[Job]:
     """This host's part of every parameter, cut up if it is too large for `block_bytes`."""
-    numbers = plan.topology.shards_of(host)
+    seats = plan.topology.seats_of(host)
     for param in plan.params:
-        whole = Job(param, param.distinct(numbers))
+        whole = Job(param, param.distinct(seats))
         if block_bytes is None or whole.size_bytes <= block_bytes:
             yield whole
         else:
@@ -120,7 +132,7 @@ def _jobs(plan: LoadPlan, host: int, block_bytes: int | None) -> Iterator[Job]:
 def _parts(job: Job, block_bytes: int) -> Iterator[Job]:
     """One job per shard, or several for a shard that is too large itself."""
     for layout, owners in job.shards.items():
-        if aligned(job.plan.shard_bytes) <= block_bytes:
+        if aligned(layout.size * job.plan.dtype.itemsize) <= block_bytes:
             yield Job(job.plan, {layout: owners})
             continue
         most = block_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES // job.plan.dtype.itemsize

@@ -5,22 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import jax
 from jax.sharding import Mesh
 
-from mtj_loader.checkpoint.storage import check_unchanged
+from mtj_loader.checkpoint.storage import DistantStorage, check_unchanged
 from mtj_loader.errors import MeshError
 from mtj_loader.loading.buffers import Buffers
+from mtj_loader.loading.exchange import compiling, exchange_all
+from mtj_loader.loading.failure import clean_failure
+from mtj_loader.loading.hosts.phases import ALONE, Hosts
+from mtj_loader.loading.memory import check_memory
 from mtj_loader.loading.merge import merge_all
 from mtj_loader.loading.place import Params
 from mtj_loader.loading.plan import LoadPlan
 from mtj_loader.loading.planner import check_host_memory
-from mtj_loader.loading.report import LoadReport, make_report
+from mtj_loader.loading.report import LoadReport, make_report, with_totals
 from mtj_loader.loading.stream import Streamer
 from mtj_loader.loading.topology import topology
 from mtj_loader.loading.verify import compare_carried, compare_tied
 
+_LOOK_SECONDS = 0.5  # a look takes well under a millisecond a file
 
+
+@clean_failure()
 def load_params(
     plan: LoadPlan,
     mesh: Mesh,
@@ -28,6 +34,7 @@ def load_params(
     plan_seconds: float = 0.0,
     progress: Callable[[int], None] = lambda done: None,
     buffers: Buffers | None = None,
+    hosts: Hosts = ALONE,
 ) -> tuple[Params, LoadReport]:
     """Executes a plan on this host.
 
@@ -37,41 +44,82 @@ def load_params(
       plan_seconds: how long planning took, for the report.
       progress: called with the bytes read so far.
       buffers: how shards get to their devices; by default what the backend does best.
+      hosts: who loads with this one.
 
     Raises:
       MeshError: the mesh is not the one that was planned for.
       CheckpointError: a file changed, is truncated or gone; weights are not finite; a tied copy
         differs.
       MachineError: memory, storage or a device failed.
+      HostError: another host did.
     """
-    if topology(mesh) != plan.topology:
-        raise MeshError(
-            "the plan is for another mesh", expected=plan.topology, found=topology(mesh)
-        )
-    check_host_memory(plan.options.host_memory_bytes)
-    _check_files(plan)
-    begun = time.perf_counter()
-    streamer = Streamer(plan.base, mesh, progress, buffers)
-    params = streamer.run()
-    tally = streamer.tally
-    params = jax.block_until_ready(merge_all(params, plan.adapted, mesh, donate=True))
-    tally.bytes_read += plan.adapter_bytes(streamer.host)
-    if streamer.host == plan.topology.host_ids[0]:
-        storage = plan.checkpoint.storage
-        tally.bytes_read += sum(compare_tied(storage, pair) for pair in plan.comparisons)
-        tally.bytes_read += sum(compare_carried(storage, pair) for pair in plan.carried)
-    _check_files(plan)
+    with hosts.phase("read"):
+        _check_ready(plan, mesh)
+        begun = time.perf_counter()
+        streamer = Streamer(plan.base, mesh, _watched(plan, hosts, progress), buffers)
+        with compiling(plan.base, mesh):
+            params = streamer.run()
+    exchanging = time.perf_counter()
+    with hosts.phase("exchange"):
+        exchange_all(params, plan.base, mesh, hosts)
+    exchanged = time.perf_counter()
+    with hosts.phase("finish"):
+        params = hosts.settle(merge_all(params, plan.adapted, mesh, donate=True))
+        tally = streamer.tally
+        tally.bytes_read += plan.adapter_bytes(streamer.host) + _compare(plan, streamer.host)
+        _check_files(plan)
     seconds = {
         "plan": plan_seconds,
         "load": time.perf_counter() - begun,
         "device": streamer.device_seconds,
+        "exchange": exchanged - exchanging,
     }
-    return params, make_report(plan, streamer.host, tally, seconds, streamer.threads)
+    report = make_report(plan, streamer.host, tally, seconds, streamer.threads)
+    return params, with_totals(report, hosts)
+
+
+def _check_ready(plan: LoadPlan, mesh: Mesh) -> None:
+    """What can be known before reading."""
+    if topology(mesh) != plan.topology:
+        wanted, found = (f"{t}, hosts {t.hosts}" for t in (plan.topology, topology(mesh)))
+        raise MeshError("the plan is for another mesh", expected=wanted, found=found)
+    check_host_memory(plan.options.host_memory_bytes)
+    check_memory(plan.base, mesh)
+    _check_files(plan)
+
+
+def _watched(
+    plan: LoadPlan, hosts: Hosts, progress: Callable[[int], None]
+) -> Callable[[int], None]:
+    """Looks, whenever progress is shown, at the other hosts and, now and then, at the files.
+
+    Not at those in a store: each of its answers says which version it is of.
+    """
+    is_near = not isinstance(plan.checkpoint.storage, DistantStorage)
+    looked = time.monotonic()
+
+    def advance(done: int) -> None:
+        nonlocal looked
+        hosts.check()
+        if is_near and time.monotonic() - looked > _LOOK_SECONDS:
+            _check_files(plan)
+            looked = time.monotonic()
+        progress(done)
+
+    return advance
+
+
+def _compare(plan: LoadPlan, host: int) -> int:
+    """Compares copies of weights with what they are copies of, on one host; returns bytes read."""
+    if host != plan.topology.host_ids[0]:
+        return 0
+    storage = plan.checkpoint.storage
+    tied = sum(compare_tied(storage, pair) for pair in plan.comparisons)
+    return tied + sum(compare_carried(storage, pair) for pair in plan.carried)
 
 
 def _check_files(plan: LoadPlan) -> None:
     """The files are still those whose headers the plan was made from."""
-    for stamp in plan.checkpoint.index.files.values():
-        check_unchanged(plan.checkpoint.storage, stamp)
+    check_unchanged(plan.checkpoint.storage, *plan.checkpoint.index.files.values())
     for adapter in plan.adapters:
         check_unchanged(adapter.storage, adapter.stamp)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -10,10 +11,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtj_loader.loading import blocks
 from mtj_loader.loading.buffers import Buffers, Device, device_refusals
+from mtj_loader.loading.exchange import read_sharding
 from mtj_loader.loading.jobs import Batch, Job
 from mtj_loader.loading.plan import LoadPlan, ParamPlan
+from mtj_loader.loading.reading import Reading
 
 Params = dict[str, dict[str, jax.Array]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where arrays go that are read alike.
+
+    Attributes:
+      sharding: of the whole array.
+      devices: this host's, each with the number of what it reads; see `ParamPlan.number_at`.
+      number_of: the same number, from the slices of the array that a device holds.
+    """
+
+    sharding: NamedSharding
+    devices: list[tuple[int, Device]]
+    number_of: Callable[[tuple[slice, ...]], int]
 
 
 class Placer:
@@ -27,14 +45,10 @@ class Placer:
     """
 
     def __init__(self, plan: LoadPlan, mesh: Mesh, host: int, buffers: Buffers) -> None:
-        self.plan, self.buffers = plan, buffers
-        self.sharding = NamedSharding(mesh, PartitionSpec("mp"))
-        self.devices = [
-            (j, device)
-            for row in mesh.devices
-            for j, device in enumerate(row)
-            if device.process_index == host
-        ]
+        self.plan, self.mesh, self.buffers = plan, mesh, buffers
+        seats = enumerate(mesh.devices.flat)
+        self.devices = [(seat, device) for seat, device in seats if device.process_index == host]
+        self._places: dict[Reading | None, _Place] = {}
         self._arrays: dict[tuple[str, str], jax.Array] = {}
         self._shards: dict[tuple[str, str], dict[Device, jax.Array]] = {}
 
@@ -52,7 +66,7 @@ class Placer:
             self._keep(job, device, array)
 
     def params(self) -> Params:
-        """The sharded arrays: `params[module][param]`."""
+        """The arrays as they were read: `params[module][param]`; see `exchange`."""
         tree: Params = {}
         for param in sorted(self.plan.params, key=lambda p: (p.spec.path, p.spec.param)):
             key = (param.spec.path, param.spec.param)
@@ -61,9 +75,10 @@ class Placer:
         return tree
 
     def _is_whole(self, job: Job) -> bool:
-        """Whether a job has all that this host's devices hold of its parameter."""
-        owned = {j for owners in job.shards.values() for j in owners}
-        return job.corner is None and all(j in owned for j, _ in self.devices)
+        """Whether a job has all that this host's devices read of its parameter."""
+        owned = {number for owners in job.shards.values() for number in owners}
+        devices = self._place_of(job.plan).devices
+        return job.corner is None and all(number in owned for number, _ in devices)
 
     def _sharded(self, job: Job) -> jax.Array:
         """A whole parameter in one call; a put per device takes four times as long."""
@@ -71,34 +86,34 @@ class Placer:
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # JAX asks with the slices of the array that a device holds
-            return of_shard[index[0].start or 0]
+            return of_shard[place.number_of(index)]
 
-        shape = job.plan.spec.array_shape(self.plan.shards)
-        return jax.make_array_from_callback(shape, self.sharding, shard)
+        place, shape = self._place_of(job.plan), _array_shape(job.plan)
+        return jax.make_array_from_callback(shape, place.sharding, shard)
 
     def _joined(self, param: ParamPlan) -> jax.Array:
         """A parameter whose shards came one by one."""
-        shards = self._shards[param.spec.path, param.spec.param]
-        return jax.make_array_from_single_device_arrays(
-            param.spec.array_shape(self.plan.shards),
-            self.sharding,
-            [shards[device] for _, device in self.devices],
+        shards, sharding = (
+            self._shards[param.spec.path, param.spec.param],
+            self._place_of(param).sharding,
         )
+        mine = [shards[device] for _, device in self.devices]
+        return jax.make_array_from_single_device_arrays(_array_shape(param), sharding, mine)
 
     def _of_shard(self, job: Job) -> dict[int, np.ndarray]:
-        """Shard number → its buffer, in the shape that devices hold."""
+        """Number of a shard, or of a block → its buffer, in the shape that devices hold."""
         found = {}
         for target, (layout, owners) in zip(job.targets, job.shards.items(), strict=True):
-            shape = self._shape(job) if job.corner is None else layout.shape
+            shape = _device_shape(job.plan) if job.corner is None else layout.shape
             found |= dict.fromkeys(owners, target.reshape(shape))
         return found
 
     def _pieces(self, job: Job) -> Iterator[tuple[np.ndarray, Device]]:
         """Every buffer of a job with each device it belongs on."""
         of_shard = self._of_shard(job)
-        for j, device in self.devices:
-            if j in of_shard:
-                yield of_shard[j], device
+        for number, device in self._place_of(job.plan).devices:
+            if number in of_shard:
+                yield of_shard[number], device
 
     def _keep(self, job: Job, device: Device, array: jax.Array) -> None:
         """Files a shard under its parameter, or writes a block into the shard it is part of."""
@@ -108,13 +123,49 @@ class Placer:
             return
         whole = mine.get(device)
         if whole is None:
-            whole = blocks.empty(self._shape(job), job.plan.dtype, device)
-        mine[device] = blocks.write(whole, array, job.corner, job.plan.shards[0].shape)
+            whole = blocks.empty(_device_shape(job.plan), job.plan.dtype, device)
+        mine[device] = blocks.write(whole, array, job.corner, _layout_shape(job.plan))
 
-    def _shape(self, job: Job) -> tuple[int, ...]:
-        """A shard as its device holds it."""
-        return (1, *job.plan.spec.shard_shape(self.plan.shards))
+    def _place_of(self, param: ParamPlan) -> _Place:
+        """Where a parameter goes; those that are read alike go alike."""
+        if param.reading not in self._places:
+            self._places[param.reading] = _Place(
+                read_sharding(self.mesh, param.reading),
+                [(param.number_at(seat), device) for seat, device in self.devices],
+                _shard_number if param.reading is None else param.reading.number_of,
+            )
+        return self._places[param.reading]
+
+
+def _array_shape(param: ParamPlan) -> tuple[int, ...]:
+    """The array that devices read."""
+    return param.array_shape if param.reading is None else param.reading.array_shape
+
+
+def _device_shape(param: ParamPlan) -> tuple[int, ...]:
+    """Each device's part of it."""
+    return (1, *param.shard_shape) if param.reading is None else param.reading.block_shape
+
+
+def _layout_shape(param: ParamPlan) -> tuple[int, ...]:
+    """The same with all axes, of which that is a merge."""
+    return param.shards[0].shape if param.reading is None else param.reading.block_shape
+
+
+def _shard_number(index: tuple[slice, ...]) -> int:
+    """Which shard has these slices of a parameter [n, …]."""
+    return index[0].start or 0
 
 
 def _key(job: Job) -> tuple[str, str]:
     return job.plan.spec.path, job.plan.spec.param
+
+
+def abstract_params(plan: LoadPlan, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """What `Placer.params` will give, as shapes, dtypes and shardings."""
+    sharding = NamedSharding(mesh, PartitionSpec("mp"))
+    tree: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for param in plan.params:
+        found = jax.ShapeDtypeStruct(param.array_shape, param.dtype, sharding=sharding)
+        tree.setdefault(param.spec.path, {})[param.spec.param] = found
+    return tree

@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 
 from mtj_loader.checkpoint.adapter import Adapter
 from mtj_loader.checkpoint.source import Checkpoint
+from mtj_loader.checkpoint.storage import Storage
 from mtj_loader.dtypes import BITS
 from mtj_loader.loading import describe, plan_json
 from mtj_loader.loading.copies import elements_by_source, shard_layouts, source_elements
+from mtj_loader.loading.reading import Reading
 from mtj_loader.loading.topology import Topology
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.parameters import ParamSpec
@@ -43,11 +45,14 @@ class ParamPlan:
     Attributes:
       spec: the parameter.
       view: where its elements come from.
-      shards: the layout of each of its n shards.
+      shards: the layout of each of its n shards, one dimension for every axis of the spec; in a
+        simulation (see `simulate`) only of those that one host holds.
       source_dtype: in the file.
       dtype: on the devices.
       divisor: what every element is divided by.
       terms: what adapters add to it.
+      reading: how devices of several hosts share it out for reading; None where every device reads
+        its own shard.
     """
 
     spec: ParamSpec
@@ -57,6 +62,7 @@ class ParamPlan:
     dtype: np.dtype
     divisor: int
     terms: tuple[LowRank, ...] = ()
+    reading: Reading | None = None
 
     @property
     def base(self) -> ParamPlan:
@@ -64,21 +70,48 @@ class ParamPlan:
         return replace(self, dtype=self.source_dtype, terms=()) if self.terms else self
 
     @property
+    def shard_shape(self) -> tuple[int, ...]:
+        """One shard as its device holds it, without the leading axis: merged axes are one."""
+        sizes = iter(self.shards[0].shape)
+        return tuple(math.prod(next(sizes) for _ in group) for group in self.spec.groups)
+
+    @property
+    def array_shape(self) -> tuple[int, ...]:
+        """The shape of the `jax.Array`: [n, …]."""
+        return (len(self.shards), *self.shard_shape)
+
+    @property
     def shard_bytes(self) -> int:
         """What one shard takes on its device."""
-        return math.prod(self.spec.shard_shape(len(self.shards))) * self.dtype.itemsize
+        return self.shards[0].size * self.dtype.itemsize
 
-    def distinct(self, numbers: Sequence[int]) -> dict[Layout, list[int]]:
-        """The different layouts among some shards, and the shard numbers that share each."""
+    def number_at(self, seat: int) -> int:
+        """Which shard the device at a seat reads, or which block of `reading`."""
+        return seat % len(self.shards) if self.reading is None else self.reading.number_at(seat)
+
+    def distinct(self, seats: Sequence[int]) -> dict[Layout, list[int]]:
+        """The different layouts that devices at some seats read, and the numbers that share each.
+
+        Seats are those of `Topology.seats_of`; for numbers see `number_at`.
+        """
+        layout_of = self.shards.__getitem__ if self.reading is None else self.reading.block
         groups: dict[Layout, list[int]] = {}
-        for j in numbers:
-            groups.setdefault(self.shards[j], []).append(j)
+        for number in dict.fromkeys(map(self.number_at, seats)):
+            groups.setdefault(layout_of(number), []).append(number)
         return groups
 
-    def source_bytes(self, numbers: Sequence[int]) -> int:
-        """Bytes that must be read for some shards, each distinct one once."""
-        elements = sum(source_elements(layout) for layout in self.distinct(numbers))
+    def source_bytes(self, seats: Sequence[int]) -> int:
+        """Bytes that devices at some seats have to read, each distinct layout once."""
+        if self.reading is not None:
+            return self.reading.read_elements(seats) * self.source_dtype.itemsize
+        elements = sum(source_elements(layout) for layout in self.distinct(seats))
         return elements * self.source_dtype.itemsize
+
+    def received_bytes(self, seats: Sequence[int]) -> int:
+        """Bytes, as the file has them, that devices at some seats get from other hosts' devices."""
+        if self.reading is None:
+            return 0
+        return self.reading.received_elements(seats) * self.source_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -99,6 +132,7 @@ class LoadPlan:
       mesh: the devices that were planned for, where they were given.
       adapters: what is added to the weights.
       carried: copies of base weights in the adapters, which are compared.
+      noticed: what planning found strange and is no error.
     """
 
     checkpoint: Checkpoint
@@ -114,6 +148,7 @@ class LoadPlan:
     mesh: Mesh | None = None
     adapters: tuple[Adapter, ...] = ()
     carried: tuple[CarriedCopy, ...] = ()
+    noticed: tuple[str, ...] = ()
 
     @property
     def base(self) -> LoadPlan:
@@ -122,9 +157,24 @@ class LoadPlan:
         return replace(self, params=params, adapters=(), carried=())
 
     @property
+    def unshared(self) -> LoadPlan:
+        """The plan for hosts that exchange nothing: each reads all that its devices hold."""
+        return replace(self, params=tuple(replace(param, reading=None) for param in self.params))
+
+    @property
+    def is_exchanged(self) -> bool:
+        """Whether hosts read for each other."""
+        return any(param.reading is not None for param in self.params)
+
+    @property
     def adapted(self) -> tuple[ParamPlan, ...]:
         """The parameters that adapters change."""
         return tuple(param for param in self.params if param.terms)
+
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        """Where bytes are read: of the checkpoint first, then of each adapter."""
+        return self.checkpoint.storage, *(adapter.storage for adapter in self.adapters)
 
     @property
     def shards(self) -> int:
@@ -133,8 +183,8 @@ class LoadPlan:
 
     def host_bytes(self, host: int) -> int:
         """Bytes of weights that one host needs to read; process 0 also compares tied copies."""
-        numbers = self.topology.shards_of(host)
-        weights = sum(n * param.source_bytes(numbers) for param, n in self._kinds)
+        seats = self.topology.seats_of(host)
+        weights = sum(n * param.source_bytes(seats) for param, n in self._kinds)
         compared = self._comparison_bytes if host == self.topology.host_ids[0] else 0
         return weights + self.adapter_bytes(host) + compared
 
@@ -143,6 +193,11 @@ class LoadPlan:
         numbers = self.topology.shards_of(host)
         terms = (term for param in self.adapted for term in param.terms)
         return sum(_factor_bytes(term, self.shards, numbers) for term in terms)
+
+    def received_bytes(self, host: int) -> int:
+        """Bytes of weights that one host's devices get from other hosts, which read them."""
+        seats = self.topology.seats_of(host)
+        return sum(n * param.received_bytes(seats) for param, n in self._kinds)
 
     @cached_property
     def bytes_of_hosts(self) -> dict[int, int]:
@@ -171,7 +226,7 @@ class LoadPlan:
     def warnings(self) -> tuple[str, ...]:
         """What was noticed and is no error."""
         unmapped = [f"no entry of the map knows {name}; it was left out" for name in self.unmapped]
-        return (*self.checkpoint.index.warnings, *unmapped)
+        return (*self.checkpoint.index.warnings, *self.noticed, *unmapped)
 
     def summary(self) -> str:
         """The plan for people: a table with the layers folded, and the totals."""

@@ -12,9 +12,11 @@ from mtj_loader import dtypes, hf_config, models
 from mtj_loader.checkpoint.adapter import Adapter, PathLike, open_adapter
 from mtj_loader.checkpoint.record import TensorRecord
 from mtj_loader.checkpoint.source import Checkpoint
+from mtj_loader.checkpoint.token_ids import outside_vocabulary
 from mtj_loader.errors import AdapterError, ConfigError, MapError, UsageError
 from mtj_loader.loading.copies import shard_layouts
 from mtj_loader.loading.plan import LoadOptions, LoadPlan, ParamPlan
+from mtj_loader.loading.sharing import shared_out, speed_of
 from mtj_loader.loading.topology import Topology
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.weights.lora import resolve_adapter
@@ -55,6 +57,7 @@ def make_plan(
     models.check_shards(config, topology.mp)
     specs = models.family(model_type).parameters(config, topology.mp, options.transposed_linear)
     _check_map_values(weight_map, config, checkpoint)
+    noticed = outside_vocabulary(checkpoint.config, checkpoint.generation_config, config.vocab_size)
     resolution = resolve(
         weight_map,
         checkpoint.index,
@@ -64,6 +67,7 @@ def make_plan(
         ties=_ties(config),
         allow_unmapped=options.allow_unmapped,
     )
+    params = _in_file_order(resolution, checkpoint, topology.mp, dtype)
     return LoadPlan(
         checkpoint,
         model_type,
@@ -71,10 +75,11 @@ def make_plan(
         weight_map.file,
         topology,
         options,
-        _in_file_order(resolution, checkpoint, topology.mp, dtype),
+        shared_out(params, topology, speed_of(checkpoint.storage)),
         resolution.comparisons,
         resolution.skipped,
         resolution.unmapped,
+        noticed=tuple(noticed),
     )
 
 

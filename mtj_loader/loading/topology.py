@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import chain
 
 import jax
 import numpy as np
@@ -38,6 +39,10 @@ class Topology:
     def shards_of(self, host: int) -> tuple[int, ...]:
         """The shard numbers that devices of this host hold, each once."""
         return tuple(j for j in range(self.mp) if any(row[j] == host for row in self.hosts))
+
+    def seats_of(self, host: int) -> tuple[int, ...]:
+        """Where this host's devices are, counted row by row: seat i·mp + j is dp=i, mp=j."""
+        return tuple(seat for seat, of in enumerate(chain(*self.hosts)) if of == host)
 
     def __str__(self) -> str:
         return f"dp={self.dp}, mp={self.mp}"
