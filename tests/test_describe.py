@@ -174,11 +174,19 @@ def test_dtype_changes_are_said(tmp_path: Path):
 
 def test_hosts_that_read_alike_share_a_line(tmp_path: Path):
     folder = neox.write(tmp_path, tie_word_embeddings=True)
-    text = plan_of(folder, "dp=4,mp=2", hosts=4).summary()
-    each = plan_of(folder, "dp=4,mp=2", hosts=4).bytes_of_hosts
+    plan = plan_of(folder, "dp=4,mp=2", hosts=4).unshared
+    each = plan.bytes_of_hosts
     assert each[0] > each[1] == each[3] == each[2]  # host 0 compares the tied copies too
-    lines = [line.split("  ")[0] for line in text.splitlines() if line.startswith("host")]
+    lines = [line.split("  ")[0] for line in plan.summary().splitlines() if line.startswith("host")]
     assert lines == ["host 0", "hosts {1...3}"]
+
+
+def test_what_hosts_read_for_each_other_is_said():
+    assert (
+        "hosts {0...1}  read 3.82 MB each, 3.82 MB more from other hosts"
+        in plan_of(FIXTURE, "dp=2,mp=4", hosts=2).summary()
+    )
+    assert "more from" not in plan_of(FIXTURE, "dp=2,mp=4", hosts=1).summary()
 
 
 def test_notes_say_what_is_left_out_and_compared(tmp_path: Path):
@@ -227,7 +235,10 @@ def test_dict_is_made_of_json_types():
     made = plan_of(FIXTURE, "dp=2,mp=4", hosts=2).to_dict()
     assert json.loads(json.dumps(made)) == made
     assert made["mesh"] == {"dp": 2, "mp": 4, "hosts": [[0, 0, 0, 0], [1, 1, 1, 1]]}
-    assert made["host_read_bytes"] == {"0": 7645440, "1": 7645440}
+    read = {"0": 3824640, "1": 3820800}  # 7,645,440 in all; padding of 5 rows is not read
+    assert made["host_read_bytes"] == read
+    assert made["host_received_bytes"] == {"0": read["1"], "1": read["0"]}
+    assert {one["read"] for one in made["parameters"]} == {"blocks of each shard"}
 
 
 def test_dict_of_a_parameter():
@@ -240,6 +251,7 @@ def test_dict_of_a_parameter():
         "dtype": "bfloat16",
         "split": "V",
         "device_bytes": 376 * 192 * 2,
+        "read": "own shards",
         "changes": {
             "transposed": False,
             "regrouped": False,

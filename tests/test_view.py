@@ -173,3 +173,16 @@ def test_strides_of_a_record_are_honored() -> None:
 
 def test_row_major_strides() -> None:
     assert row_major((2, 3, 4)) == (12, 4, 1)
+
+
+def test_layers_that_are_alike_share_their_layouts() -> None:
+    first, second = (TensorRecord(f"h.{i}.w", "f", 100 * i, "F32", (6, 4)) for i in range(2))
+
+    def layouts(record: TensorRecord) -> list[Layout]:
+        view = view_of(record)
+        changed = [view, view.transpose((1, 0)), view.slice((1, 0), (6, 4)), view.pad(0, 8)]
+        changed += [view.split_axis(0, (2, 3)), view.broadcast(0, 2), concat([view, view], 1)]
+        return [each.layout for each in changed]
+
+    for one, other in zip(layouts(first), layouts(second), strict=True):
+        assert one is other

@@ -12,7 +12,6 @@ from mtj_loader.cli.command import command
 from mtj_loader.cli.options import AsJson, CheckpointPath, Loading, Machine, Source
 from mtj_loader.cli.output import print_json, print_table
 from mtj_loader.errors import UsageError
-from mtj_loader.loading import describe
 
 
 @command
@@ -44,4 +43,6 @@ def plan(
     if as_json:
         print_json(made.to_dict())
     else:
+        from mtj_loader.loading import describe  # noqa: PLC0415 -- brings JAX
+
         print_table(describe.tables(made))

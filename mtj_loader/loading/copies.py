@@ -147,6 +147,7 @@ def joined(shards: Sequence[Layout], spacing: int) -> tuple[Copy, ...]:
     return tuple(one for copies in alike.values() for one in _repeated(copies))
 
 
+@lru_cache(maxsize=65536)  # as `shard_copies`; every host that holds the shard asks
 def source_elements(layout: Layout) -> int:
     """How many elements a shard takes from all records together."""
     return sum(elements_by_source(layout).values())

@@ -12,6 +12,7 @@ from rich.text import Text
 from mtj_loader import display
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.loading.changes import changes, dtype_changes
+from mtj_loader.loading.fit import Fit, fits
 from mtj_loader.names import blank_indices, fold_names, natural_key, number_set
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ def summary(plan: LoadPlan) -> str:
 
 
 def tables(plan: LoadPlan) -> RenderableType:
-    """The plan as something that rich can print: facts, a table of the parameters, notes."""
-    return Group(display.facts(dict(_facts(plan))), _parameter_table(plan), *_notes(plan))
+    """The plan as something that rich can print: facts, two tables, notes."""
+    facts = display.facts(dict(_facts(plan)))
+    return Group(facts, _parameter_table(plan), _fit_table(plan), *_notes(plan))
 
 
 def folded(params: Sequence[ParamPlan]) -> list[list[ParamPlan]]:
@@ -101,16 +103,17 @@ def _mesh(plan: LoadPlan) -> str:
 
 
 def _reads(plan: LoadPlan) -> Iterator[tuple[str, str]]:
-    """What hosts read; those that read as much as each other share a line."""
-    groups: dict[int, list[int]] = {}
+    """What hosts read and get from others; those that read about as much share a line."""
+    groups: dict[str, list[int]] = {}
     for host, read_bytes in plan.bytes_of_hosts.items():
-        groups.setdefault(read_bytes, []).append(host)
-    for read_bytes, hosts in groups.items():
-        size, numbers = show_bytes(read_bytes), number_set(hosts)
+        groups.setdefault(show_bytes(read_bytes), []).append(host)
+    for read, hosts in groups.items():
+        most = show_bytes(max(map(plan.received_bytes, hosts)))
+        more = f", {most} more from other hosts" if plan.is_exchanged else ""
         if len(hosts) == 1:
-            yield f"host {numbers}", f"reads {size}"
+            yield f"host {number_set(hosts)}", f"reads {read}{more}"
         else:
-            yield f"hosts {numbers}", f"read {size} each"
+            yield f"hosts {number_set(hosts)}", f"read {read} each{more}"
 
 
 def _parameter_table(plan: LoadPlan) -> Table:
@@ -127,7 +130,7 @@ def _on_device(group: Sequence[ParamPlan], shards: int) -> tuple[str, str, str, 
     first = group[0]
     return (
         fold_names([_name(param) for param in group]),
-        f"{list(first.spec.shard_shape(shards))} {first.dtype.name}",
+        f"{list(first.shard_shape)} {first.dtype.name}",
         _split(first.spec.split, shards),
         show_bytes(len(group) * first.shard_bytes),
     )
@@ -148,6 +151,25 @@ def _split(axis: str | None, shards: int) -> str:
     if shards == 1:
         return "whole"
     return "a copy in each" if axis is None else f"{_SPLIT_AXES.get(axis, axis)} / {shards}"
+
+
+def _fit_table(plan: LoadPlan) -> Table:
+    """Which TPUs the model fits, each with the mesh that makes the most of it."""
+    table = display.table("TPU", "mesh", "parameters on each device", "fits", "tokens of KV cache")
+    for fit in fits(plan):
+        held, memory = show_bytes(fit.device_bytes), show_bytes(fit.slice.hbm_bytes)
+        mesh = f"dp={fit.dp}, mp={fit.mp}"
+        tokens = f"{fit.cache_tokens:,}"
+        table.add_row(fit.slice.name, mesh, f"{held} of {memory}", _verdict(fit), tokens)
+    return table
+
+
+def _verdict(fit: Fit) -> str:
+    if fit.fits:
+        return "yes"
+    if fit.free_bytes < 0:
+        return f"no, {show_bytes(-fit.free_bytes)} too large"
+    return f"no, less than {fit.least_tokens:,} tokens"
 
 
 def _notes(plan: LoadPlan) -> Iterator[Text]:

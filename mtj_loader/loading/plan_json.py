@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from mtj_loader.loading.changes import changes
+from mtj_loader.loading.fit import cache_bytes_per_token, fits
 
 if TYPE_CHECKING:
     from mtj_loader.loading.plan import LoadPlan, ParamPlan
@@ -27,7 +28,10 @@ def to_dict(plan: LoadPlan) -> dict[str, object]:
         "options": asdict(plan.options),
         "files": [{"name": stamp.path, "bytes": stamp.size_bytes} for stamp in files],
         "device_bytes": plan.device_bytes,
+        "cache_bytes_per_token": cache_bytes_per_token(plan, plan.shards),
+        "fits": [fit.to_dict() for fit in fits(plan)],
         "host_read_bytes": {str(host): count for host, count in plan.bytes_of_hosts.items()},
+        "host_received_bytes": {str(h): plan.received_bytes(h) for h in plan.topology.host_ids},
         "parameters": [_parameter(param) for param in plan.params],
         "tied": [
             {"tensor": pair.copy.name, "equals": pair.original.name} for pair in plan.comparisons
@@ -38,14 +42,22 @@ def to_dict(plan: LoadPlan) -> dict[str, object]:
     }
 
 
+def _reading(param: ParamPlan) -> str:
+    """How devices share it out for reading."""
+    if param.reading is None:
+        return "own shards"
+    return "blocks of all shards" if param.reading.is_mixed else "blocks of each shard"
+
+
 def _parameter(param: ParamPlan) -> dict[str, object]:
     return {
         "module": param.spec.path,
         "param": param.spec.param,
-        "shape": list(param.spec.array_shape(len(param.shards))),
+        "shape": list(param.array_shape),
         "dtype": param.dtype.name,
         "split": param.spec.split,
         "device_bytes": param.shard_bytes,
+        "read": _reading(param),
         "changes": dict(vars(changes(param))),  # asdict would copy deeply, for every parameter
         "tensors": [record.to_dict() for record in param.view.records],
     }

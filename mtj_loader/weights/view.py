@@ -11,9 +11,11 @@ Offsets and strides count elements of the record, not bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from operator import add, mul, sub
+from typing import Any
 
 import numpy as np
 
@@ -43,23 +45,22 @@ class Piece:
     @property
     def stop(self) -> tuple[int, ...]:
         """The corner behind the box's last element."""
-        return tuple(a + n for a, n in zip(self.start, self.shape, strict=True))
+        return tuple(map(add, self.start, self.shape))
 
     def cut(self, start: Sequence[int], stop: Sequence[int]) -> Piece | None:
         """The part inside a box of the view, still in the view's coordinates; None if empty."""
         low = tuple(map(max, self.start, start))
-        shape = tuple(map(_minus, map(min, self.stop, stop), low))
-        if any(n <= 0 for n in shape):
+        shape = tuple(map(sub, map(min, self.stop, stop), low))
+        if min(shape, default=1) <= 0:
             return None
-        moved = map(_minus, low, self.start)
-        offset = self.offset + sum(m * s for m, s in zip(moved, self.strides, strict=True))
+        offset = self.offset + sum(map(mul, map(sub, low, self.start), self.strides))
         return Piece(low, shape, self.source, offset, self.strides)
 
     def shifted(self, start: Sequence[int], sources: int = 0) -> Piece:
         """The same block at start + `start`, its source renumbered when views are joined."""
         source = ZEROS if self.source == ZEROS else self.source + sources
-        moved = tuple(a + b for a, b in zip(self.start, start, strict=True))
-        return replace(self, start=moved, source=source)
+        moved = tuple(map(add, self.start, start))
+        return Piece(moved, self.shape, source, self.offset, self.strides)
 
 
 @dataclass(frozen=True)
@@ -175,30 +176,41 @@ class View:
 
     def transpose(self, axes: Sequence[int]) -> View:
         """See `Layout.transpose`."""
-        return self.with_layout(self.layout.transpose(axes))
+        return self.with_layout(_once(Layout.transpose, self.layout, tuple(axes)))
 
     def slice(self, start: Sequence[int], stop: Sequence[int]) -> View:
         """See `Layout.slice`."""
-        return self.with_layout(self.layout.slice(start, stop))
+        return self.with_layout(_once(Layout.slice, self.layout, tuple(start), tuple(stop)))
 
     def pad(self, axis: int, size: int) -> View:
         """See `Layout.pad`."""
-        return self.with_layout(self.layout.pad(axis, size))
+        return self.with_layout(_once(Layout.pad, self.layout, axis, size))
 
     def split_axis(self, axis: int, sizes: Sequence[int]) -> View:
         """See `Layout.split_axis`."""
-        return self.with_layout(self.layout.split_axis(axis, sizes))
+        return self.with_layout(_once(Layout.split_axis, self.layout, axis, tuple(sizes)))
 
     def broadcast(self, axis: int, size: int) -> View:
         """See `Layout.broadcast`."""
-        return self.with_layout(self.layout.broadcast(axis, size))
+        return self.with_layout(_once(Layout.broadcast, self.layout, axis, size))
+
+
+@lru_cache(maxsize=4096)  # kinds of tensors × operations on each; a model has a few dozen of both
+def _once(operation: Callable[..., Layout], *arguments: Any) -> Layout:  # noqa: ANN401 -- passed on
+    """What an operation gives, worked out once and shared by all layers that are alike."""
+    return operation(*arguments)
 
 
 def view_of(record: TensorRecord) -> View:
     """The view that is one tensor as the file has it."""
-    strides = row_major(record.shape) if record.strides is None else record.strides
-    whole = Piece((0,) * len(record.shape), record.shape, 0, 0, strides)
-    return View(Layout(record.shape, (whole,) if math.prod(record.shape) else ()), (record,))
+    return View(_once(_whole, record.shape, record.strides), (record,))
+
+
+def _whole(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Layout:
+    """A tensor as one piece; without strides it is row-major."""
+    strides = row_major(shape) if strides is None else strides
+    piece = Piece((0,) * len(shape), shape, 0, 0, strides)
+    return Layout(shape, (piece,) if math.prod(shape) else ())
 
 
 def zeros(shape: tuple[int, ...]) -> View:
@@ -213,19 +225,27 @@ def concat(views: Sequence[View], axis: int) -> View:
     Raises:
       ValueError: the shapes differ along another axis.
     """
+    layouts = tuple(view.layout for view in views)
+    counts = tuple(len(view.records) for view in views)
+    records = tuple(record for view in views for record in view.records)
+    return View(_once(_concat, layouts, counts, axis), records)
+
+
+def _concat(layouts: Sequence[Layout], counts: Sequence[int], axis: int) -> Layout:
+    """Layouts of `counts` records each, one behind the other along an axis."""
+    first = layouts[0].shape
     pieces: list[Piece] = []
-    records: list[TensorRecord] = []
-    length = 0
-    for view in views:
-        if _with(view.shape, axis, 0) != _with(views[0].shape, axis, 0):
-            raise ValueError(f"cannot join {view.shape} to {views[0].shape} along axis {axis}")
-        start = _with((0,) * len(view.shape), axis, length)
-        pieces += [piece.shifted(start, len(records)) for piece in view.layout.pieces]
-        records += view.records
-        length += view.shape[axis]
-    layout = Layout(_with(views[0].shape, axis, length), tuple(pieces))
-    layout.check_tiling()
-    return View(layout, tuple(records))
+    sources = length = 0
+    for layout, count in zip(layouts, counts, strict=True):
+        if _with(layout.shape, axis, 0) != _with(first, axis, 0):
+            raise ValueError(f"cannot join {layout.shape} to {first} along axis {axis}")
+        start = _with((0,) * len(first), axis, length)
+        pieces += [piece.shifted(start, sources) for piece in layout.pieces]
+        sources += count
+        length += layout.shape[axis]
+    joined = Layout(_with(first, axis, length), tuple(pieces))
+    joined.check_tiling()
+    return joined
 
 
 def stack(views: Sequence[View], axis: int) -> View:
@@ -271,7 +291,3 @@ def _row_boxes(
 
 def _with(values: Sequence[int], axis: int, value: int) -> tuple[int, ...]:
     return (*values[:axis], value, *values[axis + 1 :])
-
-
-def _minus(a: int, b: int) -> int:
-    return a - b
