@@ -6,22 +6,41 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from mtj_loader.checkpoint.source import Checkpoint, open_checkpoint
+from mtj_loader.checkpoint.source import Checkpoint, Headers, open_checkpoint
+from mtj_loader.checkpoint.storage import opened
+from mtj_loader.checkpoint.token_ids import bos_id
 from mtj_loader.display import parse_bytes
 from mtj_loader.dtypes import DTypeName, parameter_dtype
 from mtj_loader.errors import MeshError, UsageError
-from mtj_loader.generation.tokenizer import load_tokenizer
+from mtj_loader.generation.compilation_cache import keep_compiled
+from mtj_loader.generation.prompts import PromptRules
+from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
+from mtj_loader.generation.warm_up import WarmUpLike, compiling, read_shapes, reported
+from mtj_loader.loading.hosts.agree import agree
+from mtj_loader.loading.hosts.handing import open_for_all
+from mtj_loader.loading.hosts.phases import ALONE, LATE_SECONDS, Hosts, together
 from mtj_loader.loading.load import load_params
 from mtj_loader.loading.plan import LoadOptions, LoadPlan
 from mtj_loader.loading.planner import add_adapters, check_host_memory, make_plan, read_model
 from mtj_loader.loading.progress import progress_bar
-from mtj_loader.loading.topology import Topology, as_mesh, make_abstract_mesh, make_mesh, topology
+from mtj_loader.loading.topology import (
+    Topology,
+    as_mesh,
+    make_abstract_mesh,
+    make_mesh,
+    parse_mesh,
+    topology,
+)
 from mtj_loader.model import AdapterLike, Model, PathLike, weighted
 from mtj_loader.models import usable_shards
+from mtj_loader.models.forward import Forward
+
+Access = Any  # the arguments of `open_checkpoint` that are only passed on
 
 
 def plan(
@@ -41,11 +60,12 @@ def plan(
     token: str | None = None,
     cache_dir: PathLike | None = None,
     local_files_only: bool = False,
+    stream: bool = False,
 ) -> LoadPlan:
     """Plans a load: every read and every target, without a byte of weights and without a device.
 
     Args:
-      path: a folder, a .safetensors file, or a Hugging Face id.
+      path: a folder, a .safetensors file, a URL such as gs://bucket/model, or a Hugging Face id.
       mesh: a mesh with axes dp and mp, `make_abstract_mesh(…)` for one that is not there, or a
         text such as "mp=8". None takes the largest shard count that devices and model allow.
       dtype: of the parameters; "auto" is bfloat16.
@@ -61,12 +81,52 @@ def plan(
       token: for private models; by default the one that huggingface_hub finds.
       cache_dir: where downloads are kept; by default huggingface_hub's cache.
       local_files_only: take what the cache has, and ask no server.
+      stream: read a Hugging Face repository by ranges and keep no file of it; docs/storage.md.
 
     Raises:
       UsageError: an option or a mesh that does not fit the model.
       CheckpointError, MapError: the files, or the map, are at fault.
       MachineError: the disk, the network or the number of devices is.
     """
+    return _make(
+        ALONE,
+        path,
+        mesh,
+        dtype=dtype,
+        transposed_linear=transposed_linear,
+        expert_parallel=expert_parallel,
+        map=map,
+        adapter=adapter,
+        host_memory=host_memory,
+        check_finite=check_finite,
+        allow_unmapped=allow_unmapped,
+        allow_nonfinite=allow_nonfinite,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        stream=stream,
+    )
+
+
+def _make(
+    hosts: Hosts,
+    path: PathLike,
+    mesh: Mesh | AbstractMesh | Topology | str | None,
+    *,
+    dtype: DTypeName,
+    transposed_linear: bool,
+    expert_parallel: bool,
+    map: PathLike | None,
+    adapter: AdapterLike | None,
+    host_memory: str | int,
+    check_finite: bool,
+    allow_unmapped: bool,
+    allow_nonfinite: bool,
+    revision: str | None,
+    **access: Access,
+) -> LoadPlan:
+    """Plans a load of these hosts; for the arguments see `plan`."""
     options = LoadOptions(
         dtype,
         transposed_linear,
@@ -80,13 +140,11 @@ def plan(
     parameter_dtype(dtype)
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise UsageError("not a checkpoint's path", key="path", found=repr(path))
-    checkpoint = open_checkpoint(
-        path,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
+
+    def open_here(headers: Headers | None, commit: str | None) -> Checkpoint:
+        return open_checkpoint(path, revision=commit or revision, headers=headers, **access)
+
+    checkpoint = open_for_all(hosts, open_here)
     map_path = None if map is None else Path(map)
     wanted = _topology(mesh, checkpoint, map_path)
     made = make_plan(checkpoint, wanted, options, map_path)
@@ -111,13 +169,17 @@ def load(
     token: str | None = None,
     cache_dir: PathLike | None = None,
     local_files_only: bool = False,
+    stream: bool = False,
     progress: bool = True,
     plan: LoadPlan | None = None,
+    host_timeout: float = LATE_SECONDS,
+    warm_up: WarmUpLike = (),
+    compilation_cache: bool = True,
 ) -> Model:
     """Loads a checkpoint onto a mesh.
 
     Args:
-      path: a folder, a .safetensors file, or a Hugging Face id.
+      path: a folder, a .safetensors file, a URL such as gs://bucket/model, or a Hugging Face id.
       mesh: a mesh with axes dp and mp, or a text such as "dp=2,mp=4"; None takes the largest
         shard count that devices and model allow.
       dtype: of the parameters; "auto" is bfloat16.
@@ -133,8 +195,15 @@ def load(
       token: for private models; by default the one that huggingface_hub finds.
       cache_dir: where downloads are kept; by default huggingface_hub's cache.
       local_files_only: take what the cache has, and ask no server.
+      stream: read a Hugging Face repository by ranges and keep no file of it; docs/storage.md.
       progress: show a progress bar where a person can see it.
       plan: what `mtj_loader.plan` made; it stands for the path and all of its options.
+      host_timeout: seconds to wait for other hosts that are alive; docs/hosts.md.
+      warm_up: what to compile while weights are read: a list of (batch, prompt_length) or
+        (batch, prompt_length, max_new_tokens). `generate` compiles nothing then for a batch of so
+        many prompts, up to that length. Or a function that gives it for the model's PromptRules.
+      compilation_cache: let JAX keep compiled programs in the user's cache folder, if it is not
+        told otherwise already; False leaves JAX as it is.
 
     Returns:
       The model, ready to run.
@@ -143,42 +212,72 @@ def load(
       UsageError: an option or a mesh that does not fit the model.
       CheckpointError, MapError: the files, or the map, are at fault; nothing is left behind.
       MachineError: memory, disk, network or devices are.
+      HostError: another host failed, died or did not come in time.
     """
     begun = time.perf_counter()
     if (path is None) == (plan is None):
         raise UsageError("load takes either a path or a plan")
-    if path is not None:
-        plan = _plan(
-            path,
-            mesh,
-            dtype=dtype,
-            transposed_linear=transposed_linear,
-            expert_parallel=expert_parallel,
-            map=map,
-            adapter=adapter,
-            host_memory=host_memory,
-            check_finite=check_finite,
-            allow_unmapped=allow_unmapped,
-            allow_nonfinite=allow_nonfinite,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-    assert plan is not None
+    with together(host_timeout) as hosts:
+        with hosts.phase("plan"):
+            mesh = _made(mesh)
+            if path is not None:
+                plan = _make(
+                    hosts,
+                    path,
+                    mesh,
+                    dtype=dtype,
+                    transposed_linear=transposed_linear,
+                    expert_parallel=expert_parallel,
+                    map=map,
+                    adapter=adapter,
+                    host_memory=host_memory,
+                    check_finite=check_finite,
+                    allow_unmapped=allow_unmapped,
+                    allow_nonfinite=allow_nonfinite,
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    stream=stream,
+                )
+            assert plan is not None
+            devices = _devices(mesh, plan)
+            agree(hosts, plan, devices)
+        warnings = keep_compiled() if compilation_cache else ()
+        model = _execute(plan, devices, hosts, begun=begun, warm_up=warm_up, progress=progress)
+        report = replace(model.report, warnings=(*model.report.warnings, *warnings))
+        return replace(model, report=report)
+
+
+def _execute(
+    plan: LoadPlan, mesh: Mesh, hosts: Hosts, *, begun: float, warm_up: WarmUpLike, progress: bool
+) -> Model:
+    """Loads what is planned; compiles for generation meanwhile."""
     plan_seconds = time.perf_counter() - begun
-    return _execute(plan, _devices(mesh, plan), plan_seconds, progress)
-
-
-_plan = plan  # `load` has an argument of that name
-
-
-def _execute(plan: LoadPlan, mesh: Mesh, plan_seconds: float, progress: bool) -> Model:
-    tokenizer = load_tokenizer(plan.checkpoint.tokenizer_files, plan.model_type)
+    with hosts.phase("prepare"), plan.checkpoint.storage:
+        tokenizer = load_tokenizer(plan.checkpoint.tokenizer_files, plan.model_type)
+        dtype = parameter_dtype(plan.options.dtype)
+        forward = Forward(plan.config, mesh, plan.options.transposed_linear, dtype)
+        shapes = read_shapes(warm_up, _rules(plan, tokenizer), mesh.shape["dp"])
     needed = plan.host_bytes(jax.process_index())
-    with plan.checkpoint.storage, progress_bar(needed, shown=progress) as advance:
-        params, report = load_params(plan, mesh, plan_seconds=plan_seconds, progress=advance)
-    return Model(params, plan.config, mesh, tokenizer, report, plan)
+    with compiling(forward, plan, shapes) as all_compiled:
+        with opened(*plan.storages), progress_bar(needed, shown=progress) as advance:
+            params, report = load_params(
+                plan, mesh, plan_seconds=plan_seconds, progress=advance, hosts=hosts
+            )
+        loaded = time.perf_counter()
+        compiled = all_compiled()
+    report = reported(report, compiled, loaded)
+    return Model(
+        params, plan.config, mesh, tokenizer, report, plan, forward, compiled.shapes, begun
+    )
+
+
+def _rules(plan: LoadPlan, tokenizer: Tokenizer | None) -> PromptRules:
+    """What the model will accept as a prompt."""
+    config, checkpoint = plan.config, plan.checkpoint
+    bos = bos_id(checkpoint.config, checkpoint.generation_config)
+    return PromptRules(config.vocab_size, config.max_positions, tokenizer, bos)
 
 
 def _topology(
@@ -193,7 +292,15 @@ def _topology(
         expected = 'a mesh, or a text such as "dp=2,mp=4"'
         raise MeshError("not a mesh", key="mesh", expected=expected, found=repr(mesh))
     _, _, config = read_model(checkpoint, map_path)
-    return make_abstract_mesh(f"mp={usable_shards(config, len(jax.devices()))[-1]}")
+    return topology(make_mesh(f"mp={usable_shards(config, len(jax.devices()))[-1]}"))
+
+
+def _made(mesh: Mesh | str | None) -> Mesh | str | None:
+    """The mesh that a text stands for; without the devices for it, the plan may find worse."""
+    if not isinstance(mesh, str):
+        return mesh
+    dp, mp = parse_mesh(mesh)
+    return make_mesh(mesh) if dp * mp <= len(jax.devices()) else mesh
 
 
 def _devices(mesh: Mesh | str | None, plan: LoadPlan) -> Mesh:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,13 +16,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
-from mtj_loader.dtypes import parameter_dtype
+from mtj_loader.checkpoint.storage import opened
+from mtj_loader.checkpoint.token_ids import bos_id, eos_ids
 from mtj_loader.errors import UsageError
 from mtj_loader.generation import generate as generation
+from mtj_loader.generation.batch import Shape
 from mtj_loader.generation.generate import Generator, Stop
 from mtj_loader.generation.prompts import PromptLike, check_batch
 from mtj_loader.generation.sampling import SamplingParams
-from mtj_loader.generation.stopping import bos_id, eos_ids
 from mtj_loader.generation.tokenizer import Tokenizer
 from mtj_loader.loading.load import load_params
 from mtj_loader.loading.merge import merge_all
@@ -47,6 +49,9 @@ class Model:
       tokenizer: None if the checkpoint brings none.
       report: what the load did.
       plan: what was loaded, and how.
+      forward: the model's compiled functions, for code that wants them one by one.
+      warm: the shapes of batches that were compiled while it was loaded.
+      begun: when the load that `report` is about began, in seconds of `time.perf_counter`.
       base: the model that adapters were added to after loading, None for others.
     """
 
@@ -56,14 +61,10 @@ class Model:
     tokenizer: Tokenizer | None
     report: LoadReport
     plan: LoadPlan
+    forward: Forward
+    warm: tuple[Shape, ...]
+    begun: float
     base: Model | None = None
-
-    @cached_property
-    def forward(self) -> Forward:
-        """The model's compiled functions, for code that wants them one by one."""
-        options = self.plan.options
-        dtype = parameter_dtype(options.dtype)
-        return Forward(self.config, self.mesh, options.transposed_linear, dtype)
 
     def logits(self, ids: ArrayLike) -> jax.Array:
         """Logits for every position of whole sequences.
@@ -166,7 +167,9 @@ class Model:
         plan = add_adapters(self.plan, weighted(adapter))
         old = {param.spec: len(param.terms) for param in self.plan.params}
         new = [replace(p, terms=p.terms[old[p.spec] :]) for p in plan.adapted]
-        params = merge_all(self.params, [p for p in new if p.terms], self.mesh, donate=False)
+        added = [param for param in new if param.terms]
+        with opened(*plan.storages):
+            params = merge_all(self.params, added, self.mesh, donate=False)
         return replace(self, params=params, plan=plan, base=self.without_adapter())
 
     def without_adapter(self) -> Model:
@@ -185,19 +188,31 @@ class Model:
             carried=(),
             params=tuple(replace(param, terms=()) for param in self.plan.params),
         )
+        begun = time.perf_counter()
         changed = {param.spec for param in self.plan.adapted}
         again = replace(unadapted, params=tuple(p for p in unadapted.params if p.spec in changed))
-        fresh, report = load_params(again, self.mesh)
+        with opened(*again.storages):
+            fresh, report = load_params(again, self.mesh)
         params = {m: arrays | fresh.get(m, {}) for m, arrays in self.params.items()}
-        return replace(self, params=params, plan=unadapted, report=report)
+        return replace(self, params=params, plan=unadapted, report=report, begun=begun)
 
     @cached_property
     def _generator(self) -> Generator:
         checkpoint = self.plan.checkpoint
         config = checkpoint.config, checkpoint.generation_config
         return Generator(
-            self.forward, self.params, self.tokenizer, eos_ids(*config), bos_id(*config)
+            self.forward,
+            self.params,
+            self.tokenizer,
+            eos_ids(*config),
+            bos_id(*config),
+            self.warm,
+            self._on_tokens,
         )
+
+    def _on_tokens(self) -> None:
+        """The report says how long it took until there was a first token."""
+        self.report.seconds.setdefault("first_token", time.perf_counter() - self.begun)
 
 
 def weighted(adapter: AdapterLike | None) -> list[tuple[PathLike, float]]:

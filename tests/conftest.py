@@ -13,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # saves a third of it.
 _FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # not into the cache of who runs the tests
 
 # No deadline: the first example of a property pays for imports and compilation.
 settings.register_profile("repository", deadline=None)

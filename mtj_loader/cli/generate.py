@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.command import command
 from mtj_loader.cli.load import describe, load_model
 from mtj_loader.cli.options import AsJson, CheckpointPath, Loading, Machine, Source
 from mtj_loader.cli.output import note, print_json
+from mtj_loader.cli.start_up import StartUp
 from mtj_loader.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 _PROMPTS = "What is continued"
 _SAMPLING = "How tokens are chosen"
+
+_SECONDS = ("plan", "load", "compile", "overlap", "first_token")  # what there is to wait for
 
 Prompt = str | list[int]
 
@@ -98,6 +102,10 @@ class Sampling:
         int, typer.Option(help="The same seed gives the same text.", rich_help_panel=_SAMPLING)
     ] = 0
 
+    def numbers(self) -> dict[str, Any]:
+        """All but the stop strings, as fields of SamplingParams."""
+        return {key: value for key, value in asdict(self).items() if key != "stop"}
+
 
 @command
 def generate(
@@ -108,6 +116,8 @@ def generate(
     loading: Loading,
     source: Source,
     machine: Machine,
+    start_up: StartUp,
+    cluster: Cluster,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt; the continuation is printed as it is made.
@@ -117,8 +127,18 @@ def generate(
     Example: [bold]mtj-loader generate EleutherAI/pythia-70m --prompt "Once upon a time"[/bold]
     """
     given = prompts.read()
-    model = load_model(path, loading, source, machine)
+    options = start_up.options_for(given, sampling.numbers())
+    options |= cluster.join(machine)
+    model = load_model(path, loading, source, machine, options)
     note(describe(model))
+    with cluster.together() as hosts, hosts.phase("generate"):
+        _print_continued(model, given, sampling, as_json=as_json)
+    note(f"first token after {model.report.seconds['first_token']:.2f} s")
+
+
+def _print_continued(
+    model: Model, given: list[Prompt], sampling: Sampling, *, as_json: bool
+) -> None:
     if as_json:
         print_json(to_dict(model, given, sampling))
     elif len(given) == 1:
@@ -135,6 +155,7 @@ def to_dict(model: Model, prompts: Sequence[Prompt], sampling: Sampling) -> dict
         "model_type": model.plan.model_type,
         "sampling": asdict(sampling),
         "completions": [{"prompt": prompt, "completion": text} for prompt, text in made],
+        "seconds": {key: model.report.seconds[key] for key in _SECONDS},
     }
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import mtj_loader
+from mtj_loader.checkpoint.storage import opened
+from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.command import command
 from mtj_loader.cli.options import AsJson, CheckpointPath, Loading, Machine, Source
-from mtj_loader.cli.output import note, print_json, warn
+from mtj_loader.cli.outcome import to_dict
+from mtj_loader.cli.output import is_muted, note, print_json, warn
+from mtj_loader.cli.simulate import simulate
+from mtj_loader.cli.start_up import StartUp
 from mtj_loader.display import counted, show_bytes
-from mtj_loader.errors import StorageError
+from mtj_loader.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from mtj_loader import Model
@@ -27,6 +33,8 @@ def load(
     loading: Loading,
     source: Source,
     machine: Machine,
+    start_up: StartUp,
+    cluster: Cluster,
     verify: Annotated[
         bool,
         typer.Option(
@@ -37,29 +45,68 @@ def load(
         Path | None,
         typer.Option(metavar="FILE", dir_okay=False, help="Write the whole report there, as JSON."),
     ] = None,
+    simulate_host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="k/K",
+            help="Load just what host k of K would hold, on virtual devices; k counts from 0.",
+        ),
+    ] = None,
+    digests: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            dir_okay=False,
+            help="Write a SHA-256 of every shard there; `mtj-loader digests` joins such files.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Load a checkpoint onto a mesh and report.
 
     Example: [bold]mtj-loader load EleutherAI/pythia-70m --mesh mp=8 --cpu-devices 8 --verify[/bold]
     """
-    model = load_model(path, loading, source, machine)
-    verified_bytes = _verify(model) if verify else None
-    document = to_dict(model, verified_bytes)
-    if report is not None:
+    if simulate_host is None:
+        options = start_up.options() | cluster.join(machine)
+        model = load_model(path, loading, source, machine, options)
+        document, words = _outcome(model, verify, digests is not None)
+    else:
+        whole = {"--verify": verify, "--warm-up": start_up.warm_up, **cluster.named()}
+        _refuse([option for option, value in whole.items() if value])
+        document, words = simulate(path, loading, source, machine, simulate_host)
+    if report is not None and not is_muted():
         _write(report, document)
+    if digests is not None:
+        _write(digests, document["digests"])
     if as_json:
         print_json(document)
-        return
-    print(describe(model))
+    else:
+        print(words)
+
+
+def _refuse(options: Sequence[str]) -> None:
+    """Raises UsageError if options were given that make no sense for a simulated host."""
+    if options:
+        what = f"{options[0]} is for whole loads, not for --simulate-host"
+        raise UsageError(what, hint="--digests tells whether it is part of the whole")
+
+
+def _outcome(model: Model, verify: bool, digested: bool) -> tuple[dict[str, object], str]:
+    """What came of a load, as JSON types and in words."""
+    words = describe(model)
+    verified_bytes = _verify(model) if verify else None
     if verified_bytes is not None:
-        print(f"verified: all {show_bytes(verified_bytes)} on the devices are as the files have it")
+        checked = f"all {show_bytes(verified_bytes)} on the devices are as the files have it"
+        words = f"{words}\nverified: {checked}"
+    document = to_dict(model.plan, model.report, verified_bytes)
+    return document | {"digests": _digests(model)} if digested else document, words
 
 
-def load_model(path: str, loading: Loading, source: Source, machine: Machine) -> Model:
-    """Loads as the options say; warnings go to stderr."""
-    machine.prepare()
-    options = loading.options() | asdict(source)
+def load_model(
+    path: str, loading: Loading, source: Source, machine: Machine, more: dict[str, Any]
+) -> Model:
+    """Loads onto the devices that `Cluster.join` prepared; warnings go to stderr."""
+    options = loading.options() | asdict(source) | more
     model = mtj_loader.load(path, progress=machine.progress, **options)
     warn(model.report.warnings)
     return model
@@ -74,27 +121,24 @@ def describe(model: Model) -> str:
     )
 
 
-def to_dict(model: Model, verified_bytes: int | None) -> dict[str, object]:
-    """A finished load as JSON types; docs/json.md describes every key."""
-    return {
-        "location": model.plan.checkpoint.location,
-        "model_type": model.plan.model_type,
-        "mesh": {"dp": model.plan.topology.dp, "mp": model.plan.topology.mp},
-        "report": model.report.to_dict(),
-        "verified_bytes": verified_bytes,
-    }
-
-
 def _verify(model: Model) -> int:
-    from mtj_loader.loading.verify import verify  # noqa: PLC0415 -- brings JAX
+    from mtj_loader.loading.hosts.phases import together  # noqa: PLC0415 -- these bring JAX
+    from mtj_loader.loading.verify import verify  # noqa: PLC0415
 
     note("verifying: reading everything again")
-    with model.plan.checkpoint.storage:
-        return verify(model.plan, model.params)
+    with together() as hosts, hosts.phase("verify"), opened(*model.plan.storages):
+        verified_bytes = verify(model.plan, model.params)
+        return sum(map(int, hosts.gather("verified", b"%d" % verified_bytes)))
 
 
-def _write(path: Path, document: dict[str, object]) -> None:
+def _digests(model: Model) -> dict[str, object]:
+    from mtj_loader.loading.digests import digests  # noqa: PLC0415 -- brings JAX
+
+    return digests(model.params, model.plan.shards).to_dict()
+
+
+def _write(path: Path, document: object) -> None:
     try:
         path.write_text(json.dumps(document, indent=2) + "\n")
     except OSError as error:
-        raise StorageError("cannot write the report", file=path, found=error.strerror) from error
+        raise StorageError("cannot write the file", file=path, found=error.strerror) from error

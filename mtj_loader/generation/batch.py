@@ -15,6 +15,25 @@ from mtj_loader.generation.prompts import Prompt
 _SMALLEST_BUCKET = 16  # below, a shorter pass saves no time worth a compilation
 
 
+@dataclass(frozen=True, order=True)
+class Shape:
+    """What a batch is compiled for; the smallest comes first.
+
+    Attributes:
+      rows: b, a multiple of dp.
+      prompt: t.
+      cache: T.
+    """
+
+    rows: int
+    prompt: int
+    cache: int
+
+    def holds(self, other: Shape) -> bool:
+        """Whether a batch of the other shape can run in this one; rows are never added."""
+        return self.rows == other.rows and self.prompt >= other.prompt and self.cache >= other.cache
+
+
 @dataclass(frozen=True)
 class Batch:
     """What prefill takes; rows beyond the prompts fill the last multiple of dp.
@@ -33,17 +52,39 @@ class Batch:
 
 
 def make_batch(
-    prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int, dp: int
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    max_positions: int,
+    dp: int,
+    warm: Sequence[Shape] = (),
 ) -> Batch:
-    """Pads the prompts, which are known to fit, on the right and to a multiple of dp rows."""
+    """Pads the prompts, which are known to fit, on the right and to a multiple of dp rows.
+
+    Args:
+      prompts: at least one.
+      max_new_tokens: the most that each may get.
+      max_positions: of the model.
+      dp: the mesh axis that rows are split over.
+      warm: what is compiled already: the smallest of these that holds the batch is taken.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    least = make_shape(len(prompts), longest, max_new_tokens, max_positions, dp)
+    shape = min((shape for shape in warm if shape.holds(least)), default=least)
     rows = [prompt.ids for prompt in prompts]
-    rows += rows[:1] * (-len(rows) % dp)  # computed and never looked at
+    rows += rows[:1] * (shape.rows - len(rows))  # computed and never looked at
     lengths = np.array([len(row) for row in rows], np.int32)
-    totals = lengths + np.int32(max_new_tokens)
-    ids = np.zeros((len(rows), bucket(lengths.max(), max_positions)), np.int32)
+    ids = np.zeros((shape.rows, shape.prompt), np.int32)
     for row, prompt in zip(ids, rows, strict=True):
         row[: len(prompt)] = prompt
-    return Batch(ids, lengths, totals, bucket(totals.max(), max_positions))
+    return Batch(ids, lengths, lengths + np.int32(max_new_tokens), shape.cache)
+
+
+def make_shape(
+    prompts: int, longest: int, max_new_tokens: int, max_positions: int, dp: int
+) -> Shape:
+    """The shape of a number of prompts, given the tokens of the longest of them."""
+    cache = bucket(longest + max_new_tokens, max_positions)
+    return Shape(prompts + -prompts % dp, bucket(longest, max_positions), cache)
 
 
 def bucket(length: int, max_positions: int) -> int:

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
 
-from mtj_loader.generation.batch import Batch
-from mtj_loader.generation.sampling import Sampler, sample
-from mtj_loader.models.forward import Forward, Params
+from mtj_loader.generation.batch import Batch, Shape
+from mtj_loader.generation.sampling import Sampler, SamplingParams, make_sampler, sample
+from mtj_loader.models.forward import Forward, Params, Tree
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +51,31 @@ def decode(
     yield np.asarray(next(states).tokens)
     for state in _one_ahead(states):
         yield np.asarray(state.tokens)
+
+
+def programs(forward: Forward, params: Tree, shape: Shape) -> Iterator[Lowered]:
+    """All that `decode` runs for a shape, in the order in which it is needed, not compiled yet.
+
+    Args:
+      forward: the model.
+      params: shapes, dtypes and shardings of the parameters.
+      shape: of the batches.
+    """
+    prefill = forward.lower_prefill(params, shape.rows, shape.prompt, shape.cache)
+    yield prefill
+    logits, cache = prefill.out_info
+    everywhere = NamedSharding(forward.mesh, PartitionSpec())
+    number: Any = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
+    numbers = number.update(shape=(shape.rows,))
+    state = DecodeState(numbers, numbers, number)
+    sampled = make_sampler(SamplingParams(), [0] * shape.rows, logits.shape[-1])
+    for sampler in (None, jax.tree.map(partial(_abstract, everywhere), sampled)):
+        yield _choose.lower(forward.mesh, logits, state, sampler)
+    yield forward.lower_step(params, cache, numbers)
+
+
+def _abstract(sharding: NamedSharding, array: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _states(

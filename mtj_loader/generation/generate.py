@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mtj_loader.errors import NonFiniteError, TokenizerMissingError, UsageError
-from mtj_loader.generation.batch import make_batch
+from mtj_loader.generation.batch import Shape, make_batch
 from mtj_loader.generation.decode import decode
 from mtj_loader.generation.prompts import Prompt, PromptLike, PromptRules, read_prompts
 from mtj_loader.generation.sampling import NOT_FINITE, SamplingParams, make_sampler
@@ -28,6 +30,8 @@ class Generator:
       tokenizer: None leaves token ids only.
       eos_ids: the end-of-text tokens.
       bos_id: stands in for an empty text.
+      warm: the shapes of batches that are compiled already.
+      on_tokens: called whenever there are new tokens.
     """
 
     forward: Forward
@@ -35,6 +39,8 @@ class Generator:
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
     bos_id: int | None
+    warm: tuple[Shape, ...] = ()
+    on_tokens: Callable[[], None] = lambda: None
 
     @property
     def rules(self) -> PromptRules:
@@ -124,11 +130,17 @@ def _tokens(
 ) -> Iterator[list[int]]:
     forward, rules = generator.forward, generator.rules
     dp = forward.mesh.shape["dp"]
-    batch = make_batch(prompts, params.max_new_tokens, rules.max_positions, dp)
+    batch = make_batch(prompts, params.max_new_tokens, rules.max_positions, dp, generator.warm)
     seeds = seeds + [0] * (len(batch.lengths) - len(seeds))
     sampler = make_sampler(params, seeds, rules.vocab_size)
     steps = decode(forward, generator.params, batch, sampler, params.max_new_tokens)
-    return (tokens.tolist() for tokens in steps)
+    return _told(generator.on_tokens, steps)
+
+
+def _told(on_tokens: Callable[[], None], steps: Iterator[np.ndarray]) -> Iterator[list[int]]:
+    for tokens in steps:
+        on_tokens()
+        yield tokens.tolist()
 
 
 def _follow(transcripts: Sequence[Transcript], steps: Iterator[list[int]]) -> Iterator[Piece]:

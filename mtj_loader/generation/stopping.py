@@ -2,51 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from mtj_loader.errors import ConfigError, UsageError
+from mtj_loader.errors import UsageError
 
 FinishReason = Literal["stop", "length"]  # the words of OpenAI's and koboldcpp's answers
-
-
-def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> frozenset[int]:
-    """The end-of-text tokens; there may be none.
-
-    Args:
-      config: config.json, parsed.
-      generation_config: generation_config.json, parsed; empty where there is none. It wins.
-
-    Raises:
-      ConfigError: `eos_token_id` is something else than an id, a list of ids, or null.
-    """
-    return frozenset(_token_ids("eos_token_id", config, generation_config))
-
-
-def bos_id(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> int | None:
-    """The token that stands in for an empty prompt, None where the checkpoint names none.
-
-    Raises:
-      ConfigError: `bos_token_id` is something else than an id, a list of ids, or null.
-    """
-    return next(iter(_token_ids("bos_token_id", config, generation_config)), None)
-
-
-def _token_ids(
-    key: str, config: Mapping[str, Any], generation_config: Mapping[str, Any]
-) -> list[int]:
-    sources = {"generation_config.json": generation_config, "config.json": config}
-    for file, source in sources.items():
-        value = source.get(key)
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if not all(type(i) is int and i >= 0 for i in ids):  # bool is an int to isinstance
-            expected = "a token id, or a list of them"
-            raise ConfigError("not a token id", file=file, key=key, expected=expected, found=value)
-        return ids
-    return []
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:

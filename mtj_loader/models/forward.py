@@ -84,7 +84,8 @@ class Forward:
         rows = np.asarray(ids, np.int32)
         padded = np.pad(rows, ((0, -len(rows) % self.mesh.shape["dp"]), (0, 0)))
         frequencies = self._frequencies(np.full(len(padded), rows.shape[1]))
-        return self._run_whole(params, padded, frequencies)[0][: len(rows)]
+        logits = self._run_whole(params, padded, frequencies)[0][: len(rows)]
+        return self._everywhere(logits) if self.mesh.is_multi_process else logits
 
     def prefill(
         self,
@@ -127,23 +128,55 @@ class Forward:
         """
         return self._run_step(params, cache, tokens, positions)
 
+    def lower_prefill(
+        self, params: Tree, rows: int, prompt: int, cache_length: int
+    ) -> jax.stages.Lowered:
+        """`prefill` for parameters that are not there yet; compiled, it serves later calls.
+
+        JAX finds it again as long as this object lives.
+
+        Args:
+          params: shapes, dtypes and shardings, as `param_shapes` has them.
+          rows: b, a multiple of dp.
+          prompt: t.
+          cache_length: T, at least t.
+        """
+        ids, lengths = np.zeros((rows, prompt), np.int32), np.ones(rows, np.int32)
+        frequencies = self._frequencies(lengths)
+        return self._run_prefill.lower(params, ids, lengths, frequencies, cache_length)
+
+    def lower_step(self, params: Tree, cache: Cache, tokens: Tree) -> jax.stages.Lowered:
+        """`step` for arrays that are not there yet, as `lower_prefill`.
+
+        Args:
+          params: shapes, dtypes and shardings, as `param_shapes` has them.
+          cache: those of `prefill`'s cache.
+          tokens: those of the tokens, and of their positions.
+        """
+        return self._run_step.lower(params, cache, tokens, tokens)
+
     @functools.cached_property
-    def _run_whole(self) -> Callable[..., tuple[jax.Array, None]]:
+    def _run_whole(self) -> jax.stages.Wrapped:
         return self._compiled(passes.whole, (_BATCH, _BATCH), (P("dp", None, SHARDS), None))
 
     @functools.cached_property
-    def _run_prefill(self) -> Callable[..., tuple[jax.Array, Cache]]:
+    def _everywhere(self) -> jax.stages.Wrapped:
+        """Copies rows of other hosts, so that every host can read them."""
+        return jax.jit(lambda rows: rows, out_shardings=NamedSharding(self.mesh, P()))
+
+    @functools.cached_property
+    def _run_prefill(self) -> jax.stages.Wrapped:
         outputs = P("dp", SHARDS), _CACHE
         return self._compiled(passes.prefill, (_BATCH, _BATCH, _BATCH), outputs, static_argnums=4)
 
     @functools.cached_property
-    def _run_step(self) -> Callable[..., tuple[jax.Array, Cache]]:
+    def _run_step(self) -> jax.stages.Wrapped:
         outputs = P("dp", SHARDS), _CACHE
         return self._compiled(passes.step, (_CACHE, _BATCH, _BATCH), outputs, donate_argnums=1)
 
     def _compiled(
         self, body: Callable[..., Any], inputs: tuple[Tree, ...], outputs: Tree, **options: Tree
-    ) -> Callable[..., Any]:
+    ) -> jax.stages.Wrapped:
         """Jits one of the `passes` for whole arrays.
 
         Args:

@@ -1,0 +1,168 @@
+"""Compiling ahead: what text needs is compiled in the background while weights are read.
+
+Tracing is Python, and one thread does it; XLA compiles outside of Python's lock, several programs
+at once. JAX remembers what it compiled: a later call neither traces nor compiles again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from jax.stages import Lowered
+
+from mtj_loader.errors import UsageError
+from mtj_loader.generation.batch import Shape, make_shape
+from mtj_loader.generation.decode import programs
+from mtj_loader.generation.prompts import PromptRules
+from mtj_loader.generation.sampling import SamplingParams
+from mtj_loader.generation.turns import quick_turns
+from mtj_loader.loading.place import abstract_params
+from mtj_loader.loading.plan import LoadPlan
+from mtj_loader.loading.report import LoadReport
+from mtj_loader.models.forward import Forward
+
+WarmUp = Sequence[tuple[int, int] | tuple[int, int, int]]
+WarmUpLike = WarmUp | Callable[[PromptRules], WarmUp]
+
+_COMPILERS = 4  # the programs of one shape; XLA itself takes more threads for each
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What was compiled ahead.
+
+    Attributes:
+      begun, ended: in seconds of `time.perf_counter`.
+      shapes: that are ready.
+      failures: why others are not.
+    """
+
+    begun: float
+    ended: float
+    shapes: tuple[Shape, ...]
+    failures: Mapping[Shape, BaseException]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The failures in words."""
+        return tuple(_in_words(shape, error) for shape, error in self.failures.items())
+
+
+def read_shapes(wanted: WarmUpLike, rules: PromptRules, dp: int) -> tuple[Shape, ...]:
+    """What callers ask to be compiled, as shapes of batches.
+
+    Args:
+      wanted: (batch, prompt_length) or (batch, prompt_length, max_new_tokens), each as often as
+        wanted, or a function that gives these.
+      rules: what the model accepts.
+      dp: the mesh axis that rows are split over.
+
+    Raises:
+      UsageError: something else, or a shape that does not fit into the model.
+    """
+    items = wanted(rules) if callable(wanted) else wanted
+    if not isinstance(items, Sequence):
+        raise _not_a_shape(items)
+    return tuple(dict.fromkeys(_read(item, rules.max_positions, dp) for item in items))
+
+
+@contextmanager
+def compiling(
+    forward: Forward, plan: LoadPlan, shapes: Sequence[Shape]
+) -> Iterator[Callable[[], Compiled]]:
+    """Compiles in the background while the body runs.
+
+    The body gets a function that waits until all is done. If it ends without, nothing new is
+    begun, and nobody waits: a compilation that is under way cannot be stopped, and ends by itself.
+
+    Args:
+      forward: the model; what is compiled stays with it.
+      plan: what is being loaded for it.
+      shapes: of the batches to compile for.
+    """
+    begun = time.perf_counter()
+    tracer = ThreadPoolExecutor(1, thread_name_prefix="mtj_loader_trace")
+    compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="mtj_loader_compile")
+    try:
+        traced = {s: tracer.submit(_trace, compilers, forward, plan, s) for s in shapes}
+        yield lambda: _collect(begun, traced)
+    finally:
+        tracer.shutdown(wait=False, cancel_futures=True)
+        compilers.shutdown(wait=False, cancel_futures=True)
+
+
+def reported(report: LoadReport, compiled: Compiled, loaded: float) -> LoadReport:
+    """The report of a load during which this was compiled.
+
+    Args:
+      report: of the load.
+      compiled: beside it.
+      loaded: when the load ended, in seconds of `time.perf_counter`.
+    """
+    load_begun = loaded - report.seconds["load"]
+    together = min(loaded, compiled.ended) - max(load_begun, compiled.begun)
+    times = {"compile": compiled.ended - compiled.begun, "overlap": max(0.0, together)}
+    warnings = (*report.warnings, *compiled.warnings)
+    return replace(report, seconds=report.seconds | times, warnings=warnings)
+
+
+def _trace(
+    compilers: ThreadPoolExecutor, forward: Forward, plan: LoadPlan, shape: Shape
+) -> list[Future[float]]:
+    """Traces a shape's programs one after the other; each is compiled while the next is traced."""
+    with quick_turns():
+        params = abstract_params(plan, forward.mesh)
+        return [compilers.submit(_compile, p) for p in programs(forward, params, shape)]
+
+
+def _compile(program: Lowered) -> float:
+    """Compiles a program; returns when that was done."""
+    program.compile()
+    return time.perf_counter()
+
+
+def _collect(begun: float, traced: Mapping[Shape, Future[list[Future[float]]]]) -> Compiled:
+    """Waits for everything; what failed is told, for the load beside it is worth more."""
+    ended, failures = begun, {}
+    for shape, jobs in traced.items():
+        try:
+            ended = max(ended, *(job.result() for job in jobs.result()))
+        except Exception as error:  # noqa: BLE001
+            failures[shape] = error
+    return Compiled(begun, ended, tuple(s for s in traced if s not in failures), failures)
+
+
+def _read(item: object, max_positions: int, dp: int) -> Shape:
+    """A shape as callers write it, where what it leaves out is as `generate` has it."""
+    numbers = list(item) if isinstance(item, tuple | list) else []
+    if len(numbers) not in (2, 3) or any(type(n) is not int or n < 1 for n in numbers):
+        raise _not_a_shape(item)
+    batch, longest, *new = numbers
+    (new,) = new or [min(SamplingParams.max_new_tokens, max(1, max_positions - longest))]
+    if longest + new > max_positions:
+        raise UsageError(
+            "no such prompt fits into the model",
+            key="warm_up",
+            expected=f"at most {max_positions} tokens together",
+            found=f"{longest} in the prompt + {new} new = {longest + new}",
+        )
+    return make_shape(batch, longest, new, max_positions, dp)
+
+
+def _not_a_shape(found: object) -> UsageError:
+    return UsageError(
+        "nothing that could be compiled ahead",
+        key="warm_up",
+        expected="a list of (batch, prompt_length) or (batch, prompt_length, max_new_tokens)",
+        found=repr(found),
+    )
+
+
+def _in_words(shape: Shape, error: BaseException) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    what = f"a batch of {shape.rows} prompts of up to {shape.prompt} tokens"
+    return f"{what} could not be compiled ahead: {type(error).__name__}: {first_line}"
