@@ -54,6 +54,11 @@ class ParamSpec:
         """The whole parameter's shape, before it is split: one number per group."""
         return tuple(math.prod(axis.size for axis in group) for group in self.groups)
 
+    @property
+    def axis_sizes(self) -> tuple[int, ...]:
+        """The same with a number for every axis."""
+        return tuple(axis.size for group in self.groups for axis in group)
+
     def shard_shape(self, shards: int) -> tuple[int, ...]:
         """The shape that one shard holds, without the leading axis."""
         return tuple(

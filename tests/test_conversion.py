@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from mtj_loader.checkpoint.record import TensorRecord
-from mtj_loader.errors import MapError, Problem
+from mtj_loader.checkpoint.record import TensorIndex, TensorRecord
+from mtj_loader.errors import CheckpointMismatchError, MapError, Problem
 from mtj_loader.loading.copies import runs, shard_copies, shard_layouts
 from mtj_loader.parameters import ParamSpec, axes
 from mtj_loader.weights.conversion import NO_CONVERSIONS, convert
 from mtj_loader.weights.map_reader import parse_map
+from mtj_loader.weights.resolve import resolve
 from mtj_loader.weights.transforms import Layout
 from mtj_loader.weights.view import view_of
 from tests.test_view import materialize
@@ -116,6 +119,34 @@ def test_a_missing_expert_is_named() -> None:
             tensor="model.layers.5.mlp.experts.gate_up_proj",
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("operations", "words"),
+    [
+        ((3, 1), "merge_modulelist has dim 3, of 3 dimensions in all"),
+        ((0, 7), "concatenate has dim 7, of 3 dimensions in all"),
+    ],
+)
+def test_axes_that_the_tensors_have_not(operations: tuple[int, int], words: str) -> None:
+    merge = replace(CONVERSIONS.merges[0], stack_axis=operations[0], concat_axis=operations[1])
+    _, problems = convert(records(tensors(2)), replace(CONVERSIONS, merges=(merge,)))
+    assert [problem.what for problem in problems] == [f"tensors cannot be merged into one: {words}"]
+
+
+def test_parts_of_two_dtypes_are_refused() -> None:
+    name = "model.layers.{layer}.mlp.experts.gate_up_proj"
+    target = {"mtj": {"module": "layer_{layer}/~/experts", "param": "gate_up"}}
+    weight_map = parse_map(raw(GATE_UP) | {"layer_weights": {name: target}}, file="m")
+    spec = ParamSpec("layer_5/~/experts", "gate_up", axes("E d (2 f)", {"E": 2, "d": 3, "f": 4}))
+    found = records({key: a for key, a in tensors(2).items() if ".w2." not in key})
+    odd = "model.layers.5.block_sparse_moe.experts.1.w3.weight"
+    found[odd] = replace(found[odd], dtype="BF16")
+    with pytest.raises(CheckpointMismatchError) as caught:
+        resolve(weight_map, TensorIndex(found, {}), [spec], Layout(1, 0, False), layers=6)
+    (problem,) = caught.value.problems
+    assert problem.what == "the parts of one parameter differ in dtype"
+    assert (problem.expected, problem.found) == ("one dtype", "F32, BF16")
 
 
 def test_two_spellings_of_one_expert_are_refused() -> None:

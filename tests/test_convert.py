@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 import mtj_loader
 from mtj_loader.checkpoint.record import TensorRecord
 from mtj_loader.checkpoint.source import open_checkpoint
-from mtj_loader.cli import app
+from mtj_loader.cli.app import app
 from mtj_loader.conversion import folder as folder_module
 from mtj_loader.conversion import stream
 from mtj_loader.conversion.layout import plan_files
@@ -589,7 +589,7 @@ def test_help_has_an_example():
 
 def test_command_does_without_jax(source):
     script = (
-        "import sys; from mtj_loader.cli import app\n"
+        "import sys; from mtj_loader.cli.app import app\n"
         "app(sys.argv[1:], standalone_mode=False); sys.exit('jax' in sys.modules)"
     )
     command = [sys.executable, "-c", script, "convert", str(source), "--dtype", "float16"]

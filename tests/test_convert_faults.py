@@ -194,7 +194,7 @@ def test_signals_leave_nothing(source, moment, number, code):
     process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == code
-    assert stderr == ("interrupted\n" if code == 130 else "")
+    assert stderr == ("interrupted\n" if code == 130 else "terminated\n")
     assert leftovers(source.parent) == ["tiny"]
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mtj_loader.checkpoint.token_ids import bos_id, eos_ids
 from mtj_loader.generation.generate import Generator, generate, stream
 from mtj_loader.generation.sampling import SamplingParams
-from mtj_loader.generation.stopping import bos_id, eos_ids
 from mtj_loader.generation.tokenizer import load_tokenizer
 from tests.models import DATA, config_of, make_forward, place
 from tests.mtj_tree import neox_tree

@@ -195,10 +195,12 @@ def test_hosts_together_need_every_byte_and_each_only_its_own(tmp_path: Path) ->
     plan = mtj_loader.plan(neox.write(tmp_path), pod)
     per_host = [plan.host_bytes(host) for host in range(4)]
     everything = sum(a.nbytes for a in neox.tensors().values())
+    assert sum(per_host) == everything
+    assert max(per_host) < everything / 2
+    alone = [plan.unshared.host_bytes(host) for host in range(4)]
     whole = ("norm.weight", "norm.bias", "dense.bias", "4h_to_h.bias")  # on every shard
     replicated = sum(a.nbytes for name, a in neox.tensors().items() if name.endswith(whole))
-    assert sum(per_host) == everything + 3 * replicated
-    assert max(per_host) < everything / 2
+    assert sum(alone) == everything + 3 * replicated
 
 
 def test_a_plan_can_be_loaded() -> None:

@@ -176,3 +176,20 @@ def test_settings_that_make_no_sense(settings, key, wording):
 def test_settings_without_finite_frequencies_are_refused(settings):
     with pytest.raises(ConfigError):
         read(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_type": "dynamic", "factor": 1e308},  # all pairs but the first stand still
+        {"rope_theta": 1e300},
+        {"rope_type": "linear", "factor": 1e308},
+        {"rope_type": "linear", "factor": 1e-37},  # finite, but not times a position
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.0},
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1e30},
+        LONGROPE | {"long_factor": [1e300] * 4, "factor": 2.0},
+    ],
+)
+def test_settings_that_cannot_tell_positions_apart_are_refused(settings):
+    with pytest.raises(ConfigError, match="angles that are zero or not finite"):
+        read(**settings)

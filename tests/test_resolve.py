@@ -274,6 +274,18 @@ def test_a_transform_that_makes_no_sense_is_refused(
     }
 
 
+def test_transforms_that_make_another_shape_are_refused(tmp_path: Path) -> None:
+    raw = json.loads(SEED.read_text())
+    raw["static_weights"]["embed_out.weight"]["mtj"]["transforms"] = ["vocab_pad", "no_transpose"]
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(raw))
+    arrays = neox.tensors() | {"embed_out.weight": np.zeros((29, 30), np.float32)}
+    with pytest.raises(MapError, match="do not make the parameter's shape") as caught:
+        mtj_loader.plan(neox.write(tmp_path / "c", arrays), "mp=2", map=path)
+    assert (caught.value.file, caught.value.tensor) == (str(path), "embed_out.weight")
+    assert (caught.value.expected, caught.value.found) == ([24, 30], [30, 30])
+
+
 def test_folding_keeps_gaps_visible() -> None:
     found = fold_layers([Problem("w", tensor=f"h.{i}.a") for i in (0, 2, 5)])
     assert [p.tensor for p in found] == ["h.{0,2,5}.a"]

@@ -90,6 +90,22 @@ LAYER = "gpt_neox.layers.{layer}.attention.dense.bias"
             id="transform-twice",
         ),
         pytest.param(
+            broken("static_weights/t", {"mtj": ENTRY["mtj"] | {"op": "x"}}),
+            ["the entry of t has an unknown key", "op"],
+            id="target-key",
+        ),
+        pytest.param(
+            broken("static_weights/t", {"mtj": ENTRY["mtj"] | {"transforms": "vocab_pad"}}),
+            ["a list is needed", "'vocab_pad'"],
+            id="transforms-no-list",
+        ),
+        pytest.param(broken("zero_weights", [3]), ["an entry is an object"], id="zero-no-entry"),
+        pytest.param(
+            broken("zero_weights", [ENTRY["mtj"] | {"x": 1}]),
+            ["zero_weights has an unknown key", "x"],
+            id="zero-key",
+        ),
+        pytest.param(
             broken("static_weights/t.{layer}", ENTRY), ["no placeholder"], id="static-with-layer"
         ),
         pytest.param(
@@ -112,6 +128,15 @@ def test_what_is_not_in_the_vocabulary_is_refused(raw: dict, words: list[str]) -
         parse_map(raw, file="broken.json")
     for word in ["broken.json", *words]:
         assert word in str(caught.value)
+
+
+def test_a_static_name_that_is_a_layers_too_is_refused() -> None:
+    name = LAYER.replace("{layer}", "1")
+    weight_map = parse_map(broken(f"static_weights/{name}", ENTRY), file="m")
+    weight_map.expand(1)
+    with pytest.raises(MapError, match="names a tensor that a static entry names too") as caught:
+        weight_map.expand(2)
+    assert (caught.value.file, caught.value.key) == ("m", LAYER)
 
 
 def test_a_map_with_one_tensor_twice_is_refused(tmp_path: Path) -> None:

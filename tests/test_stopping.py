@@ -1,4 +1,4 @@
-"""End-of-text ids, and stop strings that arrive in pieces."""
+"""Stop strings that arrive in pieces."""
 
 from __future__ import annotations
 
@@ -6,39 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtj_loader.errors import ConfigError, UsageError
-from mtj_loader.generation.stopping import Scan, bos_id, eos_ids, scan, stop_strings
-
-
-@pytest.mark.parametrize(
-    ("config", "generation_config", "expected"),
-    [
-        ({"eos_token_id": 2}, {}, {2}),
-        ({"eos_token_id": 2}, {"eos_token_id": 5}, {5}),
-        ({"eos_token_id": 2}, {"eos_token_id": [5, 0]}, {0, 5}),
-        ({"eos_token_id": 0}, {"eos_token_id": None}, {0}),
-        ({"eos_token_id": None}, {}, set()),
-        ({}, {}, set()),
-    ],
-)
-def test_end_of_text_ids(config: dict, generation_config: dict, expected: set):
-    assert eos_ids(config, generation_config) == expected
-
-
-@pytest.mark.parametrize("value", ["2", True, -1, 1.0, [1, None], {"id": 1}])
-def test_end_of_text_that_is_no_id_is_refused(value: object):
-    with pytest.raises(ConfigError, match="not a token id") as caught:
-        eos_ids({"eos_token_id": 0}, {"eos_token_id": value})
-    assert (caught.value.file, caught.value.key) == ("generation_config.json", "eos_token_id")
-    with pytest.raises(ConfigError) as caught:
-        bos_id({"bos_token_id": value}, {})
-    assert (caught.value.file, caught.value.key) == ("config.json", "bos_token_id")
-
-
-def test_beginning_of_text_id():
-    assert bos_id({"bos_token_id": 0}, {}) == 0
-    assert bos_id({"bos_token_id": 1}, {"bos_token_id": 3}) == 3
-    assert bos_id({"bos_token_id": None}, {}) is None
+from mtj_loader.errors import UsageError
+from mtj_loader.generation.stopping import Scan, scan, stop_strings
 
 
 def test_forms_of_stop():

@@ -1,5 +1,5 @@
-"""The command line: `mtj-loader inspect | plan | load | generate | convert`."""
+"""The command line: `mtj-loader inspect | plan | load | generate | convert | digests`."""
 
-from mtj_loader.cli.app import app, main
+from mtj_loader.cli.process import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

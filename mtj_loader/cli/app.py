@@ -1,18 +1,14 @@
-"""The commands, put together, and the process around them."""
+"""The commands, put together."""
 
 from __future__ import annotations
 
-import io
-import signal
-import sys
-from collections.abc import Sequence
-from types import FrameType
 from typing import Annotated
 
 import typer
 
 import mtj_loader
 from mtj_loader.cli.convert import convert
+from mtj_loader.cli.digests import digests
 from mtj_loader.cli.generate import generate
 from mtj_loader.cli.inspect import inspect
 from mtj_loader.cli.load import load
@@ -25,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (inspect, plan, load, generate, convert):
+for _command in (inspect, plan, load, generate, convert, digests):
     app.command()(_command)
 
 
@@ -46,19 +42,6 @@ def describe(
 ) -> None:
     """Hugging Face checkpoints onto JAX device meshes, as Mesh Transformer JAX's parameters.
 
-    Exit codes: 0 done, 2 wrong usage, 3 checkpoint or map, 4 machine, 130 interrupted.
+    Exit codes: 0 done, 2 wrong usage, 3 checkpoint or map, 4 machine, 130 interrupted
+    (143 by SIGTERM).
     """
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits; `arguments` are those of the process by default."""
-    signal.signal(signal.SIGTERM, _terminate)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name or a text is no reason to fail
-    app(args=arguments, prog_name="mtj-loader")
-
-
-def _terminate(number: int, _: FrameType | None) -> None:
-    """Ends like Ctrl-C does, through every `finally`: no thread and no half-made file stays."""
-    raise SystemExit(128 + number)

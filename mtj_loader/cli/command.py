@@ -18,7 +18,6 @@ import typer
 
 from mtj_loader.errors import MachineError, MtjLoaderError
 
-_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 _UNEXPECTED = 1
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -75,14 +74,12 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except KeyboardInterrupt as error:
-        raise _failed("interrupted", _INTERRUPTED, debug) from error
     except MtjLoaderError as error:
         raise _failed(f"error: {error}", error.exit_code, debug) from error
     except MemoryError as error:
         what = "error: out of memory on this machine"
         raise _failed(what, MachineError.exit_code, debug) from error
-    except typer.Exit:
+    except (typer.Exit, ImportError):  # a broken installation, or `limits` knows why
         raise
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_left():

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtj_loader import display
+from mtj_loader.cli import signals
 from mtj_loader.cli.command import command
 from mtj_loader.cli.options import AsJson, CheckpointPath, Source
 from mtj_loader.cli.output import print_json, print_table, warn
@@ -62,6 +63,7 @@ def convert(
 
     Example: [bold]mtj-loader convert mosaicml/mpt-7b-instruct --dtype float16[/bold]
     """
+    signals.end_in_order()  # through the removal of what is half written
     report = convert_checkpoint(
         path,
         out,

@@ -19,7 +19,8 @@ CheckpointPath = Annotated[
     str,
     typer.Argument(
         metavar="PATH",
-        help="A folder, a .safetensors file, or a Hugging Face id.",
+        help="A folder, a .safetensors file, a URL (s3://, gs://, az://, https://), or a Hugging "
+        "Face id.",
         show_default=False,
     ),
 ]
@@ -48,6 +49,14 @@ class Source:
     local_files_only: Annotated[
         bool,
         typer.Option("--local-files-only", help="Never use the network.", rich_help_panel=_HUB),
+    ] = False
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read a repository straight from the hub and keep no file, as a URL always is.",
+            rich_help_panel=_HUB,
+        ),
     ] = False
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from mtj_loader.errors import DeviceError, MemoryLimitError
+from mtj_loader.errors import DeviceError
 
 Device = Any  # jax.Device is a variable, which no annotation may name
 
@@ -108,7 +108,7 @@ def allocate(size_bytes: int) -> np.ndarray:
     """Fresh, zeroed memory from the system, uint8, in huge pages where that can be had.
 
     Raises:
-      MemoryLimitError: the system has no more.
+      MemoryError: the system has no more.
     """
     if size_bytes < _HUGE_PAGE_BYTES:
         memory = np.zeros(size_bytes + ALIGNMENT_BYTES, np.uint8)
@@ -119,9 +119,7 @@ def allocate(size_bytes: int) -> np.ndarray:
             -1, size_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
     except (OSError, MemoryError) as error:
-        raise MemoryLimitError(
-            "out of memory on the host", found=f"{size_bytes:,} bytes"
-        ) from error
+        raise MemoryError(f"{size_bytes:,} bytes in one piece") from error
     memory = np.frombuffer(mapping, np.uint8)
     first = -memory.ctypes.data % _HUGE_PAGE_BYTES
     if hasattr(mmap, "MADV_HUGEPAGE"):

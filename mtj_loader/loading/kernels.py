@@ -85,15 +85,28 @@ def finishing(source: np.dtype, target: np.dtype, divisor: int) -> Finish | None
     if divisor == 1:
         return None if source == target else lambda panel: cast(panel, target)
     by = np.float32(divisor)
-    return lambda panel: cast(np.divide(cast(panel, FLOAT32), by), target)
+
+    def divided(panel: np.ndarray) -> np.ndarray:
+        with _silence():
+            return cast(np.divide(cast(panel, FLOAT32), by), target)
+
+    return divided
 
 
 def cast(panel: np.ndarray, target: np.dtype) -> np.ndarray:
     """Another dtype, rounded once to nearest even."""
     if panel.dtype == BFLOAT16 and target == FLOAT32:  # exact: the missing bits are zeros
         return (panel.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):  # `overflowed` looks for it
+    with _silence():
         return panel.astype(FLOAT32).astype(target)  # exact, then rounded once
+
+
+def _silence() -> np.errstate:
+    """No warnings: `overflowed` looks for infinity, `count_nonfinite` for NaN.
+
+    And what lies in a panel between the runs that were read may be anything.
+    """
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 _EXPONENT = {FLOAT32: 0x7F800000, BFLOAT16: 0x7F80, FLOAT16: 0x7C00}  # all ones: NaN or infinity

@@ -23,9 +23,10 @@ from jax.sharding import Mesh
 from mtj_loader.errors import NonFiniteError
 from mtj_loader.loading import kernels
 from mtj_loader.loading.buffers import SCRATCH_BYTES, Buffers, buffers_for
-from mtj_loader.loading.jobs import Batch, Job, Task, batches, tasks
+from mtj_loader.loading.jobs import Batch, Job, Task, batches, byte_runs, tasks
 from mtj_loader.loading.place import Params, Placer
 from mtj_loader.loading.plan import LoadPlan
+from mtj_loader.loading.read_ahead import ahead_bytes, reader_for
 from mtj_loader.loading.schedule import PANEL_BYTES, Step
 
 _BATCHES_AHEAD = 2  # one is read while one is placed
@@ -93,13 +94,18 @@ class Streamer:
         self.host = jax.process_index()
         self.device_seconds = 0.0
         platform = mesh.devices.flat[0].platform
-        budget = plan.options.host_memory_bytes
+        storage = plan.checkpoint.storage
+        ahead = ahead_bytes(storage, plan.options.host_memory_bytes)
+        budget = plan.options.host_memory_bytes - ahead
         self.threads = _threads(budget)
         self._buffers = buffers or buffers_for(platform, budget, self.threads)
+        runs = byte_runs(plan, self.host, self._buffers)
+        self._reader = reader_for(storage, runs, ahead)
         self._placer = Placer(plan, mesh, self.host, self._buffers)
         self._tallies: list[Tally] = []
         self._local = threading.local()
         self._stop = threading.Event()
+        self._error: BaseException | None = None  # the first of any thread
 
     def run(self) -> Params:
         """Reads everything and returns `params[module][param]`.
@@ -114,6 +120,7 @@ class Streamer:
                 self._stream(pool)
         finally:
             self._stop.set()
+            self._reader.stop()
             pool.shutdown(wait=True, cancel_futures=True)
         self._check_finite()
         return self._placer.params()
@@ -135,6 +142,7 @@ class Streamer:
         total = Tally()
         for tally in self._tallies:
             total.add(tally)
+        total.bytes_read += self._reader.extra_bytes
         return total
 
     def _place(self, batch: Batch) -> None:
@@ -147,13 +155,21 @@ class Streamer:
     def _wait(self, futures: list[Future[None]]) -> None:
         waiting: set[Future[None]] = set(futures)
         while waiting:
-            done, waiting = wait(waiting, timeout=0.1)  # so that the progress bar moves
-            for future in done:
-                future.result()
+            _, waiting = wait(waiting, timeout=0.1)  # so that the progress bar moves
+            if self._error is not None:  # perhaps of a later batch; all threads stop for it
+                raise self._error
             self.progress(sum(tally.bytes_read for tally in self._tallies))
 
     def _work(self, task: Task) -> None:
-        """One thread's share: reads, converts, copies."""
+        """One thread's share."""
+        try:
+            self._run(task)
+        except BaseException as error:  # noqa: BLE001 -- raised again by the main thread
+            self._error = self._error or error
+            self._stop.set()
+
+    def _run(self, task: Task) -> None:
+        """Reads, converts, copies."""
         for job, step in task:
             if self._stop.is_set():
                 return
@@ -187,7 +203,7 @@ class Streamer:
         record = job.plan.view.records[source]
         offset_bytes = record.offset_bytes + first * target.itemsize
         begun = time.perf_counter()
-        self.plan.checkpoint.storage.read_into(record.file, offset_bytes, target.view(np.uint8))
+        self._reader.read_into(record.file, offset_bytes, target.view(np.uint8))
         self._mine.read_seconds += time.perf_counter() - begun
         self._mine.bytes_read += target.nbytes
 

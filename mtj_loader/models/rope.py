@@ -52,6 +52,11 @@ class Rope:
         """What cosine and sine are multiplied by; other than 1 for yarn and longrope."""
         return 1.0
 
+    @property
+    def turning_pairs(self) -> int:
+        """How many pairs turn: the first ones."""
+        return len(self._exponents())
+
     def frequencies(self, total: int) -> np.ndarray:
         """Inverse frequencies, float32 [r/2], of a row of `total` tokens, if they depend on it."""
         return self._powers(self.theta)
@@ -91,12 +96,17 @@ class Proportional(Linear):
     Exponents are 2i/head_dim, as if the whole head turned; the remaining frequencies are zero.
     """
 
+    @property
+    def turning_pairs(self) -> int:
+        """How many pairs turn: the first ones."""
+        return int(self.fraction * self.head_dim // 2)
+
     def frequencies(self, total: int) -> np.ndarray:
         """Inverse frequencies, float32 [head_dim/2]."""
-        turning = int(self.fraction * self.head_dim // 2)
-        exponents = np.arange(0, 2 * turning, 2, dtype=np.float32) / np.float32(self.head_dim)
+        turning = np.arange(0, 2 * self.turning_pairs, 2, dtype=np.float32)
+        exponents = turning / np.float32(self.head_dim)
         result = np.zeros(self.head_dim // 2, np.float32)
-        result[:turning] = np.float32(1) / _power(self.theta, exponents)
+        result[: self.turning_pairs] = np.float32(1) / _power(self.theta, exponents)
         return result / np.float32(self.factor)
 
     @classmethod
@@ -292,7 +302,7 @@ def read(
     _check_shared(rope, shared)
     result = kind.read(rope, shared)
     rope.refuse_rest()
-    _check_finite(rope, result)
+    _check_usable(rope, result)
     return result
 
 
@@ -307,17 +317,25 @@ def _power(theta: float, exponents: np.ndarray) -> np.ndarray:
     return np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
 
 
-def _check_finite(config: Reader, rope: Rope) -> None:
-    """Raises ConfigError if there are no finite frequencies, within or beyond what was trained."""
+def _check_usable(config: Reader, rope: Rope) -> None:
+    """Raises ConfigError if positions cannot be told apart, within or beyond what was trained."""
     try:
         with np.errstate(all="ignore"):
-            found = [rope.frequencies(n * rope.trained_positions) for n in (1, 2)]
-        finite = all(np.isfinite(row).all() for row in found)
+            usable = all(_tells(rope, n * rope.trained_positions) for n in (1, 2))
     except (ArithmeticError, ValueError):
-        finite = False
-    if not finite:
-        what = "settings of the rotary embedding give no finite frequencies"
+        usable = False
+    if not usable:
+        what = "settings of the rotary embedding give angles that are zero or not finite"
         raise config.error(what, "rope_type", "settings of usual size")
+
+
+def _tells(rope: Rope, total: int) -> bool:
+    """Whether, in a row of `total` tokens, every pair turns, no angle overflows, and no product."""
+    row = rope.frequencies(total)
+    angles = row * np.float32(total)
+    product = np.float32(rope.scale) ** 2  # a query's times a key's
+    turns = (row[: rope.turning_pairs] > 0).all()
+    return bool(turns and np.isfinite(angles).all() and 0 < product < np.inf)
 
 
 def _check_shared(config: Reader, shared: Mapping[str, Any]) -> None:

@@ -97,10 +97,18 @@ class Merge:
             if len(part) < count:
                 missing = next(i for i in range(count) if i not in part)
                 raise ValueError(f"there is no {pattern.replace('*', str(missing))}")
+        self._check_axes(len(parts[0][0].shape))
         stacks = [
             stack([view_of(part[i]) for i in range(count)], self.stack_axis) for part in parts
         ]
         return stacks[0] if self.concat_axis is None else concat(stacks, self.concat_axis)
+
+    def _check_axes(self, ndim: int) -> None:
+        """Raises ValueError if a tensor of so many dimensions, stacked, has not those axes."""
+        axes = {"merge_modulelist": self.stack_axis, "concatenate": self.concat_axis or 0}
+        for operation, axis in axes.items():
+            if axis > ndim:
+                raise ValueError(f"{operation} has dim {axis}, of {ndim + 1} dimensions in all")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from mtj_loader import dtypes
 from mtj_loader.checkpoint.record import TensorIndex, TensorRecord
-from mtj_loader.errors import CheckpointMismatchError, Problem
+from mtj_loader.errors import CheckpointMismatchError, MapError, Problem
 from mtj_loader.parameters import ParamSpec
 from mtj_loader.weights.conversion import Source, convert, spellings
 from mtj_loader.weights.schema import Target, WeightMap
@@ -86,9 +86,11 @@ def resolve(
 
     Raises:
       CheckpointMismatchError: with every problem found.
+      MapError: an entry's transforms make another shape than the parameter's.
     """
     sources, problems = convert(index.records, weight_map.conversions)
     work = _Work(
+        weight_map.file,
         weight_map.expand(layers),
         {(spec.module, spec.param): spec for spec in specs},
         ties or {},
@@ -117,6 +119,7 @@ def resolve(
 class _Work:
     """The tables that one `resolve` fills."""
 
+    map_file: str
     entries: Mapping[str, Target | None]
     specs: Mapping[TargetKey, ParamSpec]
     ties: Mapping[TargetKey, TargetKey]
@@ -187,6 +190,15 @@ class _Work:
             self.problems.append(problem)
             return
         view = self.layout.apply(source.view, spec, target.transforms)
+        if view.shape not in (spec.shape, spec.axis_sizes):
+            raise MapError(
+                "the map's transforms do not make the parameter's shape",
+                file=self.map_file,
+                tensor=source.name,
+                key=f"{spec.module} {spec.param}",
+                expected=list(spec.shape),
+                found=list(view.shape),
+            )
         self.bindings.append(Binding(spec, view, "divide_by_shards" in target.transforms))
 
     def _misfit(self, spec: ParamSpec, source: Source, target: Target) -> Problem | None:
