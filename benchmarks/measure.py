@@ -45,7 +45,7 @@ def measure(name: str, folder: Path, check: bool) -> dict[str, object]:
     """Seconds, peak memory and bytes read of one load."""
     module, function = CONTENDERS[name].split(":")
     load = getattr(importlib.import_module(f"benchmarks.contenders.{module}"), function)
-    mesh = _warm_mesh(folder)
+    mesh = warm_mesh(folder)
     warm_memory(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
     resident, read = _line_bytes(_STATUS, "VmRSS"), _bytes_read()
@@ -65,7 +65,7 @@ def measure(name: str, folder: Path, check: bool) -> dict[str, object]:
     }
 
 
-def _warm_mesh(folder: Path) -> Mesh:
+def warm_mesh(folder: Path) -> Mesh:
     """A mesh of as many devices as the heads allow, each of which has already taken an array."""
     heads = json.loads((folder / "config.json").read_text())["num_attention_heads"]
     shards = max(n for n in range(1, len(jax.devices()) + 1) if heads % n == 0)

@@ -1,0 +1,133 @@
+"""What each of several hosts reads: `python -m benchmarks.hosts`.
+
+Hosts are processes on this machine, with two virtual devices each. That the bytes of all of them
+together are those of the checkpoint is the point; the times are not: hosts that share two cores and
+a page cache get no faster by being more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import machine
+from benchmarks.checkpoint import SHAPES, checkpoint
+from benchmarks.load import CACHE, RESULTS
+
+DEVICES = 2  # of each host
+# Hosts, and meshes that the 12 heads of pythia-160m allow.
+POD = ((1, "dp=1,mp=2"), (2, "dp=1,mp=4"), (2, "dp=2,mp=2"), (4, "dp=2,mp=4"), (4, "dp=4,mp=2"))
+_TIMES = "Times are merely indicative: all hosts share one machine's cores and page cache."
+_SECONDS = 300  # for a whole load; whoever hangs is ended
+
+
+def main(
+    *,
+    shape: Annotated[str, typer.Option(help=f"one of {', '.join(SHAPES)}")] = "pythia-160m",
+    cache: Annotated[Path, typer.Option(help="where synthetic checkpoints are kept")] = CACHE,
+    out: Annotated[Path, typer.Option(help="folder for the JSON")] = RESULTS,
+    probe: Annotated[str, typer.Option(hidden=True, help="what to load in this process")] = "",
+) -> None:
+    """Loads on 1, 2 and 4 hosts; prints what each reads, writes JSON."""
+    if probe:
+        print(json.dumps(_probe(**json.loads(probe))))
+        return
+    console = Console()
+    folder = checkpoint(shape, cache)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    unique = index["metadata"]["total_size"]
+    rows = [_load(folder, count, mesh, unique) for count, mesh in POD]
+    result = {"machine": machine.facts(), "shape": shape, "bytes": unique, "loads": rows}
+    console.print(table(result))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "hosts.json").write_text(json.dumps(result, indent=1))
+
+
+def table(result: dict) -> Table:
+    """The loads for people."""
+    made = Table(title=f"{result['shape']}, {result['bytes'] / 1e6:.1f} MB")
+    made.caption = f"{machine.in_words(result['machine'])}\n{_TIMES}"
+    for column in ("hosts", "mesh", "read by each, MB", "÷ unique", "received by each, MB"):
+        made.add_column(column, justify="right")
+    made.add_column("seconds of each", justify="right")
+    made.add_column("of them exchange", justify="right")
+    for row in result["loads"]:
+        hosts = row["hosts"]
+        made.add_row(
+            str(len(hosts)),
+            row["mesh"],
+            ", ".join(f"{host['bytes_read'] / 1e6:.1f}" for host in hosts),
+            f"{row['ratio']:.4f}",
+            ", ".join(f"{host['bytes_received'] / 1e6:.1f}" for host in hosts),
+            ", ".join(f"{host['seconds']['load']:.2f}" for host in hosts),
+            ", ".join(f"{host['seconds']['exchange']:.2f}" for host in hosts),
+        )
+    return made
+
+
+def _load(folder: Path, count: int, mesh: str, unique: int) -> dict:
+    """One load on so many hosts; every host says what it read."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    asked = {"folder": str(folder), "mesh": mesh, "address": address, "count": count}
+    hosts = [_start(asked | {"host": k}) for k in range(count)]
+    said = [_ended(host) for host in hosts]
+    return {"mesh": mesh, "ratio": sum(one["bytes_read"] for one in said) / unique, "hosts": said}
+
+
+def _start(probe: dict) -> subprocess.Popen[str]:
+    flags = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+    }
+    command = [sys.executable, "-m", "benchmarks.hosts", "--probe", json.dumps(probe)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | flags,
+    )
+
+
+def _ended(process: subprocess.Popen[str]) -> dict:
+    """The last line that a host printed.
+
+    Raises:
+      RuntimeError: it failed; with what it wrote to stderr.
+    """
+    try:
+        printed, errors = process.communicate(timeout=_SECONDS)
+    finally:
+        process.kill()
+    if process.returncode:
+        raise RuntimeError(f"a host failed:\n{errors}")
+    return json.loads(printed.splitlines()[-1])
+
+
+def _probe(folder: str, mesh: str, address: str, count: int, host: int) -> dict:
+    """This host's part of a load, whose bytes are compared with the files afterwards."""
+    import jax  # noqa: PLC0415 -- not needed to start probes
+
+    if count > 1:
+        jax.distributed.initialize(address, count, host)
+    from mtj_loader import load  # noqa: PLC0415
+    from mtj_loader.loading.verify import verify  # noqa: PLC0415
+
+    model = load(folder, mesh, progress=False)
+    report = model.report.to_dict()
+    kept = ("bytes_needed", "bytes_read", "bytes_received", "seconds", "peak_host_bytes")
+    return {key: report[key] for key in kept} | {"verified": verify(model.plan, model.params)}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,176 @@
+"""How long planning takes for pods that are not there: `python -m benchmarks.plans`.
+
+Headers are real files, parsed as every header is; the tensors are holes. Each run is a process of
+its own, and counts everything from the first byte of an index to the last run of a host.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import machine, sparse
+from benchmarks.sparse import NEOX_20B
+
+STAGES = ("headers", "plan", "hosts", "runs")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a pod, and the seconds that planning may take."""
+
+    config: dict[str, object]
+    tensors: Iterator[tuple[str, sparse.Dims]]
+    mesh: str
+    hosts: int  # of four devices each, as on v4 and v5p
+    expert_parallel: bool
+    bar_seconds: float
+
+
+LAYERS, EXPERTS, D_MODEL, D_FF, HEADS, KV_HEADS = 59, 512, 4096, 1536, 64, 8
+VOCAB = 128256
+
+
+def cases() -> dict[str, Case]:
+    """What is planned, by name."""
+    neox, moe = NEOX_20B.config(), _mixtral_config()
+    return {
+        "GPT-NeoX-20B": Case(neox, NEOX_20B.tensors(), "dp=4,mp=64", 64, False, 1.0),
+        "MoE, experts split": Case(moe, _mixtral(), "dp=8,mp=64", 128, False, 10.0),
+        "MoE, experts dealt": Case(moe, _mixtral(), "dp=8,mp=64", 128, True, 10.0),
+    }
+
+
+def main(
+    *,
+    runs: Annotated[int, typer.Option(help="processes for each case; medians are shown")] = 5,
+    out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks/results"),
+    probe: Annotated[str, typer.Option(hidden=True, help="case to plan in this process")] = "",
+    folder: Annotated[Path, typer.Option(hidden=True, help="its checkpoint")] = Path(),
+) -> None:
+    """Prints seconds for each stage, and writes them as JSON."""
+    if probe:
+        print(json.dumps(plan_once(cases()[probe], folder)))
+        return
+    rows = [_measure(name, case, runs) for name, case in cases().items()]
+    for row in rows:
+        stages = ", ".join(f"{stage} {row['medians'][stage]:.2f}" for stage in STAGES)
+        print(
+            f"{row['case']}: {row['tensors']:,} tensors, {row['devices']} devices, {row['hosts']} "
+            f"hosts: {row['medians']['total']:.2f} s of {row['bar_seconds']:.0f} ({stages}; "
+            f"processor {row['medians']['processor']:.2f})"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"machine": machine.facts(), "plans": rows}
+    (out / "plans.json").write_text(json.dumps(result, indent=1))
+
+
+def _measure(name: str, case: Case, runs: int) -> dict:
+    """Medians over processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        sparse.write(Path(folder), case.config, case.tensors)
+        command = [sys.executable, "-m", "benchmarks.plans", "--probe", name, "--folder", folder]
+        found = [
+            json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+            for _ in range(runs)
+        ]
+    keys = found[0]["seconds"]
+    medians = {key: statistics.median(run["seconds"][key] for run in found) for key in keys}
+    facts = {"case": name, "mesh": case.mesh, "bar_seconds": case.bar_seconds, "medians": medians}
+    return facts | found[0]["counts"] | {"seconds": [run["seconds"] for run in found]}
+
+
+def plan_once(case: Case, folder: Path) -> dict[str, dict]:
+    """Seconds of each stage, and what came out."""
+    import mtj_loader  # noqa: PLC0415 - imports do not count
+    from mtj_loader.checkpoint.source import open_checkpoint  # noqa: PLC0415
+    from mtj_loader.loading.plan import LoadOptions  # noqa: PLC0415
+    from mtj_loader.loading.planner import make_plan  # noqa: PLC0415
+
+    mesh = mtj_loader.make_abstract_mesh(case.mesh, case.hosts)
+    busy, marks = time.process_time(), [time.perf_counter()]
+    checkpoint = open_checkpoint(folder)  # index and headers: read, parsed, checked
+    marks.append(time.perf_counter())
+    options = LoadOptions(expert_parallel=case.expert_parallel)
+    plan = make_plan(checkpoint, mesh, options)  # map, views, the layout of every shard
+    marks.append(time.perf_counter())
+    of_hosts = plan.bytes_of_hosts
+    marks.append(time.perf_counter())
+    runs = _runs(plan, case.hosts // 2)
+    marks.append(time.perf_counter())
+    busy = time.process_time() - busy
+    stages = [stop - start for start, stop in itertools.pairwise(marks)]
+    total = {"total": marks[-1] - marks[0], "processor": busy}
+    return {
+        "seconds": dict(zip(STAGES, stages, strict=True)) | total,
+        "counts": {
+            "tensors": len(checkpoint.index.records),
+            "devices": mesh.dp * mesh.mp,
+            "hosts": len(of_hosts),
+            "bytes_of_all_hosts": sum(of_hosts.values()),
+            "runs_of_a_host": runs,
+        },
+    }
+
+
+def _runs(plan, host: int) -> int:
+    """How many contiguous ranges a host reads: every one of them is worked out."""
+    from mtj_loader.loading.jobs import Job  # noqa: PLC0415
+
+    seats = plan.topology.seats_of(host)
+    jobs = (Job(param, param.distinct(seats)) for param in plan.params)
+    return sum(len(step.runs) for job in jobs for step in job.steps)
+
+
+def _mixtral_config() -> dict[str, object]:
+    """A mixture of experts larger than any that is published, in Mixtral's words."""
+    return {
+        "model_type": "mixtral",
+        "hidden_size": D_MODEL,
+        "intermediate_size": D_FF,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 8,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+    }
+
+
+def _mixtral() -> Iterator[tuple[str, sparse.Dims]]:
+    """Its tensors, with a file's entry for every expert's every weight."""
+    kv = D_MODEL * KV_HEADS // HEADS
+    yield "model.embed_tokens.weight", (VOCAB, D_MODEL)
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        yield f"{layer}input_layernorm.weight", (D_MODEL,)
+        yield f"{layer}post_attention_layernorm.weight", (D_MODEL,)
+        for name, rows in (("q", D_MODEL), ("k", kv), ("v", kv), ("o", D_MODEL)):
+            yield f"{layer}self_attn.{name}_proj.weight", (rows, D_MODEL)
+        yield f"{layer}block_sparse_moe.gate.weight", (EXPERTS, D_MODEL)
+        for e in range(EXPERTS):
+            expert = f"{layer}block_sparse_moe.experts.{e}."
+            yield f"{expert}w1.weight", (D_FF, D_MODEL)
+            yield f"{expert}w2.weight", (D_MODEL, D_FF)
+            yield f"{expert}w3.weight", (D_FF, D_MODEL)
+    yield "model.norm.weight", (D_MODEL,)
+    yield "lm_head.weight", (VOCAB, D_MODEL)
+
+
+if __name__ == "__main__":
+    typer.run(main)
