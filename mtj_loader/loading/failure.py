@@ -30,6 +30,16 @@ def clean_failure() -> Iterator[None]:
             yield
     except BaseException as error:
         _forget_variables(error)
+        raise
+
+
+@contextmanager
+def clean_load_failure() -> Iterator[None]:
+    """As `clean_failure`, for functions that hand memory to devices."""
+    try:
+        with clean_failure():
+            yield
+    except BaseException:
         gc.collect()  # JAX lets go of memory that it adopted when Python collects
         raise
 

@@ -11,7 +11,7 @@ from mtj_loader.checkpoint.storage import DistantStorage, check_unchanged
 from mtj_loader.errors import MeshError
 from mtj_loader.loading.buffers import Buffers
 from mtj_loader.loading.exchange import compiling, exchange_all
-from mtj_loader.loading.failure import clean_failure
+from mtj_loader.loading.failure import clean_load_failure
 from mtj_loader.loading.hosts.phases import ALONE, Hosts
 from mtj_loader.loading.memory import check_memory
 from mtj_loader.loading.merge import merge_all
@@ -26,7 +26,7 @@ from mtj_loader.loading.verify import compare_carried, compare_tied
 _LOOK_SECONDS = 0.5  # a look takes well under a millisecond a file
 
 
-@clean_failure()
+@clean_load_failure()
 def load_params(
     plan: LoadPlan,
     mesh: Mesh,

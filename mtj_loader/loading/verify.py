@@ -17,7 +17,7 @@ from mtj_loader.checkpoint.record import TensorRecord
 from mtj_loader.checkpoint.storage import Storage
 from mtj_loader.dtypes import FLOAT32
 from mtj_loader.errors import NonFiniteError, VerifyError
-from mtj_loader.loading.failure import clean_failure
+from mtj_loader.loading.failure import clean_load_failure
 from mtj_loader.loading.merge import gather
 from mtj_loader.loading.plan import LoadPlan, ParamPlan
 from mtj_loader.weights.low_rank import CarriedCopy
@@ -28,7 +28,7 @@ _FLOAT32_SLACK = 1e-6  # relative to the largest element; sums of a few products
 _COMPARED_BYTES = 1 << 20  # read at a time, from each of two tensors
 
 
-@clean_failure()
+@clean_load_failure()
 def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]]) -> int:
     """Compares every local shard with the checkpoint; returns the bytes compared.
 
