@@ -42,7 +42,7 @@ def _start(scratch: Path, name: str, paths: Sequence[Path], *options: str) -> Ho
 def _joining(scratch: Path) -> Hosts:
     """Host 0 waits; host 1 imports."""
     hosts = _start(scratch, "load", [FIXTURE, FIXTURE])
-    hosts[0].wait_for(lambda: _children(hosts[1]))
+    hosts[0].wait_for(lambda: all(map(_children, hosts)))
     return hosts
 
 
