@@ -20,7 +20,13 @@ from mtj_loader.errors import MeshError, UsageError
 from mtj_loader.generation.compilation_cache import keep_compiled
 from mtj_loader.generation.prompts import PromptRules
 from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
-from mtj_loader.generation.warm_up import WarmUpLike, compiling, read_shapes, reported
+from mtj_loader.generation.warm_up import (
+    WarmUpLike,
+    compiling,
+    on_all_hosts,
+    read_shapes,
+    reported,
+)
 from mtj_loader.loading.hosts.agree import agree
 from mtj_loader.loading.hosts.handing import open_for_all
 from mtj_loader.loading.hosts.phases import ALONE, LATE_SECONDS, Hosts, together
@@ -266,7 +272,7 @@ def _execute(
                 plan, mesh, plan_seconds=plan_seconds, progress=advance, hosts=hosts
             )
         loaded = time.perf_counter()
-        compiled = all_compiled()
+        compiled = on_all_hosts(all_compiled(), hosts)
     report = reported(report, compiled, loaded)
     return Model(
         params, plan.config, mesh, tokenizer, report, plan, forward, compiled.shapes, begun

@@ -64,10 +64,11 @@ class ObjectServer:
       always: path → the fault of every GET that `faults` does not cover.
       spare_beginnings: GETs from the first byte on are answered right.
       etags: whether answers carry one.
+      dates: whether they say when the object last changed.
       latency_seconds: between a request and its answer.
       bytes_per_second: of each connection; 0: no limit.
       requests: all of them, in order of arrival.
-      most_active: the most requests that were answered at once.
+      most_active: the most requests that waited for their answers at once.
       connections: that are open now.
       failed_at: when the first answer was wrong, by `time.perf_counter`; 0: none was.
     """
@@ -77,6 +78,7 @@ class ObjectServer:
     always: dict[str, Fault] = field(default_factory=dict)
     spare_beginnings: bool = False
     etags: bool = True
+    dates: bool = True
     latency_seconds: float = 0.0
     bytes_per_second: int = 0
     requests: list[Request] = field(default_factory=list)
@@ -103,8 +105,8 @@ class ObjectServer:
         return waiting.popleft() if waiting else self.always.get(request.path, Fault())
 
     @contextmanager
-    def answering(self, request: Request) -> Iterator[None]:
-        """Counts the requests that are answered at once."""
+    def waiting(self, request: Request) -> Iterator[None]:
+        """Counts the requests that wait for their answers; who has one may send the next."""
         with self.lock:
             self.requests.append(request)
             self.active += 1
@@ -132,6 +134,9 @@ def serve(objects: Mapping[str, bytes], **behavior: object) -> Iterator[ObjectSe
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+_CHANGED = 1_700_000_000  # 14 November 2023
 
 
 @lru_cache(maxsize=64)
@@ -167,9 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).lstrip("/")
         start, stop = self._range(len(self.state.objects.get(path, b"")))
         request = Request(self.command, path, start, stop, dict(self.headers.items()))
-        with self.state.answering(request):
+        with self.state.waiting(request):
             time.sleep(self.state.latency_seconds)
-            self._answer(request, self.state.fault(request))
+        self._answer(request, self.state.fault(request))
 
     do_HEAD = do_GET
 
@@ -186,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(fault.status or 404, b"the server says no", fault.headers)
             return
         etag = fault.etag or _etag(data)
-        headers = {"Last-Modified": formatdate(0, usegmt=True)}
+        headers = {"Last-Modified": formatdate(_CHANGED, usegmt=True)} if self.state.dates else {}
         headers |= {"ETag": etag} if self.state.etags else {}
         if self.headers.get("If-Match", etag) != etag:
             self._send(412, b"", headers)

@@ -18,7 +18,7 @@ from jax.errors import JaxRuntimeError
 
 import mtj_loader
 from mtj_loader.checkpoint.source import open_checkpoint
-from mtj_loader.errors import CheckpointError, HostError, MemoryLimitError, UsageError
+from mtj_loader.errors import CheckpointError, HostError, MemoryLimitError, MeshError, UsageError
 from mtj_loader.loading.hosts import many, phases, store
 from mtj_loader.loading.hosts.agree import disagreement, plan_facts
 from mtj_loader.loading.hosts.failure import of_error, of_lateness
@@ -300,3 +300,21 @@ def test_facts_follow_what_a_plan_is_made_from(tmp_path: Path) -> None:
     neox.write(tmp_path / "c", rotary_pct=0.25)
     other = plan_facts(mtj_loader.plan(tmp_path / "c", mesh, check_finite=True), mesh)
     assert {name for name in one if one[name] != other[name]} == {"config", "check_finite"}
+
+
+def test_other_weights_in_a_file_of_the_same_size_are_told_apart(tmp_path: Path) -> None:
+    mesh = mtj_loader.make_mesh("mp=2")
+    path = neox.write(tmp_path) / "model.safetensors"
+    one = plan_facts(mtj_loader.plan(tmp_path, mesh), mesh)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    other = plan_facts(mtj_loader.plan(tmp_path, mesh), mesh)
+    assert {n for n in one if one[n] != other[n]} == {"content of model.safetensors"}
+
+
+def test_a_mesh_without_this_host_is_refused(tmp_path: Path, monkeypatch) -> None:
+    plan = mtj_loader.plan(neox.write(tmp_path), mtj_loader.make_mesh("mp=2"))
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    with pytest.raises(MeshError, match="no device of this host"):
+        mtj_loader.load(plan=plan)

@@ -126,12 +126,29 @@ def test_without_etags(server):
     server.etags = False
     with storage_at(f"{server.url}/m") as storage:
         assert storage.read("a.bin", 400_000, 9) == DATA[400_000:400_009]
-        assert storage.stamp("a.bin").version.startswith("1970-01-01")
+        assert storage.stamp("a.bin").version.startswith("2023-11-14")
         server.objects["m/a.bin"] += b"x"
         with pytest.raises(CheckpointError, match="changed") as caught:
             storage.read("a.bin", 400_000, 9)
     assert "expected: 1,000,000 bytes" in str(caught.value)
     assert "found: 1,000,001 bytes" in str(caught.value)
+
+
+def test_a_server_that_names_no_version_is_refused(server):
+    server.etags = server.dates = False
+    with (
+        storage_at(f"{server.url}/m") as storage,
+        pytest.raises(StorageError, match="neither an etag nor when the file last changed"),
+    ):
+        storage.read("a.bin", 0, 9)
+
+
+def test_a_storage_is_closed_by_its_last_user(server):
+    with storage_at(f"{server.url}/m") as storage:
+        with storage:
+            assert storage.read("a.bin", 400_000, 9) == DATA[400_000:400_009]
+        assert len(loops()) == 1
+    assert not loops()
 
 
 def test_closing_leaves_nothing(server):
@@ -155,7 +172,7 @@ def test_closing_ends_what_is_under_way(server):
     storage = ObjectStorage(origin_of(f"{server.url}/m", patient), patient)
     buffer = np.zeros(100, np.uint8)
     futures = [storage.fetch("a.bin", i, buffer) for i in range(40)]
-    assert wait_for(lambda: server.active == 32)
+    assert wait_for(lambda: server.connections == 32)
     begun = time.monotonic()
     storage.close()
     for future in futures:

@@ -238,6 +238,17 @@ def test_stopping_wakes_whoever_waits():
                 read.result(timeout=5)
 
 
+def test_what_somebody_else_cancelled_is_no_data():
+    store = FakeStore(MIB)
+    ahead = ReadAhead(store, whole(MIB), 10 * MIB)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(ahead.read_into, "f", 0, np.zeros(MIB // 4, np.uint8))
+        wait_for(lambda: store.asked)
+        store.asked[0][2].cancel()
+        with pytest.raises(StorageError, match="reading was stopped"):
+            read.result(timeout=5)
+
+
 def wait_for(condition) -> None:
     end = time.monotonic() + 5
     while not condition() and time.monotonic() < end:

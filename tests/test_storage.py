@@ -132,6 +132,16 @@ def test_missing_file_and_pipe(storage, tmp_path):
         storage.read_into("pipe", 0, np.zeros(1, np.uint8))
 
 
+def test_the_last_of_several_users_closes(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    before = open_descriptors()
+    with LocalStorage(tmp_path) as storage:
+        with storage:
+            assert storage.read("a", 0, 3) == b"abc"
+        assert open_descriptors() == before + 1
+    assert open_descriptors() == before
+
+
 def test_a_file_is_opened_once_and_closed(tmp_path):
     (tmp_path / "a").write_bytes(b"12345678")
     before = open_descriptors()

@@ -21,7 +21,7 @@ fi
 
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --upgrade pip
-"$venv/bin/python" -m pip install --quiet "${checkout}[tpu]"
+"$venv/bin/python" -m pip install --quiet "${checkout}[tpu,remote]"
 
 # No device is touched here: on a pod, JAX would wait for all the other hosts.
 "$venv/bin/mtj-loader" --version

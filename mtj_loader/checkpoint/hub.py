@@ -27,6 +27,8 @@ from mtj_loader.checkpoint.naming import INDEX_FILE, SINGLE_FILE, SUFFIX, choose
 from mtj_loader.checkpoint.storage import LocalStorage
 from mtj_loader.errors import MtjLoaderError, StorageError, UsageError
 
+_ANSWER_SECONDS = 15.0  # a hub that is there answers within one; its client would wait for ever
+
 # What the hub's HTTP client raises on a lost connection; the name of that client changes.
 _ClientError: type[Exception] = HfHubHTTPError.__bases__[0]
 
@@ -113,7 +115,7 @@ def list_commit(repository: Repository, revision: str | None) -> tuple[str, list
     revision = revision or DEFAULT_REVISION
     with our_errors(repository, revision):
         api = HfApi(endpoint=repository.endpoint, token=repository.token)
-        info = api.model_info(repository.id, revision=revision)
+        info = api.model_info(repository.id, revision=revision, timeout=_ANSWER_SECONDS)
     return info.sha or revision, [sibling.rfilename for sibling in info.siblings or ()]
 
 

@@ -9,8 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedError
@@ -27,7 +26,7 @@ from mtj_loader.checkpoint.retry import (
     translated,
     without_frames,
 )
-from mtj_loader.checkpoint.storage import changed, is_relative_name, truncated
+from mtj_loader.checkpoint.storage import SharedUse, changed, is_relative_name, truncated
 from mtj_loader.errors import CheckpointError, FormatError, MtjLoaderError, StorageError
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ _NOTHING_IN_RANGE = 416  # the HTTP status of some servers for any range of an e
 _CHUNK_BYTES = 256 << 10  # of a body handed over at a time: what is lost when it breaks off
 
 
-class ObjectStorage:
+class ObjectStorage(SharedUse):
     """The objects below one URL, or of one commit of a Hugging Face repository.
 
     Every answer is compared with the first one about its object: another version or size is an
@@ -60,6 +59,7 @@ class ObjectStorage:
     ideal_range_bytes = _RANGE_BYTES
 
     def __init__(self, origin: Origin, patience: Patience) -> None:
+        super().__init__()
         self.location = origin.location
         self.bytes_received = 0
         self._origin, self._patience = origin, patience
@@ -156,17 +156,6 @@ class ObjectStorage:
         self._origin.close()
         self._slots, self._names = None, None
         self._beginnings.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check_inside(self, path: str, start: int, stop: int) -> None:
         if path not in self._seen and path not in self.prepare([path]):

@@ -14,7 +14,7 @@ from obstore.exceptions import BaseError
 from obstore.store import HTTPStore, from_url
 
 from mtj_loader.checkpoint.retry import Patience, said
-from mtj_loader.errors import UsageError
+from mtj_loader.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -93,8 +93,18 @@ class StoreOrigin:
         return [entry["path"] for entry in listing["objects"]]
 
     def version(self, meta: ObjectMeta) -> str:
-        """The etag; without one the time of the last change."""
-        return meta["e_tag"] or meta["last_modified"].isoformat()
+        """The etag; without one the time of the last change.
+
+        Raises:
+          StorageError: the server says neither, so that nobody could tell two versions apart.
+        """
+        if meta["e_tag"]:
+            return meta["e_tag"]
+        if meta["last_modified"].timestamp() == 0:  # obstore's word for none
+            what = "the server says neither an etag nor when the file last changed"
+            hint = "copy the checkpoint to this machine"
+            raise StorageError(what, file=f"{self.location}/{meta['path']}", hint=hint)
+        return meta["last_modified"].isoformat()
 
     def close(self) -> None:
         """See `Origin.close`."""
@@ -147,6 +157,6 @@ def client_options(
 def without_secrets(url: str) -> str:
     """A URL without its query and user name, which may let anybody in."""
     scheme, host, path, _, _ = urlsplit(url)
-    if scheme in ("http", "https"):  # in abfs://container@account the name is no secret
+    if not scheme.startswith("abfs"):  # there it is the container's name, and no secret
         host = re.sub(r".*@", "", host)
     return urlunsplit((scheme, host, path.rstrip("/"), "", ""))

@@ -41,10 +41,17 @@ def open_url(url: str) -> tuple[ObjectStorage, list[str] | None]:
     Raises:
       UsageError: no store has such URLs, or obstore is not installed.
     """
-    scheme, host, path, query, _ = urlsplit(url)
+    try:
+        scheme, host, path, query, _ = urlsplit(url)
+    except ValueError as error:  # half an IPv6 address
+        raise UsageError("not a checkpoint's URL", found=str(error)) from error
     if scheme not in SCHEMES or not host:
         expected = "a URL that begins with " + ", ".join(f"{s}://" for s in SCHEMES)
-        raise UsageError("not a checkpoint's URL", expected=expected, found=f"{scheme}://{host}")
+        raise UsageError(
+            "not a checkpoint's URL",
+            expected=expected,
+            found=f"{scheme}://{host.rpartition('@')[2]}",
+        )
     files = None
     if path.endswith(SUFFIX):
         path, _, name = path.rpartition("/")

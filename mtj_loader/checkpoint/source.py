@@ -101,14 +101,14 @@ def open_checkpoint(
         raise UsageError("only a Hugging Face id has revisions", file=path, key="revision")
     if path is not None:
         return _open_folder(path, headers) if path.is_dir() else _open_file(path, headers)
+    if local_files_only and (stream or is_url(path_or_id)):
+        raise UsageError("a URL, and streaming, need the network", key="local_files_only")
     if is_url(path_or_id):
         return _open_distant(*open_url(str(path_or_id)), headers)
     from mtj_loader.checkpoint import hub  # noqa: PLC0415 -- its client takes 0.2 s to import
 
     repo_id = _hub_id(path_or_id)
     if stream:
-        if local_files_only:
-            raise UsageError("streaming needs the network", key="local_files_only")
         storage, files = open_repository(repo_id, revision=revision, token=token)
         return _open_distant(storage, files, headers)
     folder = hub.download(

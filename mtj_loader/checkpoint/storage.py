@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -170,7 +171,35 @@ def _prepared(storage: Storage, path: str) -> FileStamp:
     return storage.prepare([path]).get(path) or storage.stamp(path)  # which says that it is gone
 
 
-class LocalStorage:
+class SharedUse(ABC):
+    """`with storage` for several users at once: the last to leave closes it."""
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._users_lock = threading.Lock()
+
+    @abstractmethod
+    def close(self) -> None:
+        """See `Storage.close`."""
+
+    def __enter__(self) -> Self:
+        with self._users_lock:
+            self._users += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._users_lock:
+            self._users -= 1
+            if self._users == 0:
+                self.close()
+
+
+class LocalStorage(SharedUse):
     """The files of one folder; each is opened once and read with `preadv`, by any thread.
 
     A symbolic link may point anywhere inside the folder. In a snapshot folder of the Hugging Face
@@ -178,6 +207,7 @@ class LocalStorage:
     """
 
     def __init__(self, root: Path) -> None:
+        super().__init__()
         self.root = root.absolute()  # the working folder may change
         self.location = str(self.root)
         self._allowed = [folder.resolve() for folder in _readable_folders(root.resolve())]
@@ -264,17 +294,6 @@ class LocalStorage:
         with self._lock:
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _descriptor(self, path: str) -> int:
         with self._lock:

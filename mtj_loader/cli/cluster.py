@@ -103,10 +103,10 @@ class Cluster:
 
 def _prepare() -> None:
     """Results are printed once, and who is stopped tells the others."""
-    import jax  # noqa: PLC0415 -- it is there already
-
-    from mtj_loader.cli import signals  # noqa: PLC0415
+    from mtj_loader.cli import signals  # noqa: PLC0415 -- with JAX, as what follows
     from mtj_loader.loading.hosts.phases import tell_others  # noqa: PLC0415
+    from mtj_loader.loading.hosts.store import shared_store  # noqa: PLC0415
 
-    print_apart(muted=jax.process_index() != 0)
+    store = shared_store()  # jax.process_index() would wait for all hosts' devices
+    print_apart(muted=store is not None and store.index != 0)
     signals.before_end(tell_others)

@@ -69,7 +69,8 @@ def load(
     if simulate_host is None:
         options = start_up.options() | cluster.join(machine)
         model = load_model(path, loading, source, machine, options)
-        document, words = _outcome(model, verify, digests is not None)
+        verified_bytes = _verify(model, cluster) if verify else None
+        document, words = _outcome(model, verified_bytes, digested=digests is not None)
     else:
         whole = {"--verify": verify, "--warm-up": start_up.warm_up, **cluster.named()}
         _refuse([option for option, value in whole.items() if value])
@@ -91,10 +92,11 @@ def _refuse(options: Sequence[str]) -> None:
         raise UsageError(what, hint="--digests tells whether it is part of the whole")
 
 
-def _outcome(model: Model, verify: bool, digested: bool) -> tuple[dict[str, object], str]:
+def _outcome(
+    model: Model, verified_bytes: int | None, *, digested: bool
+) -> tuple[dict[str, object], str]:
     """What came of a load, as JSON types and in words."""
     words = describe(model)
-    verified_bytes = _verify(model) if verify else None
     if verified_bytes is not None:
         checked = f"all {show_bytes(verified_bytes)} on the devices are as the files have it"
         words = f"{words}\nverified: {checked}"
@@ -121,12 +123,11 @@ def describe(model: Model) -> str:
     )
 
 
-def _verify(model: Model) -> int:
-    from mtj_loader.loading.hosts.phases import together  # noqa: PLC0415 -- these bring JAX
-    from mtj_loader.loading.verify import verify  # noqa: PLC0415
+def _verify(model: Model, cluster: Cluster) -> int:
+    from mtj_loader.loading.verify import verify  # noqa: PLC0415 -- brings JAX
 
     note("verifying: reading everything again")
-    with together() as hosts, hosts.phase("verify"), opened(*model.plan.storages):
+    with cluster.together() as hosts, hosts.phase("verify"), opened(*model.plan.storages):
         verified_bytes = verify(model.plan, model.params)
         return sum(map(int, hosts.gather("verified", b"%d" % verified_bytes)))
 

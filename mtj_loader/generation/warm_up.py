@@ -6,11 +6,12 @@ at once. JAX remembers what it compiled: a later call neither traces nor compile
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from jax.stages import Lowered
 
@@ -20,6 +21,7 @@ from mtj_loader.generation.decode import programs
 from mtj_loader.generation.prompts import PromptRules
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.turns import quick_turns
+from mtj_loader.loading.hosts.phases import Hosts
 from mtj_loader.loading.place import abstract_params
 from mtj_loader.loading.plan import LoadPlan
 from mtj_loader.loading.report import LoadReport
@@ -93,6 +95,18 @@ def compiling(
     finally:
         tracer.shutdown(wait=False, cancel_futures=True)
         compilers.shutdown(wait=False, cancel_futures=True)
+
+
+def on_all_hosts(compiled: Compiled, hosts: Hosts) -> Compiled:
+    """Without the shapes that another host has not: all have to run a batch in the same.
+
+    Raises:
+      HostError: another host failed, or did not come in time.
+    """
+    mine = json.dumps([astuple(shape) for shape in compiled.shapes]).encode()
+    theirs = [json.loads(shapes) for shapes in hosts.gather("warm shapes", mine)]
+    everywhere = (s for s in compiled.shapes if all(list(astuple(s)) in one for one in theirs))
+    return replace(compiled, shapes=tuple(everywhere))
 
 
 def reported(report: LoadReport, compiled: Compiled, loaded: float) -> LoadReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import jax
 from jax.sharding import Mesh
 
 from mtj_loader.checkpoint.storage import DistantStorage, check_unchanged
@@ -80,6 +81,10 @@ def load_params(
 
 def _check_ready(plan: LoadPlan, mesh: Mesh) -> None:
     """What can be known before reading."""
+    if jax.process_index() not in topology(mesh).host_ids:
+        what = "the mesh has no device of this host"
+        hint = "all hosts that join take part; start fewer, or make the mesh larger"
+        raise MeshError(what, found=f"host {jax.process_index()}", hint=hint)
     if topology(mesh) != plan.topology:
         wanted, found = (f"{t}, hosts {t.hosts}" for t in (plan.topology, topology(mesh)))
         raise MeshError("the plan is for another mesh", expected=wanted, found=found)

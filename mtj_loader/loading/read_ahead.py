@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -144,8 +143,11 @@ class ReadAhead:
     def _arrived(self, fetch: _Fetch) -> np.ndarray:
         """The range's bytes, waited for without the lock."""
         if (future := fetch.future) is not None:
-            with suppress(CancelledError):  # `_error` says why
+            try:
                 future.result()
+            except CancelledError as cancelled:  # by `_fail`, or somebody closed the storage
+                self._check()
+                raise StorageError("reading was stopped", file=fetch.range.file) from cancelled
             del future  # an error's frames must not keep its connection
         self._check()
         assert fetch.buffer is not None
@@ -157,6 +159,7 @@ class ReadAhead:
 
     def _used(self, fetch: _Fetch, size_bytes: int) -> None:
         with self._room:
+            self._check()
             self._served_bytes += size_bytes
             fetch.left_bytes -= size_bytes
             if fetch.left_bytes == 0:

@@ -14,6 +14,7 @@ not. What hosts say to each other is in the store under `mtj_loader/<load>/`:
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from jax.errors import JaxRuntimeError
 from mtj_loader.errors import HostError
 from mtj_loader.loading.hosts.failure import Failure, of_error, of_lateness, of_silence, unpack
 from mtj_loader.loading.hosts.phases import Hosts, T, settled
-from mtj_loader.loading.hosts.store import Store, aside, bounded
+from mtj_loader.loading.hosts.store import ANSWER_SECONDS, Store, aside, bounded, silent
 
 SILENT_SECONDS = 10.0  # a live host beats 4 times a second, also while it compiles or swaps a bit
 _BEAT_SECONDS = 0.25
@@ -80,11 +81,9 @@ class ManyHosts(Hosts):
             self.meet(name)
         except HostError:
             raise
-        except JaxRuntimeError as error:
-            self._blame_the_missing()
-            self.fail(of_error(self.index, name, error))
-            raise
         except BaseException as error:
+            if any(isinstance(one, JaxRuntimeError) for one in (error, error.__cause__)):
+                self._blame_the_missing()
             self.fail(of_error(self.index, name, error))
             raise
 
@@ -119,6 +118,8 @@ class ManyHosts(Hosts):
             value = make()
             self._store.put(self._key(name, "value"), value)
             return value
+        # It may take host 0 long, to download for example; while its heart beats, it is not late.
+        self._await(self._key(name, "value"), name, deadline=math.inf)
         return self._fetch(name, "value")
 
     def fail(self, failure: Failure) -> HostError:
@@ -133,8 +134,9 @@ class ManyHosts(Hosts):
 
     def _fetch(self, name: str, part: str) -> bytes:
         self._await(self._key(name, part), name, time.monotonic() + self._late_seconds)
-        value = self._store.get(self._key(name, part), _SLICE_SECONDS)
-        assert value is not None, "it was there"
+        value = self._store.get(self._key(name, part), ANSWER_SECONDS)
+        if value is None:  # it was there: the connection is bad
+            raise silent()
         return value
 
     def _await(self, key: str, name: str, deadline: float) -> None:
@@ -162,6 +164,8 @@ class ManyHosts(Hosts):
                     return
         except HostError as error:
             self._failure = error
+        except Exception as error:  # noqa: BLE001 -- such as: no more threads; nobody is heard now
+            self._failure = of_error(self.index, "watch", error).error()
 
     def _listen(self, heard: dict[str, tuple[bytes, float]]) -> None:
         """Process 0 hears everybody's heart, and says whose is silent."""

@@ -127,6 +127,8 @@ def tell_others(exit_code: int) -> None:
         failure = Failure(f"host {hosts.index} was told to stop", hosts.index, exit_code)
         with suppress(TimeoutError):
             bounded(lambda hosts=hosts, failure=failure: hosts.fail(failure), _TELL_SECONDS)
+        if hosts.index == 0:  # the others read it in this process, and would not find it any more
+            time.sleep(_TELL_SECONDS)
 
 
 def settled(arrays: T, check: Callable[[], None]) -> T:

@@ -89,14 +89,14 @@ class Store:
     def _chunk(self, key: str) -> bytes:
         value = self.wait_for(key, ANSWER_SECONDS)
         if value is None:
-            raise _silent()
+            raise silent()
         return value
 
     def _call(self, method: str, *args: object) -> Answer:
         try:
             return bounded(lambda: getattr(self.client, method)(*args), ANSWER_SECONDS)
         except TimeoutError as error:
-            raise _silent() from error
+            raise silent() from error
         except JaxRuntimeError as error:
             if "ALREADY_EXISTS" in str(error):
                 raise
@@ -172,7 +172,8 @@ def _raise(error: BaseException) -> NoReturn:
     raise error
 
 
-def _silent() -> HostError:
+def silent() -> HostError:
+    """What is said when the store does not answer."""
     return HostError(
         f"host 0 has not answered for {ANSWER_SECONDS:g} s: it is stopped, or the network is down",
         host=0,
