@@ -102,7 +102,7 @@ def open_checkpoint(
     if path is not None:
         return _open_folder(path, headers) if path.is_dir() else _open_file(path, headers)
     if local_files_only and (stream or is_url(path_or_id)):
-        raise UsageError("a URL, and streaming, need the network", key="local_files_only")
+        raise UsageError("a URL or streaming needs the network", key="local_files_only")
     if is_url(path_or_id):
         return _open_distant(*open_url(str(path_or_id)), headers)
     from mtj_loader.checkpoint import hub  # noqa: PLC0415 -- its client takes 0.2 s to import
