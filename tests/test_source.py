@@ -339,3 +339,8 @@ def test_half_a_checkpoint_in_the_cache(hub, cache):
     message = refusal("org/sharded", UsageError, cache_dir=cache, local_files_only=True)
     assert "not in the local cache, or not all of it" in message
     assert read_a(open_checkpoint("org/sharded", cache_dir=cache)) == A.tobytes()  # fetched again
+
+
+def test_a_url_is_not_read_without_the_network():
+    with pytest.raises(UsageError, match="a URL or streaming needs the network"):
+        open_checkpoint("http://127.0.0.1:9/model", local_files_only=True)
