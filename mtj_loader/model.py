@@ -25,6 +25,7 @@ from mtj_loader.generation.generate import Generator, Stop
 from mtj_loader.generation.prompts import PromptLike, check_batch
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.tokenizer import Tokenizer
+from mtj_loader.loading.hosts.phases import together
 from mtj_loader.loading.load import load_params
 from mtj_loader.loading.merge import merge_all
 from mtj_loader.loading.place import Params
@@ -164,12 +165,13 @@ class Model:
         Raises:
           AdapterError: an adapter is malformed, unsupported or made for another model.
         """
-        plan = add_adapters(self.plan, weighted(adapter))
         old = {param.spec: len(param.terms) for param in self.plan.params}
-        new = [replace(p, terms=p.terms[old[p.spec] :]) for p in plan.adapted]
-        added = [param for param in new if param.terms]
-        with opened(*plan.storages):
-            params = merge_all(self.params, added, self.mesh, donate=False)
+        with together() as hosts, hosts.phase("adapter"):
+            plan = add_adapters(self.plan, weighted(adapter))
+            new = [replace(p, terms=p.terms[old[p.spec] :]) for p in plan.adapted]
+            added = [param for param in new if param.terms]
+            with opened(*plan.storages):
+                params = merge_all(self.params, added, self.mesh, donate=False)
         return replace(self, params=params, plan=plan, base=self.without_adapter())
 
     def without_adapter(self) -> Model:
@@ -191,8 +193,8 @@ class Model:
         begun = time.perf_counter()
         changed = {param.spec for param in self.plan.adapted}
         again = replace(unadapted, params=tuple(p for p in unadapted.params if p.spec in changed))
-        with opened(*again.storages):
-            fresh, report = load_params(again, self.mesh)
+        with together() as hosts, opened(*again.storages):
+            fresh, report = load_params(again, self.mesh, hosts=hosts)
         params = {m: arrays | fresh.get(m, {}) for m, arrays in self.params.items()}
         return replace(self, params=params, plan=unadapted, report=report, begun=begun)
 

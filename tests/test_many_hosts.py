@@ -260,7 +260,7 @@ def test_headers_survive_being_handed_on(tmp_path: Path) -> None:
     assert headers.index == opened.index
     assert (headers.config, headers.generation_config) == (opened.config, opened.generation_config)
     assert commit is None
-    assert unpack(pack(replace(opened, location=f"a/b@{'0f' * 20}")))[1] == "0f" * 20
+    assert unpack(pack(replace(opened, commit="0f" * 20)))[1] == "0f" * 20
 
 
 def test_copies_of_other_times_are_the_same_checkpoint(

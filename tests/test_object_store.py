@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -132,6 +133,16 @@ def test_without_etags(server):
             storage.read("a.bin", 400_000, 9)
     assert "expected: 1,000,000 bytes" in str(caught.value)
     assert "found: 1,000,001 bytes" in str(caught.value)
+
+
+def test_a_traceback_shows_no_password(server):
+    server.always["m/a.bin"] = Fault(status=403)
+    url = server.url.replace("://", "://me:hunter2@")
+    with storage_at(f"{url}/m?sig=abcdef") as storage, pytest.raises(StorageError) as caught:
+        storage.read("a.bin", 400_000, 9)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "403" in shown
+    assert not any(secret in shown for secret in ("hunter2", "abcdef"))
 
 
 def test_a_server_that_names_no_version_is_refused(server):

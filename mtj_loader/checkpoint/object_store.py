@@ -21,10 +21,10 @@ from mtj_loader.checkpoint.record import FileStamp
 from mtj_loader.checkpoint.retry import (
     EndedEarlyError,
     Patience,
+    harmless,
     persist,
     status_of,
     translated,
-    without_frames,
 )
 from mtj_loader.checkpoint.storage import SharedUse, changed, is_relative_name, truncated
 from mtj_loader.errors import CheckpointError, FormatError, MtjLoaderError, StorageError
@@ -258,16 +258,29 @@ class ObjectStorage(SharedUse):
         async with self._slots:
             try:
                 return await persist(attempt, self._patience, given_up)
-            except MtjLoaderError as error:
-                raise without_frames(error)  # noqa: B904 -- its cause stays what it was
-            except (BaseError, FileNotFoundError) as error:
-                raise translated(error, file, key) from without_frames(error)
+            except (MtjLoaderError, BaseError, FileNotFoundError) as error:
+                final = _explained(error, file, key)
+        raise final  # not above, where the original would become its context
 
     def _stamp(self, path: str, meta: ObjectMeta) -> FileStamp:
         return FileStamp(path, meta["size"], self._origin.version(meta))
 
     def _full(self, path: str) -> str:
         return f"{self.location}/{path}" if path else self.location
+
+
+def _explained(error: Exception, file: str, key: str | None) -> MtjLoaderError:
+    """Our error for what ended the attempts, which refers to nothing secret and to no answer."""
+    if isinstance(error, MtjLoaderError):
+        ours, cause = error, error.__cause__
+    else:
+        ours, cause = translated(error, file, key), error
+    ours.__context__ = None
+    if cause is not None:
+        # The hub's own errors hold whole answers.
+        plain = isinstance(cause, BaseError) or type(cause) is FileNotFoundError
+        ours.__cause__ = harmless(cause) if plain else None
+    return ours.with_traceback(None)
 
 
 async def _gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -58,6 +58,8 @@ _STATUS = re.compile(r"status code: (\d{3})")
 _TRANSIENT_KIND = re.compile(r"\bkind: (Connect|Request|Timeout|Interrupted)\b")
 _SOURCE = re.compile(r"\n+Debug source:.*", re.DOTALL)
 _REQUEST = re.compile(r".*Error performing [A-Z]+ \S+ in \S+?( ?, after .*?)? +- ", re.DOTALL)
+_USER = re.compile(r"://[^/@\s]*@")
+_QUERY = re.compile(r"\?[^\s\"')]+")
 _XML = re.compile(r"<Code>(?P<code>.*?)</Code>.*?<Message>(?P<message>.*?)</Message>", re.DOTALL)
 _REASON = re.compile(r'(?:message|error): "([^"]+)"')  # the system's own words, deep inside
 _MOST_CHARACTERS = 300  # of what a server says; error pages are longer
@@ -124,13 +126,17 @@ def said(error: BaseException) -> str:
     return " ".join(line.split())[:_MOST_CHARACTERS]
 
 
-def without_frames(error: BaseException) -> BaseException:
-    """The error without its tracebacks: their frames hold answers, and these hold connections."""
+def harmless(error: BaseException) -> BaseException:
+    """A copy that may be kept and shown as the cause of another error.
+
+    Without user names and queries of URLs, which may let anybody in. The original loses its frames,
+    and so do those before it: they hold answers, and these hold connections.
+    """
     following: BaseException | None = error
     while following is not None:
         following.__traceback__ = None
         following = following.__cause__ or following.__context__
-    return error
+    return type(error)(_QUERY.sub("?…", _USER.sub("://", str(error))))
 
 
 def translated(error: Exception, file: str, key: str | None) -> MtjLoaderError:

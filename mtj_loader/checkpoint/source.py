@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,7 @@ class Checkpoint:
       config, generation_config: the JSON objects; the latter is empty where there is none.
       index: its tensors.
       tokenizer_files: by name, of `TOKENIZER_FILES` those that are there.
+      commit: of a Hugging Face repository; None for what has no commits.
     """
 
     location: str
@@ -64,6 +65,7 @@ class Checkpoint:
     generation_config: dict[str, object]
     index: TensorIndex
     tokenizer_files: Mapping[str, Path | StoredFile]
+    commit: str | None = None
 
 
 def open_checkpoint(
@@ -110,7 +112,8 @@ def open_checkpoint(
     repo_id = _hub_id(path_or_id)
     if stream:
         storage, files = open_repository(repo_id, revision=revision, token=token)
-        return _open_distant(storage, files, headers)
+        checkpoint = _open_distant(storage, files, headers)
+        return replace(checkpoint, commit=checkpoint.location.rpartition("@")[2])
     folder = hub.download(
         repo_id,
         files=(CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *also),
@@ -119,7 +122,8 @@ def open_checkpoint(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    return _open(LocalStorage(folder), f"{repo_id}@{folder.name}", None, headers)
+    checkpoint = _open(LocalStorage(folder), f"{repo_id}@{folder.name}", None, headers)
+    return replace(checkpoint, commit=folder.name)
 
 
 def repository_files(

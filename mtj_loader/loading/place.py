@@ -93,11 +93,9 @@ class Placer:
 
     def _joined(self, param: ParamPlan) -> jax.Array:
         """A parameter whose shards came one by one."""
-        shards, sharding = (
-            self._shards[param.spec.path, param.spec.param],
-            self._place_of(param).sharding,
-        )
+        shards = self._shards[param.spec.path, param.spec.param]
         mine = [shards[device] for _, device in self.devices]
+        sharding = self._place_of(param).sharding
         return jax.make_array_from_single_device_arrays(_array_shape(param), sharding, mine)
 
     def _of_shard(self, job: Job) -> dict[int, np.ndarray]:

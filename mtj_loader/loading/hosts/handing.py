@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,8 +12,6 @@ from mtj_loader.checkpoint.source import Checkpoint, Headers
 from mtj_loader.checkpoint.storage import DistantStorage, Storage
 from mtj_loader.errors import CheckpointError
 from mtj_loader.loading.hosts.phases import Hosts
-
-_COMMIT = re.compile(r"@([0-9a-f]{40})$")  # owner/name@commit
 
 Open = Callable[[Headers | None, str | None], Checkpoint]
 
@@ -48,9 +45,9 @@ def open_for_all(hosts: Hosts, open_here: Open) -> Checkpoint:
 
 def pack(checkpoint: Checkpoint) -> bytes:
     """What `unpack` makes Headers of, and the commit behind a Hugging Face id."""
-    index, commit = checkpoint.index, _COMMIT.search(checkpoint.location)
+    index = checkpoint.index
     document = {
-        "commit": commit and commit[1],
+        "commit": checkpoint.commit,
         "config": checkpoint.config,
         "generation_config": checkpoint.generation_config,
         "records": [asdict(record) for record in index.records.values()],

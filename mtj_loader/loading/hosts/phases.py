@@ -6,6 +6,7 @@ writes down why, and the others stop and say so; one that dies or is stopped is 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 import jax
 
-from mtj_loader.errors import HostError
+from mtj_loader.errors import HostError, UsageError
 from mtj_loader.loading.hosts.failure import Failure
 from mtj_loader.loading.hosts.store import bounded, shared_store
 
@@ -103,9 +104,12 @@ def together(late_seconds: float = LATE_SECONDS) -> Iterator[Hosts]:
       late_seconds: how long to wait for others that are alive.
 
     Raises:
-      UsageError: there are several processes, and nobody called `jax.distributed.initialize`.
+      UsageError: there are several processes, and nobody called `jax.distributed.initialize`; or
+        such a time cannot be waited.
       HostError: another host failed, died or did not come in time.
     """
+    if not 0 < late_seconds < math.inf:
+        raise UsageError("not a time to wait", key="host_timeout", found=late_seconds)
     store = shared_store()
     if store is None:
         yield ALONE
