@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -45,8 +44,6 @@ from mtj_loader.loading.topology import (
 from mtj_loader.model import AdapterLike, Model, PathLike, weighted
 from mtj_loader.models import usable_shards
 from mtj_loader.models.forward import Forward
-
-Access = Any  # the arguments of `open_checkpoint` that are only passed on
 
 
 def plan(
@@ -94,45 +91,6 @@ def plan(
       CheckpointError, MapError: the files, or the map, are at fault.
       MachineError: the disk, the network or the number of devices is.
     """
-    return _make(
-        ALONE,
-        path,
-        mesh,
-        dtype=dtype,
-        transposed_linear=transposed_linear,
-        expert_parallel=expert_parallel,
-        map=map,
-        adapter=adapter,
-        host_memory=host_memory,
-        check_finite=check_finite,
-        allow_unmapped=allow_unmapped,
-        allow_nonfinite=allow_nonfinite,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        stream=stream,
-    )
-
-
-def _make(
-    hosts: Hosts,
-    path: PathLike,
-    mesh: Mesh | AbstractMesh | Topology | str | None,
-    *,
-    dtype: DTypeName,
-    transposed_linear: bool,
-    expert_parallel: bool,
-    map: PathLike | None,
-    adapter: AdapterLike | None,
-    host_memory: str | int,
-    check_finite: bool,
-    allow_unmapped: bool,
-    allow_nonfinite: bool,
-    revision: str | None,
-    **access: Access,
-) -> LoadPlan:
-    """Plans a load of these hosts; for the arguments see `plan`."""
     options = LoadOptions(
         dtype,
         transposed_linear,
@@ -142,19 +100,51 @@ def _make(
         allow_unmapped,
         allow_nonfinite,
     )
+    where = revision, token, cache_dir, local_files_only, stream
+    return _make(ALONE, mesh, _Request(path, map, adapter, options, *where))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be loaded, from where and how; see `plan`."""
+
+    path: PathLike
+    map: PathLike | None
+    adapter: AdapterLike | None
+    options: LoadOptions
+    revision: str | None
+    token: str | None
+    cache_dir: PathLike | None
+    local_files_only: bool
+    stream: bool
+
+    def open(self, headers: Headers | None, commit: str | None) -> Checkpoint:
+        """The checkpoint; without headers they are read, without a commit it is found."""
+        return open_checkpoint(
+            self.path,
+            revision=commit or self.revision,
+            token=self.token,
+            cache_dir=self.cache_dir,
+            local_files_only=self.local_files_only,
+            stream=self.stream,
+            headers=headers,
+        )
+
+
+def _make(
+    hosts: Hosts, mesh: Mesh | AbstractMesh | Topology | str | None, request: _Request
+) -> LoadPlan:
+    """Plans a load of these hosts."""
+    path, options = request.path, request.options
     check_host_memory(options.host_memory_bytes)
-    parameter_dtype(dtype)
+    parameter_dtype(options.dtype)
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise UsageError("not a checkpoint's path", key="path", found=repr(path))
-
-    def open_here(headers: Headers | None, commit: str | None) -> Checkpoint:
-        return open_checkpoint(path, revision=commit or revision, headers=headers, **access)
-
-    checkpoint = open_for_all(hosts, open_here)
-    map_path = None if map is None else Path(map)
+    checkpoint = open_for_all(hosts, request.open)
+    map_path = None if request.map is None else Path(request.map)
     wanted = _topology(mesh, checkpoint, map_path)
     made = make_plan(checkpoint, wanted, options, map_path)
-    made = add_adapters(made, weighted(adapter))
+    made = add_adapters(made, weighted(request.adapter))
     return replace(made, mesh=mesh if isinstance(mesh, Mesh) else None)
 
 
@@ -227,25 +217,17 @@ def load(
         with hosts.phase("plan"):
             mesh = _made(mesh)
             if path is not None:
-                plan = _make(
-                    hosts,
-                    path,
-                    mesh,
-                    dtype=dtype,
-                    transposed_linear=transposed_linear,
-                    expert_parallel=expert_parallel,
-                    map=map,
-                    adapter=adapter,
-                    host_memory=host_memory,
-                    check_finite=check_finite,
-                    allow_unmapped=allow_unmapped,
-                    allow_nonfinite=allow_nonfinite,
-                    revision=revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                    stream=stream,
+                options = LoadOptions(
+                    dtype,
+                    transposed_linear,
+                    expert_parallel,
+                    parse_bytes(host_memory),
+                    check_finite,
+                    allow_unmapped,
+                    allow_nonfinite,
                 )
+                where = revision, token, cache_dir, local_files_only, stream
+                plan = _make(hosts, mesh, _Request(path, map, adapter, options, *where))
             assert plan is not None
             devices = _devices(mesh, plan)
             agree(hosts, plan, devices)

@@ -27,6 +27,7 @@ WEIGHT_DTYPES: dict[str, np.dtype] = {
 FLOAT32 = WEIGHT_DTYPES["F32"]
 BFLOAT16 = WEIGHT_DTYPES["BF16"]
 FLOAT16 = WEIGHT_DTYPES["F16"]
+FLOAT64 = np.dtype(np.float64)  # which no parameter has
 
 DTypeName = Literal["auto", "bfloat16", "float32", "float16"]
 _PARAMETER_DTYPES = {"bfloat16": BFLOAT16, "float32": FLOAT32, "float16": FLOAT16}

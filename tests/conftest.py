@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
 from hypothesis import settings
 
 # Before JAX starts; subprocesses of tests inherit both.
@@ -36,3 +37,8 @@ def _refuse_network(event: str, args: tuple) -> None:
 
 
 sys.addaudithook(_refuse_network)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of hosts come first: they mostly wait, and the others use the time."""
+    items.sort(key=lambda item: item.path.name != "test_hosts.py")

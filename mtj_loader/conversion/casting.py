@@ -7,16 +7,11 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from mtj_loader.dtypes import BFLOAT16, FLOAT16, FLOAT32, WEIGHT_DTYPES
+from mtj_loader.dtypes import FLOAT32, FLOAT64, WEIGHT_DTYPES
+from mtj_loader.loading.kernels import count_nonfinite, is_nonfinite
 
-FLOAT64 = np.dtype(np.float64)
 SOURCES: dict[str, np.dtype] = WEIGHT_DTYPES | {"F64": FLOAT64}  # what can be converted
 SPELLINGS = {dtype: name for name, dtype in SOURCES.items()}
-
-# All bits of the exponent, which NaN and infinity alone have set.
-_EXPONENT = {
-    FLOAT16: 0x7C00, BFLOAT16: 0x7F80, FLOAT32: 0x7F800000, FLOAT64: 0x7FF0000000000000,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,14 +44,14 @@ def cast(panel: np.ndarray, target: np.dtype, *, clamp: bool) -> tuple[np.ndarra
       target: float16, bfloat16 or float32.
       clamp: make the largest number of the new dtype of what overflows, instead of infinity.
     """
-    nonfinite = _count_nonfinite(panel)
+    nonfinite = count_nonfinite(panel)
     if panel.dtype == target:
         return panel, Losses(nonfinite=nonfinite)
     after = _rounded(panel, target)
-    overflow = _count_nonfinite(after) - nonfinite
+    overflow = count_nonfinite(after) - nonfinite
     underflow = _count_nonzero(panel) - _count_nonzero(after)
     if overflow and clamp:
-        lost = _is_nonfinite(after) & ~_is_nonfinite(panel)
+        lost = is_nonfinite(after) & ~is_nonfinite(panel)
         after[lost] = np.copysign(ml_dtypes.finfo(target).max, after[lost])
     return after, Losses(overflow, underflow, nonfinite)
 
@@ -82,18 +77,5 @@ def _rounded_to_odd(panel: np.ndarray) -> np.ndarray:
     return near
 
 
-def _bits(panel: np.ndarray) -> np.ndarray:
-    return panel.view(f"u{panel.itemsize}")
-
-
-def _is_nonfinite(panel: np.ndarray) -> np.ndarray:
-    mask = _bits(panel).dtype.type(_EXPONENT[panel.dtype])
-    return (_bits(panel) & mask) == mask
-
-
-def _count_nonfinite(panel: np.ndarray) -> int:
-    return int(np.count_nonzero(_is_nonfinite(panel)))
-
-
 def _count_nonzero(panel: np.ndarray) -> int:
-    return int(np.count_nonzero(_bits(panel) << 1))  # without the sign
+    return int(np.count_nonzero(panel.view(f"u{panel.itemsize}") << 1))  # without the sign

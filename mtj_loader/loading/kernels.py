@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mtj_loader.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from mtj_loader.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from mtj_loader.loading.copies import Copy
 
 # A transpose gathers 512 rows at a time, whose lines fit the first-level cache: every line of the
@@ -20,7 +20,7 @@ _TILE_ELEMENTS = 1 << 16  # the tile, 128 KiB, stays in the second-level cache
 # line more than a multiple of 64 bytes spreads them (2 to 2.5 times faster than without).
 _TILE_PADDING = 48
 
-_BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+_BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
 
 def run_copy(copy: Copy, source: np.ndarray, first: int, target: np.ndarray) -> None:
@@ -109,13 +109,20 @@ def _silence() -> np.errstate:
     return np.errstate(over="ignore", invalid="ignore")
 
 
-_EXPONENT = {FLOAT32: 0x7F800000, BFLOAT16: 0x7F80, FLOAT16: 0x7C00}  # all ones: NaN or infinity
+_EXPONENT = {  # all of its bits are set in NaN and infinity alone
+    FLOAT16: 0x7C00, BFLOAT16: 0x7F80, FLOAT32: 0x7F800000, FLOAT64: 0x7FF0000000000000,
+}  # fmt: skip
+
+
+def is_nonfinite(panel: np.ndarray) -> np.ndarray:
+    """Which elements are NaN or infinite."""
+    mask = _BITS[panel.itemsize].type(_EXPONENT[panel.dtype])
+    return (panel.view(_BITS[panel.itemsize]) & mask) == mask
 
 
 def count_nonfinite(panel: np.ndarray) -> int:
     """How many elements are NaN or infinite."""
-    mask = _BITS[panel.itemsize].type(_EXPONENT[panel.dtype])
-    return int(np.count_nonzero((panel.view(_BITS[panel.itemsize]) & mask) == mask))
+    return int(np.count_nonzero(is_nonfinite(panel)))
 
 
 def overflowed(before: np.ndarray, after: np.ndarray) -> int:
