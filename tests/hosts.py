@@ -35,11 +35,6 @@ class Outcome:
         """What all hosts said after one step."""
         return [lines[number] for lines in self.said]
 
-    def seconds(self, host: int) -> float:
-        """From the fault, which the last line of its host tells of, to the last word of another."""
-        injected = max(line["time"] for lines in self.said for line in lines if "injected" in line)
-        return self.said[host][-1]["time"] - injected
-
 
 def step(
     paths: Sequence[Path | str],

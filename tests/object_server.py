@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,7 +66,8 @@ class ObjectServer:
       etags: whether answers carry one.
       dates: whether they say when the object last changed.
       latency_seconds: between a request and its answer.
-      bytes_per_second: of each connection; 0: no limit.
+      rates: path → bytes a second of each answer with it.
+      bytes_sent: path → bytes of all answers with it.
       requests: all of them, in order of arrival.
       most_active: the most requests that waited for their answers at once.
       connections: that are open now.
@@ -80,13 +81,13 @@ class ObjectServer:
     etags: bool = True
     dates: bool = True
     latency_seconds: float = 0.0
-    bytes_per_second: int = 0
+    rates: dict[str, int] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     active: int = 0
     most_active: int = 0
     connections: int = 0
     failed_at: float = 0.0
-    bytes_sent: int = 0
+    bytes_sent: Counter[str] = field(default_factory=Counter)
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
     closing: threading.Event = field(default_factory=threading.Event)
@@ -186,40 +187,47 @@ class _Handler(BaseHTTPRequestHandler):
         return (int(match[1]), min(int(match[2]) + 1, size)) if match else (0, 0)
 
     def _answer(self, request: Request, fault: Fault) -> None:
-        data = self.state.objects.get(request.path)
+        path = request.path
+        data = self.state.objects.get(path)
         if fault.status is not None or data is None:
-            self._send(fault.status or 404, b"the server says no", fault.headers)
+            self._send(path, fault.status or 404, b"the server says no", fault.headers)
             return
         etag = fault.etag or _etag(data)
         headers = {"Last-Modified": formatdate(_CHANGED, usegmt=True)} if self.state.dates else {}
         headers |= {"ETag": etag} if self.state.etags else {}
         if self.headers.get("If-Match", etag) != etag:
-            self._send(412, b"", headers)
+            self._send(path, 412, b"", headers)
         elif request.start == request.stop or fault.whole:
-            self._send(200, data, headers, fault)
+            self._send(path, 200, data, headers, fault)
         else:
             headers["Content-Range"] = f"bytes {request.start}-{request.stop - 1}/{len(data)}"
-            self._send(206, data[request.start : request.stop], headers, fault)
+            self._send(path, 206, data[request.start : request.stop], headers, fault)
 
     def _send(
-        self, status: int, body: bytes, headers: Mapping[str, str], fault: Fault = Fault()
+        self,
+        path: str,
+        status: int,
+        body: bytes,
+        headers: Mapping[str, str],
+        fault: Fault = Fault(),
     ) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self._write(memoryview(body)[: fault.after_bytes])
+            self._write(path, memoryview(body)[: fault.after_bytes])
             if fault.after_bytes is not None:
                 self._break_off(fault)
 
-    def _write(self, body: memoryview) -> None:
-        rate = self.state.bytes_per_second
+    def _write(self, path: str, body: memoryview) -> None:
+        rate = self.state.rates.get(path, 0)
+        step = min(_PIECE_BYTES, rate // 20) or _PIECE_BYTES  # a slow server is never still
         begun = time.monotonic()
-        for start in range(0, len(body), _PIECE_BYTES):
-            piece = body[start : start + _PIECE_BYTES]
+        for start in range(0, len(body), step):
+            piece = body[start : start + step]
             with self.state.lock:
-                self.state.bytes_sent += len(piece)
+                self.state.bytes_sent[path] += len(piece)
             self.wfile.write(piece)
             if rate:
                 time.sleep(max(0.0, begun + (start + len(piece)) / rate - time.monotonic()))

@@ -69,7 +69,7 @@ def test_reads_are_exact(storage, server):
     assert future.result() is None
     assert buffer.tobytes() == DATA[7:400_007]
     sent = BEGINNING + 500_000 + 8 + 400_000 + 400_000  # what begins a file is read once
-    assert storage.bytes_received == server.bytes_sent == sent
+    assert storage.bytes_received == server.bytes_sent.total() == sent
 
 
 def test_it_is_distant_and_a_folder_is_not(storage, tmp_path):
@@ -184,12 +184,10 @@ def test_closing_ends_what_is_under_way(server):
     buffer = np.zeros(100, np.uint8)
     futures = [storage.fetch("a.bin", i, buffer) for i in range(40)]
     assert wait_for(lambda: server.connections == 32)
-    begun = time.monotonic()
     storage.close()
     for future in futures:
-        with pytest.raises(CancelledError):
+        with pytest.raises(CancelledError):  # who waited out the minute has another error
             future.result(timeout=1)
-    assert time.monotonic() - begun < 1
     assert not loops()
     assert wait_for(lambda: server.connections == 0)
 
@@ -278,9 +276,7 @@ def failure(storage, kind, start=300_000, length=600_000) -> str:
 def test_patience_ends(storage, server, fault, words):
     storage.prepare(["a.bin"])
     server.always["m/a.bin"] = fault
-    begun = time.monotonic()
     message = failure(storage, StorageError)
-    assert time.monotonic() - begun < 4 * 0.4 + 2
     assert message.startswith("the server keeps failing\n")
     assert f"file: {server.url}/m/a.bin\n  key: bytes 300,000 to 900,000\n" in message
     assert "found: 4 attempts in " in message

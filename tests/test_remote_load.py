@@ -32,6 +32,7 @@ from tests.object_server import Fault, serve
 FOLDER = Path("tests/data/shakespeare-neox")
 ONE, TWO = sorted(path.name for path in FOLDER.glob("*.safetensors"))
 FAST = Patience(attempts=6, first_wait_seconds=0.01, stalled_seconds=0.3)
+SLOW = 20_000  # bytes a second: a range takes a minute
 FILES = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.is_file()}
 
 
@@ -107,10 +108,8 @@ def test_opening_takes_few_round_trips(server):
     server.objects["many/model.safetensors.index.json"] = json.dumps(index).encode()
     server.objects["many/config.json"] = b"{}"
     server.latency_seconds = 0.1
-    begun = time.monotonic()
     checkpoint = open_checkpoint(f"{server.url}/many")
     assert len(checkpoint.index.records) == 48
-    assert time.monotonic() - begun < 10 * 0.1  # one after the other: 6 s and more
     assert server.most_active >= 16
 
 
@@ -139,26 +138,25 @@ def test_faults_on_the_way(server, local):
 
 
 STAYING = {
-    "500": (Fault(status=500), StorageError, "HTTP 500", 5),
-    "403": (Fault(status=403), StorageError, "the server refuses access", 1),
-    "404": (Fault(status=404), CheckpointError, "the file is missing", 1),
-    "whole": (Fault(whole=True), StorageError, "requests for a part of a file", 1),
-    "short": (Fault(after_bytes=100), StorageError, "the server keeps failing", 5),
-    "stall": (Fault(after_bytes=100, stall=True), StorageError, "within the time limit", 5),
-    "changed": (Fault(etag='"other"'), CheckpointError, "changed after its header was read", 1),
+    "500": (Fault(status=500), StorageError, "HTTP 500"),
+    "403": (Fault(status=403), StorageError, "the server refuses access"),
+    "404": (Fault(status=404), CheckpointError, "the file is missing"),
+    "whole": (Fault(whole=True), StorageError, "requests for a part of a file"),
+    "short": (Fault(after_bytes=100), StorageError, "the server keeps failing"),
+    "stall": (Fault(after_bytes=100, stall=True), StorageError, "within the time limit"),
+    "changed": (Fault(etag='"other"'), CheckpointError, "changed after its header was read"),
 }
 
 
-@pytest.mark.parametrize(("fault", "kind", "words", "seconds"), STAYING.values(), ids=STAYING)
-def test_faults_while_streaming(server, fault, kind, words, seconds):
-    """One file fails for good; the other would still be sent for a long time."""
+@pytest.mark.parametrize(("fault", "kind", "words"), STAYING.values(), ids=STAYING)
+def test_faults_while_streaming(server, fault, kind, words):
+    """One file fails for good; nobody waits for the other, which is sent for minutes."""
     plan = mtj_loader.plan(f"{server.url}/some/model", "mp=2")
     server.always[f"some/model/{TWO}"] = fault
-    server.bytes_per_second = 500_000
-    begun = time.monotonic()
+    server.rates[f"some/model/{ONE}"] = SLOW
     with pytest.raises(kind) as caught:
         mtj_loader.load(plan=plan, progress=False)
-    assert time.monotonic() - begun < 1 + seconds
+    assert server.bytes_sent[f"some/model/{ONE}"] < len(FILES[ONE]) // 2
     assert words in str(caught.value)
     assert f"some/model/{TWO}\n" in str(caught.value)
 
@@ -183,16 +181,14 @@ def test_an_object_replaced_around_the_load(server, moment):
 def test_an_interrupted_load_leaves_nothing(server):
     """The server's fixture looks for threads and connections afterwards."""
     plan = mtj_loader.plan(f"{server.url}/some/model", "mp=2")
-    server.bytes_per_second = 100_000
-    raised = []
+    server.rates = {f"some/model/{name}": SLOW for name in (ONE, TWO)}
 
     def interrupt(done: int) -> None:
-        raised.append(time.monotonic())
         raise KeyboardInterrupt
 
     with plan.checkpoint.storage, pytest.raises(KeyboardInterrupt):
         load_params(plan, mtj_loader.make_mesh("mp=2"), progress=interrupt)
-    assert time.monotonic() - raised[0] < 1
+    assert server.bytes_sent.total() < plan.host_bytes(0) // 2
 
 
 def test_adapter_at_a_url(server, tmp_path):

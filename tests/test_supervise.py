@@ -94,9 +94,7 @@ def test_when_process_0_is_killed_both_parents_say_how_it_ended(checkpoint: Path
         (work,) = children(first.pid)
         (other,) = children(second.pid)
         os.kill(work, signal.SIGKILL)
-        begun = time.monotonic()
         said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in (first, second)]
-    assert time.monotonic() - begun < 20
     assert (first.returncode, second.returncode) == (4, 4)
     assert f"error: host 0: process {work} was ended by SIGKILL" in said[0]
     aborted = (

@@ -18,7 +18,7 @@ from jax.errors import JaxRuntimeError
 
 from mtj_loader.errors import HostError, UsageError
 
-ANSWER_SECONDS = 5.0  # a call takes under a millisecond; a host that swaps may take a second
+ANSWER_SECONDS = 10.0  # a call takes under a millisecond; a host that swaps may take seconds
 _CHUNK_BYTES = 1 << 20  # gRPC refuses messages of more than 4 MiB
 _LOOK_SECONDS = 0.1
 _LENGTH_BYTES = 4  # in front of a value: the number of its chunks
