@@ -59,11 +59,16 @@ def fast(monkeypatch):
     monkeypatch.setattr(retry, "PATIENCE", FAST)
 
 
+def loader_threads() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name.startswith("mtj_loader")}
+
+
 @pytest.fixture
 def server():
     with serve({f"some/model/{name}": data for name, data in FILES.items()}) as running:
+        before = loader_threads()
         yield running
-        assert not [t for t in threading.enumerate() if t.name.startswith("mtj_loader")]
+        assert loader_threads() <= before
         end = time.monotonic() + 5
         while running.connections and time.monotonic() < end:
             time.sleep(0.01)
