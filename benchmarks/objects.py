@@ -169,8 +169,8 @@ def _server(shape: str, latency_ms: float, rate_mb: float, cache: Path) -> Itera
 
 def _serve(folder: Path, latency_seconds: float, bytes_per_second: int) -> None:
     objects = {f"model/{path.name}": path.read_bytes() for path in folder.iterdir()}
-    limits = {"latency_seconds": latency_seconds, "bytes_per_second": bytes_per_second}
-    with serve(objects, **limits) as server:
+    rates = dict.fromkeys(objects, bytes_per_second)
+    with serve(objects, latency_seconds=latency_seconds, rates=rates) as server:
         print(f"{server.url}/model", flush=True)
         sys.stdin.read()
 

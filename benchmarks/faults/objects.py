@@ -24,7 +24,8 @@ Answer = object_server.Fault
 def _run(answers: list[Answer], always: bool, scratch: Path) -> Outcome:
     """Loads while one file's ranges get these answers: each once, or the first for ever."""
     objects = {f"model/{path.name}": path.read_bytes() for path in FIXTURE.iterdir()}
-    with serve(objects, bytes_per_second=_BYTES_PER_SECOND, spare_beginnings=True) as server:
+    rates = dict.fromkeys(objects, _BYTES_PER_SECOND)
+    with serve(objects, rates=rates, spare_beginnings=True) as server:
         server.always = {_FILE: answers[0]} if always else {}
         server.faults = {} if always else {_FILE: deque(answers)}
         running = command(scratch, "load", f"{server.url}/model", "--mesh", "mp=1")
