@@ -26,8 +26,7 @@ from mtj_loader.generation.prompts import PromptLike, check_batch
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.tokenizer import Tokenizer
 from mtj_loader.loading.hosts.phases import together
-from mtj_loader.loading.load import load_params
-from mtj_loader.loading.merge import merge_all
+from mtj_loader.loading.load import adapt_params, load_params
 from mtj_loader.loading.place import Params
 from mtj_loader.loading.plan import LoadPlan
 from mtj_loader.loading.planner import add_adapters
@@ -165,13 +164,10 @@ class Model:
         Raises:
           AdapterError: an adapter is malformed, unsupported or made for another model.
         """
-        old = {param.spec: len(param.terms) for param in self.plan.params}
         with together() as hosts, hosts.phase("adapter"):
             plan = add_adapters(self.plan, weighted(adapter))
-            new = [replace(p, terms=p.terms[old[p.spec] :]) for p in plan.adapted]
-            added = [param for param in new if param.terms]
             with opened(*plan.storages):
-                params = merge_all(self.params, added, self.mesh, donate=False)
+                params = adapt_params(self.params, self.plan, plan, self.mesh)
         return replace(self, params=params, plan=plan, base=self.without_adapter())
 
     def without_adapter(self) -> Model:

@@ -52,6 +52,10 @@ class Client:
             self.values[key] = value
             self.changed.notify_all()
 
+    def key_value_delete(self, folder: str) -> None:
+        for key in [key for key in self.values if key.startswith(f"{folder}/")]:
+            del self.values[key]
+
     def key_value_dir_get_bytes(self, folder: str) -> list[tuple[str, bytes]]:
         return [(k, v) for k, v in self.values.items() if k.startswith(f"{folder}/")]
 
@@ -61,11 +65,14 @@ def on_each(
     count: int,
     work: Callable[[ManyHosts], object],
     late_seconds: float = LONG,
+    *,
+    client: Client | None = None,
+    number: int = 0,
 ) -> list[Any]:
     """Runs something on several hosts at once: what each returns, or the error it raises."""
-    monkeypatch.setattr(many, "_numbers", itertools.repeat(0))
+    monkeypatch.setattr(many, "_numbers", itertools.repeat(number))
     monkeypatch.setattr(many.jax, "devices", list)
-    client = Client()
+    client = client or Client()
 
     def run(index: int) -> object:
         hosts = ManyHosts(Store(client, index, count), late_seconds)
@@ -82,6 +89,25 @@ def on_each(
 def test_values_are_gathered_in_the_order_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     made = on_each(monkeypatch, 3, lambda hosts: hosts.gather("x", b"of %d" % hosts.index))
     assert made == [[b"of 0", b"of 1", b"of 2"]] * 3
+
+
+def test_what_the_load_before_wrote_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client()
+    for number in range(3):
+        on_each(monkeypatch, 2, lambda hosts: hosts.gather("x", b"y"), client=client, number=number)
+    assert {key.split("/")[1] for key in client.values} == {"2"}
+
+
+def test_who_waits_gives_up_with_the_first_that_waited_in_vain() -> None:
+    class Slow(Client):
+        def key_value_set_bytes(self, key: str, value: bytes, overwrite: bool = False) -> None:
+            time.sleep(1)
+
+    store = Store(Slow(), 1, 2)
+    store.overwrite("a", b"answered late, and in time")
+    store.unanswered.set()
+    with pytest.raises(HostError, match="host 0 has not answered for 10 s"):
+        store.overwrite("b", b"")
 
 
 def test_only_the_first_makes_what_all_get(monkeypatch: pytest.MonkeyPatch) -> None:

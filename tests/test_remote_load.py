@@ -23,9 +23,10 @@ from mtj_loader.checkpoint import retry
 from mtj_loader.checkpoint.retry import Patience
 from mtj_loader.checkpoint.source import open_checkpoint
 from mtj_loader.cli.app import app
-from mtj_loader.errors import AdapterError, CheckpointError, StorageError, UsageError
+from mtj_loader.errors import AdapterError, CheckpointError, StorageError, UsageError, VerifyError
 from mtj_loader.loading.load import load_params
 from tests import hub as hub_server
+from tests import neox
 from tests.adapters import linear, write_adapter
 from tests.object_server import Fault, serve
 
@@ -118,6 +119,19 @@ def test_opening_takes_few_round_trips(server):
     assert server.most_active >= 16
 
 
+def test_a_tied_copy_at_a_url(server, tmp_path):
+    embedding = np.random.default_rng(0).normal(size=(29_000, 24)).astype(np.float32)  # 2.8 MB
+    arrays = neox.tensors() | {"gpt_neox.embed_in.weight": embedding, "embed_out.weight": embedding}
+    folder = neox.write(tmp_path, arrays, tie_word_embeddings=True, vocab_size=len(embedding))
+    server.objects |= {f"tied/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    assert digests(load(f"{server.url}/tied")) == digests(load(folder))
+    broken = bytearray(server.objects["tied/model.safetensors"])
+    broken[-1] ^= 1  # of embed_out.weight
+    server.objects["tied/model.safetensors"] = bytes(broken)
+    with pytest.raises(VerifyError, match=f"at byte {embedding.nbytes - 1:,} of the tensor"):
+        load(f"{server.url}/tied")
+
+
 def test_one_file(server):
     checkpoint = open_checkpoint(f"{server.url}/some/model/{ONE}")
     assert [*checkpoint.index.files] == [ONE]
@@ -197,13 +211,17 @@ def test_an_interrupted_load_leaves_nothing(server):
 
 
 def test_adapter_at_a_url(server, tmp_path):
-    folder = write_adapter(
-        tmp_path / "adapter", linear("gpt_neox.layers.1.attention.query_key_value", 576, 192)
-    )
+    module = "gpt_neox.layers.{}.mlp.dense_4h_to_h"  # A is split by its columns
+    factors = [linear(module.format(i), 192, 768, rank=16) for i in range(3)]
+    folder = write_adapter(tmp_path / "adapter", {**factors[0], **factors[1], **factors[2]}, r=16)
     server.objects |= {f"lora/{path.name}": path.read_bytes() for path in folder.iterdir()}
     model = load(f"{server.url}/some/model", adapter=f"{server.url}/lora")
     assert digests(model) == digests(load(FOLDER, adapter=folder))
+    of_header = 3
+    assert len(server.gets("lora/adapter_model.safetensors")) <= of_header + 2 * len(factors)
+    assert model.report.bytes_read <= 1.02 * model.report.bytes_needed
     later = load(f"{server.url}/some/model").with_adapter(f"{server.url}/lora")
+    assert digests(later) == digests(model)
     assert later.plan.adapters[0].location == f"{server.url}/lora"
     with pytest.raises(AdapterError, match="not an adapter's folder"):
         load(f"{server.url}/some/model", adapter=f"{server.url}/nothing")

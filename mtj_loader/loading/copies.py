@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mtj_loader.parameters import Axis
+from mtj_loader.parameters import Axis, ParamSpec
 from mtj_loader.weights.view import ZEROS, Layout, row_major
 
 
@@ -97,6 +97,14 @@ def shard_layouts(
         return layout.slice(start, stop)
 
     return tuple(shard(j) for j in range(shards))
+
+
+def distinct_layouts(
+    layout: Layout, spec: ParamSpec, shards: int, numbers: Sequence[int]
+) -> tuple[Layout, ...]:
+    """The different layouts of some of a parameter's n shards; see `shard_layouts`."""
+    layouts = shard_layouts(layout, spec.groups, spec.split, shards)
+    return tuple(dict.fromkeys(layouts[j] for j in numbers))
 
 
 def split_groups(layout: Layout, groups: tuple[tuple[Axis, ...], ...]) -> Layout:

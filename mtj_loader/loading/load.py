@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import jax
 from jax.sharding import Mesh
 
+from mtj_loader.checkpoint.adapter import Adapter
 from mtj_loader.checkpoint.storage import DistantStorage, check_unchanged
 from mtj_loader.errors import MeshError
 from mtj_loader.loading.buffers import Buffers
+from mtj_loader.loading.compare import compare_carried, compare_tied
 from mtj_loader.loading.exchange import compiling, exchange_all
 from mtj_loader.loading.failure import clean_load_failure
 from mtj_loader.loading.hosts.phases import ALONE, Hosts
@@ -22,7 +25,6 @@ from mtj_loader.loading.planner import check_host_memory
 from mtj_loader.loading.report import LoadReport, make_report, with_totals
 from mtj_loader.loading.stream import Streamer
 from mtj_loader.loading.topology import topology
-from mtj_loader.loading.verify import compare_carried, compare_tied
 
 _LOOK_SECONDS = 0.5  # a look takes well under a millisecond a file
 
@@ -65,9 +67,16 @@ def load_params(
         exchange_all(params, plan.base, mesh, hosts)
     exchanged = time.perf_counter()
     with hosts.phase("finish"):
-        params = hosts.settle(merge_all(params, plan.adapted, mesh, donate=True))
+        params, adapter_bytes = merge_all(
+            params,
+            plan.adapted,
+            mesh,
+            host_memory_bytes=plan.options.host_memory_bytes,
+            donate=True,
+        )
+        params = hosts.settle(params)
         tally = streamer.tally
-        tally.bytes_read += plan.adapter_bytes(streamer.host) + _compare(plan, streamer.host)
+        tally.bytes_read += adapter_bytes + _compare(plan)
         _check_files(plan)
     seconds = {
         "plan": plan_seconds,
@@ -77,6 +86,39 @@ def load_params(
     }
     report = make_report(plan, streamer.host, tally, seconds, streamer.threads)
     return params, with_totals(report, hosts)
+
+
+@clean_load_failure()
+def adapt_params(params: Params, old: LoadPlan, new: LoadPlan, mesh: Mesh) -> Params:
+    """Adds to loaded parameters, which stay as they are, what a plan has over theirs.
+
+    Args:
+      params: as `old` has them.
+      old: the plan that they were loaded by.
+      new: the same with more adapters.
+      mesh: where they lie.
+
+    Raises:
+      VerifyError: a base weight that an adapter carries differs from the checkpoint's.
+      CheckpointError, MachineError: as `load_params`.
+    """
+    before = {param.spec: len(param.terms) for param in old.params}
+    new = replace(
+        new,
+        params=tuple(replace(p, terms=p.terms[before[p.spec] :]) for p in new.params),
+        comparisons=(),
+        carried=new.carried[len(old.carried) :],
+    )
+    _compare(new)
+    made, _ = merge_all(
+        params,
+        new.adapted,
+        mesh,
+        host_memory_bytes=new.options.host_memory_bytes,
+        donate=False,
+    )
+    _check_adapters(new.adapters[len(old.adapters) :])
+    return made
 
 
 def _check_ready(plan: LoadPlan, mesh: Mesh) -> None:
@@ -114,17 +156,21 @@ def _watched(
     return advance
 
 
-def _compare(plan: LoadPlan, host: int) -> int:
+def _compare(plan: LoadPlan) -> int:
     """Compares copies of weights with what they are copies of, on one host; returns bytes read."""
-    if host != plan.topology.host_ids[0]:
+    if jax.process_index() != plan.topology.host_ids[0]:
         return 0
     storage = plan.checkpoint.storage
-    tied = sum(compare_tied(storage, pair) for pair in plan.comparisons)
-    return tied + sum(compare_carried(storage, pair) for pair in plan.carried)
+    tied = compare_tied(storage, plan.comparisons, plan.options.host_memory_bytes)
+    return tied + compare_carried(storage, plan.carried)
 
 
 def _check_files(plan: LoadPlan) -> None:
     """The files are still those whose headers the plan was made from."""
     check_unchanged(plan.checkpoint.storage, *plan.checkpoint.index.files.values())
-    for adapter in plan.adapters:
+    _check_adapters(plan.adapters)
+
+
+def _check_adapters(adapters: Iterable[Adapter]) -> None:
+    for adapter in adapters:
         check_unchanged(adapter.storage, adapter.stamp)

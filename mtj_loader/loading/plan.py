@@ -15,7 +15,7 @@ from mtj_loader.checkpoint.source import Checkpoint
 from mtj_loader.checkpoint.storage import Storage
 from mtj_loader.dtypes import BITS
 from mtj_loader.loading import describe, plan_json
-from mtj_loader.loading.copies import elements_by_source, shard_layouts, source_elements
+from mtj_loader.loading.copies import distinct_layouts, elements_by_source, source_elements
 from mtj_loader.loading.reading import Reading
 from mtj_loader.loading.topology import Topology
 from mtj_loader.models.config import ModelConfig
@@ -240,9 +240,8 @@ class LoadPlan:
 def _factor_bytes(term: LowRank, shards: int, numbers: Sequence[int]) -> int:
     """Bytes of a term's factors that some shards need, each distinct part once."""
     total = 0
-    for view, spec in ((term.left, term.left_spec), (term.right, term.right_spec)):
-        layouts = shard_layouts(view.layout, spec.groups, spec.split, shards)
-        for layout in dict.fromkeys(layouts[j] for j in numbers):
+    for view, spec in term.factors:
+        for layout in distinct_layouts(view.layout, spec, shards, numbers):
             for source, count in elements_by_source(layout).items():
                 total += count * BITS[view.records[source].dtype] // 8
     return total

@@ -13,19 +13,15 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from mtj_loader.checkpoint.record import TensorRecord
 from mtj_loader.checkpoint.storage import Storage
 from mtj_loader.dtypes import FLOAT32
 from mtj_loader.errors import NonFiniteError, VerifyError
+from mtj_loader.loading.factors import gather
 from mtj_loader.loading.failure import clean_load_failure
-from mtj_loader.loading.merge import gather
 from mtj_loader.loading.plan import LoadPlan, ParamPlan
-from mtj_loader.weights.low_rank import CarriedCopy
-from mtj_loader.weights.resolve import Comparison
-from mtj_loader.weights.view import ZEROS, view_of
+from mtj_loader.weights.view import ZEROS
 
 _FLOAT32_SLACK = 1e-6  # relative to the largest element; sums of a few products in float32
-_COMPARED_BYTES = 1 << 20  # read at a time, from each of two tensors
 
 
 @clean_load_failure()
@@ -50,52 +46,6 @@ def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]]) -> int
                 raise _difference(param, shard, found, expected, differing)
             compared += shard.data.nbytes
     return compared
-
-
-def compare_tied(storage: Storage, comparison: Comparison) -> int:
-    """Compares a tied copy with the tensor that is used; returns the bytes read.
-
-    Raises:
-      VerifyError: they differ; shows the first element of both that does.
-    """
-    copy, original = comparison.copy, comparison.original
-    for start in range(0, copy.size_bytes, _COMPARED_BYTES):
-        count = min(_COMPARED_BYTES, copy.size_bytes - start)
-        one = storage.read(copy.file, copy.offset_bytes + start, count)
-        other = storage.read(original.file, original.offset_bytes + start, count)
-        if one != other:
-            at = next(i for i in range(count) if one[i] != other[i])
-            raise VerifyError(
-                f"config.json ties this tensor to {original.name}, and they differ",
-                file=copy.file,
-                tensor=copy.name,
-                expected=f"byte {other[at]:#04x}, as {original.name} has it",
-                found=f"byte {one[at]:#04x} at byte {start + at:,} of the tensor",
-                hint='set "tie_word_embeddings": false in config.json if both are meant',
-            )
-    return copy.size_bytes + original.size_bytes
-
-
-def compare_carried(storage: Storage, pair: CarriedCopy) -> int:
-    """Compares a base weight that an adapter carries with the checkpoint's; returns bytes read.
-
-    Raises:
-      VerifyError: their values differ.
-    """
-    copy = _values(pair.storage, pair.copy)
-    original = _values(storage, pair.original)
-    if not np.array_equal(copy, original):
-        raise VerifyError(
-            f"the adapter carries a base weight that differs from {pair.original.name}",
-            file=pair.copy.file,
-            tensor=pair.copy.name,
-        )
-    return pair.copy.size_bytes + pair.original.size_bytes
-
-
-def _values(storage: Storage, record: TensorRecord) -> np.ndarray:
-    """A tensor's elements in float32, which holds every weight dtype exactly."""
-    return gather(storage, (record,), view_of(record).layout)
 
 
 def _expected(storage: Storage, param: ParamPlan) -> np.ndarray:

@@ -47,6 +47,11 @@ class LowRank:
         return self._factor_spec(((self._rank,), self.spec.groups[-1]))
 
     @property
+    def factors(self) -> tuple[tuple[View, ParamSpec], tuple[View, ParamSpec]]:
+        """The left one and the right one."""
+        return (self.left, self.left_spec), (self.right, self.right_spec)
+
+    @property
     def _rank(self) -> Axis:
         return Axis("r", self.scales.shape[-1])
 

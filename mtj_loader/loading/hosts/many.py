@@ -48,7 +48,8 @@ class ManyHosts(Hosts):
     def __init__(self, store: Store, late_seconds: float) -> None:
         self.index, self.count = store.index, store.count
         self._store, self._late_seconds = store, late_seconds
-        self._folder = f"mtj_loader/{next(_numbers)}"
+        self._number = next(_numbers)
+        self._folder = f"mtj_loader/{self._number}"
         self._failure: HostError | None = None
         self._left = threading.Event()
 
@@ -63,6 +64,8 @@ class ManyHosts(Hosts):
         watcher.start()
         try:
             self.meet("join")
+            if self.index == 0 and self._number > 0:  # all have left the load before
+                self._store.forget(f"mtj_loader/{self._number - 1}")
             with self.phase("start of the devices"):
                 aside(jax.devices, self.check)  # waits for those of all hosts
             yield

@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -35,11 +35,13 @@ class Store:
       client: JAX's.
       index: this process.
       count: how many there are.
+      unanswered: set when a call waited in vain; all others that wait give up too.
     """
 
     client: Any
     index: int
     count: int
+    unanswered: threading.Event = field(default_factory=threading.Event)
 
     def put(self, key: str, value: bytes) -> None:
         """Writes a value of any size; large ones are compressed and cut into chunks."""
@@ -71,6 +73,10 @@ class Store:
         """Writes a short value over the one before."""
         self._call("key_value_set_bytes", key, value, True)
 
+    def forget(self, folder: str) -> None:
+        """Removes all keys `folder/…`; who asks for one later waits."""
+        self._call("key_value_delete", folder)
+
     def wait_for(self, key: str, seconds: float) -> bytes | None:
         """Waits for a short value; None if it is not there within so many seconds."""
         milliseconds = max(1, int(seconds * 1000))  # kept by the client, also if nobody answers
@@ -93,10 +99,15 @@ class Store:
         return value
 
     def _call(self, method: str, *args: object) -> Answer:
+        deadline = time.monotonic() + ANSWER_SECONDS
+
+        def check() -> None:
+            if self.unanswered.is_set() or time.monotonic() > deadline:
+                self.unanswered.set()
+                raise silent()
+
         try:
-            return bounded(lambda: getattr(self.client, method)(*args), ANSWER_SECONDS)
-        except TimeoutError as error:
-            raise silent() from error
+            return aside(lambda: getattr(self.client, method)(*args), check)
         except JaxRuntimeError as error:
             if "ALREADY_EXISTS" in str(error):
                 raise

@@ -1,0 +1,154 @@
+"""Reading the factors of adapters: only the rows and columns that this host's shards need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mtj_loader import dtypes
+from mtj_loader.checkpoint.record import TensorRecord
+from mtj_loader.checkpoint.storage import DistantStorage, Storage
+from mtj_loader.dtypes import FLOAT32
+from mtj_loader.loading import kernels
+from mtj_loader.loading.copies import clip, distinct_layouts, runs, shard_copies, shard_layouts
+from mtj_loader.loading.ranges import Run
+from mtj_loader.loading.read_ahead import reader_for
+from mtj_loader.loading.topology import topology
+from mtj_loader.parameters import ParamSpec
+from mtj_loader.weights.low_rank import LowRank
+from mtj_loader.weights.view import Layout, View
+
+
+class FactorReader:
+    """Reads factors onto the devices; a distant storage is asked for many at once.
+
+    Args:
+      terms: all whose factors will be read, in this order.
+      mesh: where they go; axes dp and mp, Auto.
+      budget_bytes: for what is read ahead.
+    """
+
+    def __init__(self, terms: Sequence[LowRank], mesh: Mesh, budget_bytes: int) -> None:
+        self._mesh = mesh
+        self._shards = topology(mesh).mp
+        self._numbers = topology(mesh).shards_of(jax.process_index())
+        storages = dict.fromkeys(term.storage for term in terms)
+        self._readers = {
+            storage: reader_for(storage, self._runs(terms, storage), budget_bytes // len(storages))
+            for storage in storages
+        }
+        self._read_bytes = 0
+
+    def read(self, term: LowRank) -> tuple[jax.Array, jax.Array]:
+        """Both factors of the next term, float32 [n, …], split like the parameter; unscaled."""
+        left, right = (self._factor(term.storage, *factor) for factor in term.factors)
+        return left, right
+
+    @property
+    def bytes_read(self) -> int:
+        """By this host; complete when the block has ended."""
+        return self._read_bytes + sum(reader.extra_bytes for reader in self._readers.values())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for reader in self._readers.values():
+            reader.stop()
+
+    def _factor(self, storage: Storage, view: View, spec: ParamSpec) -> jax.Array:
+        layouts = shard_layouts(view.layout, spec.groups, spec.split, self._shards)
+        mine = distinct_layouts(view.layout, spec, self._shards, self._numbers)
+        parts = _gather(self._readers[storage], view.records, mine, _at_once(storage))
+        self._read_bytes += sum(
+            stop - start for _, start, stop in _runs(view.records, mine, _at_once(storage))
+        )
+        of_layout = dict(zip(mine, parts, strict=True))
+        shape = (1, *spec.shard_shape(self._shards))
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # JAX asks with the slices of the array that a device holds
+            return of_layout[layouts[index[0].start or 0]].reshape(shape)
+
+        sharding = NamedSharding(self._mesh, PartitionSpec("mp"))
+        return jax.make_array_from_callback(spec.array_shape(self._shards), sharding, shard)
+
+    def _runs(self, terms: Iterable[LowRank], storage: Storage) -> Iterator[Run]:
+        """All that will be read of a storage, in order."""
+        for view, spec in (factor for t in terms if t.storage is storage for factor in t.factors):
+            mine = distinct_layouts(view.layout, spec, self._shards, self._numbers)
+            yield from _runs(view.records, mine, _at_once(storage))
+
+
+class _Readable(Protocol):
+    """A storage, or what reads ahead of one."""
+
+    def read_into(self, path: str, offset_bytes: int, buffer: np.ndarray) -> None: ...
+
+
+def gather(source: _Readable, records: Sequence[TensorRecord], layout: Layout) -> np.ndarray:
+    """Reads what a small layout needs, and no more, as float32 in its shape."""
+    return _gather(source, records, (layout,), at_once=False)[0]
+
+
+def _gather(
+    source: _Readable,
+    records: Sequence[TensorRecord],
+    layouts: Sequence[Layout],
+    at_once: bool,
+) -> list[np.ndarray]:
+    """Several layouts of the same records, reading what they share once."""
+    targets = [np.zeros(layout.size, FLOAT32) for layout in layouts]
+    copies = [shard_copies(layout).copies for layout in layouts]
+    for i, start, stop in _element_runs(layouts, len(records), at_once):
+        record, dtype = records[i], _dtype(records[i])
+        run = np.empty(stop - start, dtype)
+        offset_bytes = record.offset_bytes + start * dtype.itemsize
+        source.read_into(record.file, offset_bytes, run.view(np.uint8))
+        wide = kernels.cast(run, FLOAT32)
+        for target, its_copies in zip(targets, copies, strict=True):
+            for copy in (copy for copy in its_copies if copy.source == i):
+                for part in clip(copy, start, stop):
+                    kernels.run_copy(part, wide, start, target)
+    return [target.reshape(layout.shape) for target, layout in zip(targets, layouts, strict=True)]
+
+
+def _at_once(storage: Storage) -> bool:
+    """Whether a factor is read from its first to its last needed byte: requests cost more."""
+    return isinstance(storage, DistantStorage)
+
+
+def _element_runs(
+    layouts: Sequence[Layout], records: int, at_once: bool
+) -> Iterator[tuple[int, int, int]]:
+    """Which record, its first element, and the one after the last, in the order of reading."""
+    copies = [copy for layout in layouts for copy in shard_copies(layout).copies]
+    for i in range(records):
+        found = runs(tuple(copy for copy in copies if copy.source == i)).tolist()
+        if at_once and found:
+            found = [(found[0][0], found[-1][1])]
+        for start, stop in found:
+            yield i, start, stop
+
+
+def _runs(
+    records: Sequence[TensorRecord], layouts: Sequence[Layout], at_once: bool
+) -> Iterator[Run]:
+    """The bytes that `_gather` reads, in its order."""
+    for i, start, stop in _element_runs(layouts, len(records), at_once):
+        first, itemsize = records[i].offset_bytes, _dtype(records[i]).itemsize
+        yield records[i].file, first + start * itemsize, first + stop * itemsize
+
+
+def _dtype(record: TensorRecord) -> np.dtype:
+    return dtypes.WEIGHT_DTYPES[record.dtype]
