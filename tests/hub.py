@@ -29,6 +29,7 @@ class Hub:
     fetched: list[str] = field(default_factory=list)  # a file name for every GET of a file
     url: str = ""
     redirects: bool = False  # to `other_host`, as for large files
+    overloaded: int = 0  # so many of the next questions about files get 503
     uses: int = 10**9  # of a signature, then its address answers 403
     signatures: dict[str, int] = field(default_factory=dict)  # signature → uses left
     tokens: dict[str, set[str]] = field(default_factory=dict)  # host → Authorization headers seen
@@ -125,6 +126,10 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the 
         data = self.hub.repositories[repo_id].get(file)
         if data is None:
             self._send(404, headers={"X-Error-Code": "EntryNotFound"})
+            return
+        if self.hub.overloaded:
+            self.hub.overloaded -= 1
+            self._send(503)
             return
         headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": self.hub.commit(repo_id)}
         if self.hub.redirects and file.endswith(".safetensors"):

@@ -230,10 +230,18 @@ def test_report_file_is_what_json_prints(model: Path, tmp_path: Path):
     assert json.loads(result.stdout) == json.loads((tmp_path / "report.json").read_text())
 
 
-def test_report_that_cannot_be_written(model: Path, tmp_path: Path):
-    result = run("load", model, "--mesh", "mp=1", "--report", tmp_path / "no/report.json")
+@pytest.mark.parametrize("option", ["--report", "--digests"])
+def test_files_that_cannot_be_written(model: Path, tmp_path: Path, option: str):
+    result = run("load", model, "--mesh", "mp=1", option, "/dev/full")
     assert result.exit_code == 4
-    assert result.stderr.startswith("error: cannot write the file\n  file: ")
+    assert result.stderr.startswith("error: cannot write the file\n  file: /dev/full\n")
+    result = run(
+        "load", tmp_path / "no-model", option, tmp_path / "no/file.json"
+    )  # before all else
+    assert result.exit_code == 4
+    assert result.stderr.startswith(
+        f"error: cannot write the file\n  file: {tmp_path}/no/file.json"
+    )
 
 
 def test_warnings_of_a_load_go_to_stderr(tmp_path: Path):

@@ -99,6 +99,27 @@ def test_signals_end_native_code_at_once(number: int, code: int, word: bytes):
     assert (process.returncode, stderr) == (code, word)
 
 
+def test_under_a_limit_the_work_ends_with_its_parent():
+    script = """
+import os, time
+from mtj_loader.cli import limits
+limits.guard()
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+    process = start(script=script, first="ulimit -v 10000000")
+    assert process.stdout is not None
+    child = Path(f"/proc/{int(process.stdout.readline())}")
+    assert int(child.name) != process.pid
+    process.kill()
+    process.communicate(timeout=60)
+    for _ in range(1000):
+        if not child.exists():
+            return
+        time.sleep(0.01)
+    pytest.fail("it is still there")
+
+
 def test_a_signal_that_is_to_be_ignored_is():
     process = begin(NATIVE, first="trap '' INT")
     process.send_signal(signal.SIGINT)

@@ -367,6 +367,21 @@ def test_an_address_that_is_refused_for_good(hub):
     assert "sig=" not in str(caught.value)
 
 
+def test_a_hub_that_is_overloaded_for_a_while(hub, local):
+    hub.overloaded = 5
+    assert digests(load("org/neox", stream=True)) == local
+    assert hub.overloaded == 0
+
+
+def test_a_hub_that_is_overloaded_for_good(hub):
+    hub.overloaded = 10**6
+    with pytest.raises(StorageError, match="the hub keeps failing") as caught:
+        open_checkpoint("org/neox", stream=True)
+    assert f"file: org/neox@{hub.commit('org/neox')}/" in str(caught.value)
+    assert "found: 6 attempts in " in str(caught.value)
+    assert "503" in str(caught.value)
+
+
 def test_a_commit_stays_what_it_is(hub):
     """The branch moves on after planning; the load is of what was planned."""
     checkpoint = open_checkpoint("org/neox", stream=True)

@@ -191,7 +191,7 @@ def test_digests_are_read_as_they_were_written(tmp_path: Path):
 def test_other_files_are_no_digests(tmp_path: Path, change: dict):
     path = tmp_path / "digests.json"
     path.write_text(json.dumps(Digests(2, {"a w": {0: "0a"}}).to_dict() | change))
-    with pytest.raises(FormatError, match="not a file that --digests wrote, or changed since"):
+    with pytest.raises(FormatError, match="not what --digests wrote, or changed since"):
         read_digests(path)
 
 

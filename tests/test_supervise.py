@@ -67,9 +67,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return neox.write(tmp_path_factory.mktemp("checkpoint"), max_position_embeddings=4096)
 
 
-def test_process_0_prints_for_all_and_every_host_verifies(checkpoint: Path) -> None:
+def test_process_0_prints_and_writes_for_all_and_every_host_verifies(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     port = free_port()
-    load = [*CLI, "load", str(checkpoint), "--mesh=dp=2,mp=2", "--verify", "--json"]
+    load = [*CLI, "load", str(checkpoint), "--mesh=mp=4", "--verify", "--json"]
+    load += [f"--digests={tmp_path / 'digests.json'}"]
     with started(*([*load, *place(port, index)] for index in range(2))) as (first, second):
         output, _ = first.communicate(timeout=WAIT_SECONDS)
         nothing, notes = second.communicate(timeout=WAIT_SECONDS)
@@ -82,6 +85,23 @@ def test_process_0_prints_for_all_and_every_host_verifies(checkpoint: Path) -> N
     assert document["report"]["bytes_read"] == hosts[0]["bytes_read"] > 0
     everywhere = 4 * document["report"]["device_bytes"]
     assert document["verified_bytes"] == everywhere
+    assert document["digests"] == json.loads((tmp_path / "digests.json").read_text())
+    of = document["digests"]["of"].values()
+    assert {tuple(digests) for digests in of} == {("0", "1", "2", "3")}
+
+
+def test_hosts_that_continue_different_prompts_say_so(checkpoint: Path) -> None:
+    port = free_port()
+    generate = [*CLI, "generate", str(checkpoint), "--mesh=mp=4"]
+    prompts = ["--ids=1 2 3"], ["--ids=1 2 4", "--seed=7"]
+    with started(
+        *([*generate, *own, *place(port, index)] for index, own in enumerate(prompts))
+    ) as hosts:
+        said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in hosts]
+    for process, words in zip(hosts, said, strict=True):
+        assert process.returncode == 2
+        assert "error: the hosts are not about to generate the same\n  found: prompts: " in words
+        assert "seed: 7 on host 1, 0 on host 0" in words
 
 
 def test_when_process_0_is_killed_both_parents_say_how_it_ended(checkpoint: Path) -> None:

@@ -13,7 +13,8 @@ from obstore.store import HTTPStore
 
 from mtj_loader.checkpoint.hub import Repository, list_commit, our_errors
 from mtj_loader.checkpoint.origins import NO_RETRIES, client_options
-from mtj_loader.checkpoint.retry import Patience
+from mtj_loader.checkpoint.retry import PassingError, Patience, persist
+from mtj_loader.errors import StorageError
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -63,14 +64,14 @@ class HubOrigin:
             raise FileNotFoundError(f"{self.location} has no such file")
         async with self._locks[path]:
             if path not in self._located:
-                self._located[path] = await asyncio.to_thread(self._resolve, path)
+                self._located[path] = await self._resolved(path)
             return self._located[path]
 
     async def relocate(self, path: str, refused: Located) -> Located:
         """Asks the hub for a fresh address, once for all requests that the old one refused."""
         async with self._locks[path]:
             if self._located.get(path) is refused:
-                self._located[path] = await asyncio.to_thread(self._resolve, path)
+                self._located[path] = await self._resolved(path)
             return self._located[path]
 
     async def names(self) -> list[str]:
@@ -86,12 +87,27 @@ class HubOrigin:
         self._located.clear()
         self._locks.clear()
 
+    async def _resolved(self, path: str) -> Located:
+        """Asks the hub until it answers."""
+
+        def given_up(tries: str) -> StorageError:
+            return StorageError(
+                "the hub keeps failing", file=f"{self.location}/{path}", found=tries
+            )
+
+        return await persist(
+            lambda: asyncio.to_thread(self._resolve, path), self._patience, given_up
+        )
+
     def _resolve(self, path: str) -> Located:
         """Asks the hub; the token goes to the hub's own host and nowhere else."""
         repository = self._repository
         url = hf_hub_url(repository.id, path, revision=self._commit, endpoint=repository.endpoint)
-        with our_errors(repository, self._commit):
-            address = get_hf_file_metadata(url, token=repository.token).location
+        try:
+            with our_errors(repository, self._commit):
+                address = get_hf_file_metadata(url, token=repository.token).location
+        except StorageError as error:  # nobody's fault who asks
+            raise PassingError(error.found) from error
         same_host = urlsplit(address)[:2] == urlsplit(url)[:2]
         headers = build_hf_headers(token=repository.token) if same_host else {}
         options = client_options(

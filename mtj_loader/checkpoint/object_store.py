@@ -19,7 +19,7 @@ from mtj_loader.checkpoint.naming import USUAL_FILES
 from mtj_loader.checkpoint.origins import Origin
 from mtj_loader.checkpoint.record import FileStamp
 from mtj_loader.checkpoint.retry import (
-    EndedEarlyError,
+    PassingError,
     Patience,
     harmless,
     persist,
@@ -180,7 +180,7 @@ class ObjectStorage(SharedUse):
             answer = await self._get(path, 0, _BEGINNING_BYTES)
             data = bytes(await answer.bytes_async())
             if len(data) != answer.range[1]:
-                raise EndedEarlyError("the body ends early")
+                raise PassingError("the body ends early")
             self.bytes_received += len(data)
             return data
 
@@ -215,7 +215,7 @@ class ObjectStorage(SharedUse):
                 done += len(chunk)
                 self.bytes_received += len(chunk)
             if done < len(view):
-                raise EndedEarlyError(f"the body ends {len(view) - done:,} bytes early")
+                raise PassingError(f"the body ends {len(view) - done:,} bytes early")
 
         await self._tried(path, f"bytes {start:,} to {stop:,}", attempt)
 

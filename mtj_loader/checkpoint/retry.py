@@ -47,8 +47,8 @@ class Patience:
 PATIENCE = Patience()
 
 
-class EndedEarlyError(Exception):
-    """An answer's body stopped before the end that its head promised."""
+class PassingError(Exception):
+    """What another attempt may cure: a body that ended early, a hub that is overloaded."""
 
 
 # Refusals to try again at once, and everything the server itself calls its own failure.
@@ -96,7 +96,7 @@ async def persist(
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may work a moment later."""
-    if isinstance(error, EndedEarlyError):
+    if isinstance(error, PassingError):
         return True
     status = status_of(error)
     if status is not None:

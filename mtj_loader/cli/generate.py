@@ -129,11 +129,20 @@ def generate(
     given = prompts.read()
     options = start_up.options_for(given, sampling.numbers())
     options |= cluster.join(machine)
+    _agree(given, sampling, cluster)
     model = load_model(path, loading, source, machine, options)
     note(describe(model))
     with cluster.together() as hosts, hosts.phase("generate"):
         _print_continued(model, given, sampling, as_json=as_json)
     note(f"first token after {model.report.seconds['first_token']:.2f} s")
+
+
+def _agree(given: list[Prompt], sampling: Sampling, cluster: Cluster) -> None:
+    """Before a load for nothing: hosts that continue different prompts wait for each other."""
+    from mtj_loader.loading.hosts.agree import agree_to_generate  # noqa: PLC0415 -- brings JAX
+
+    with cluster.together() as hosts:
+        agree_to_generate(hosts, given, asdict(sampling))
 
 
 def _print_continued(

@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 
+from mtj_loader.cli.supervise import die_with
 from mtj_loader.errors import MemoryLimitError
 
 _UNEXPECTED = 1  # of Python after a traceback, and of libraries that give up
@@ -26,8 +27,10 @@ def guard() -> None:
     if limit_bytes == resource.RLIM_INFINITY:
         return
     reader, writer = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
+        die_with(parent)
         os.close(reader)
         _write_errors_to(writer)
         return

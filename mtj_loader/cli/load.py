@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -68,16 +69,20 @@ def load(
     """
     if simulate_host is None:
         options = start_up.options() | cluster.join(machine)
+        _check_folders(report, digests)
         model = load_model(path, loading, source, machine, options)
         verified_bytes = _verify(model, cluster) if verify else None
-        document, words = _outcome(model, verified_bytes, digested=digests is not None)
+        document, words = _outcome(model, verified_bytes)
+        if digests is not None:
+            document["digests"] = _digests(model, cluster)
     else:
         whole = {"--verify": verify, "--warm-up": start_up.warm_up, **cluster.named()}
         _refuse([option for option, value in whole.items() if value])
+        _check_folders(report, digests)
         document, words = simulate(path, loading, source, machine, simulate_host)
     if report is not None and not is_muted():
         _write(report, document)
-    if digests is not None:
+    if digests is not None and not is_muted():
         _write(digests, document["digests"])
     if as_json:
         print_json(document)
@@ -92,16 +97,21 @@ def _refuse(options: Sequence[str]) -> None:
         raise UsageError(what, hint="--digests tells whether it is part of the whole")
 
 
-def _outcome(
-    model: Model, verified_bytes: int | None, *, digested: bool
-) -> tuple[dict[str, object], str]:
+def _check_folders(*files: Path | None) -> None:
+    """Raises StorageError now where a file could not be written after the load."""
+    for file in files:
+        if file is not None and not is_muted() and not os.access(file.absolute().parent, os.W_OK):
+            found = "its folder is not there, or closed to writing"
+            raise StorageError("cannot write the file", file=file, found=found)
+
+
+def _outcome(model: Model, verified_bytes: int | None) -> tuple[dict[str, object], str]:
     """What came of a load, as JSON types and in words."""
     words = describe(model)
     if verified_bytes is not None:
         checked = f"all {show_bytes(verified_bytes)} on the devices are as the files have it"
         words = f"{words}\nverified: {checked}"
-    document = to_dict(model.plan, model.report, verified_bytes)
-    return document | {"digests": _digests(model)} if digested else document, words
+    return to_dict(model.plan, model.report, verified_bytes), words
 
 
 def load_model(
@@ -132,10 +142,14 @@ def _verify(model: Model, cluster: Cluster) -> int:
         return sum(map(int, hosts.gather("verified", b"%d" % verified_bytes)))
 
 
-def _digests(model: Model) -> dict[str, object]:
-    from mtj_loader.loading.digests import digests  # noqa: PLC0415 -- brings JAX
+def _digests(model: Model, cluster: Cluster) -> dict[str, object]:
+    """Those of all hosts; what several hold must be the same."""
+    from mtj_loader.loading.digests import digests, from_dict, joined  # noqa: PLC0415 -- brings JAX
 
-    return digests(model.params, model.plan.shards).to_dict()
+    mine = digests(model.params, model.plan.shards).to_dict()
+    with cluster.together() as hosts, hosts.phase("digests"):
+        each = map(json.loads, hosts.gather("digests", json.dumps(mine).encode()))
+        return joined({f"host {i}": from_dict(one) for i, one in enumerate(each)}).to_dict()
 
 
 def _write(path: Path, document: object) -> None:

@@ -58,7 +58,7 @@ def _become_child(host: str) -> None:
     parent = os.getpid()
     child = os.fork()
     if child == 0:
-        _die_with(parent)
+        die_with(parent)
         return
     for number in _FORWARDED:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -101,7 +101,7 @@ def _host(arguments: Sequence[str]) -> str:
     return f"host {after[0]}" if after else "this host"
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """The system kills this process when its parent is gone, be it stopped or stuck.
 
     Only Linux can; TPU machines run nothing else.

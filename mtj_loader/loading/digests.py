@@ -125,12 +125,21 @@ def read_digests(path: Path) -> Digests:
         size_bytes = min(storage.stamp(path.name).size_bytes, _MAX_FILE_BYTES + 1)
         data = storage.read(path.name, 0, size_bytes)
     document = strict_json.parse_object(data, file=str(path), max_bytes=_MAX_FILE_BYTES)
+    return from_dict(document, file=path)
+
+
+def from_dict(document: Mapping[str, object], file: Path | None = None) -> Digests:
+    """What `Digests.to_dict` gave.
+
+    Raises:
+      FormatError: it is something else.
+    """
     match document:
         case {"shards": int(shards), "of": {**of}, "sha256": str(sha256)}:
-            found = Digests(shards, {name: _by_number(mine) for name, mine in of.items()})
+            found = Digests(shards, {str(name): _by_number(mine) for name, mine in of.items()})
             if found.sha256 == sha256:
                 return found
-    raise FormatError("not a file that --digests wrote, or changed since", file=path)
+    raise FormatError("not what --digests wrote, or changed since", file=file)
 
 
 def _by_number(mine: object) -> dict[int, str]:

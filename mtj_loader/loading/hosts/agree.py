@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from mtj_loader.loading.hosts.phases import Hosts
 from mtj_loader.loading.plan import LoadPlan
 from mtj_loader.version import version
 
-_SAMPLES = 64  # of a file; training changes nearly every weight
+_SAMPLES = 64  # of all files together; training changes nearly every weight
+_LEAST_SAMPLES = 2  # of each file: where folders are mounted over a network each takes long
 _SAMPLE_BYTES = 4096  # what a disk reads at least
 _DIGITS = 12  # of a SHA-256 in a message: enough to tell two files apart by eye
 
@@ -31,19 +32,39 @@ def agree(hosts: Hosts, plan: LoadPlan, mesh: Mesh) -> None:
     Raises:
       HostError: a host differs; says which, and in what. The same on all hosts.
     """
-    if hosts.count == 1:
-        return
-    facts = plan_facts(plan, mesh)
+    if hosts.count > 1:
+        _agree(hosts, plan_facts(plan, mesh), "load the same")
+
+
+def agree_to_generate(
+    hosts: Hosts, prompts: Sequence[object], sampling: Mapping[str, object]
+) -> None:
+    """Makes sure that all hosts are about to continue the same prompts in the same way.
+
+    Args:
+      hosts: all of them.
+      prompts: texts, or lists of token ids.
+      sampling: the arguments of `Model.generate`.
+
+    Raises:
+      HostError: as `agree`.
+    """
+    facts = {"prompts": digest(prompts), **{name: repr(value) for name, value in sampling.items()}}
+    _agree(hosts, facts, "generate the same")
+
+
+def _agree(hosts: Hosts, facts: Mapping[str, str], what: str) -> None:
     document = json.dumps({"digest": digest(facts), "facts": facts}).encode()
-    published = [json.loads(one) for one in hosts.gather("agree", document)]
+    published = [json.loads(one) for one in hosts.gather(f"agree to {what}", document)]
     if len({one["digest"] for one in published}) > 1:
-        raise disagreement([one["facts"] for one in published])
+        raise disagreement([one["facts"] for one in published], what)
 
 
 def plan_facts(plan: LoadPlan, mesh: Mesh) -> dict[str, str]:
     """All that a plan follows from, under the names that messages give it."""
     checkpoint = plan.checkpoint
     stamps = checkpoint.index.files.values()
+    samples = max(_LEAST_SAMPLES, _SAMPLES // len(stamps))
     return {
         "mtj_loader": version(),
         "jax": jax.__version__,
@@ -54,7 +75,7 @@ def plan_facts(plan: LoadPlan, mesh: Mesh) -> dict[str, str]:
         "adapters": _adapters(plan),
         "mesh": f"{plan.topology} on devices {[device.id for device in mesh.devices.flat]}",
         **{f"size of {stamp.path}": f"{stamp.size_bytes:,} bytes" for stamp in stamps},
-        **{f"content of {s.path}": _samples(checkpoint.storage, s) for s in stamps},
+        **{f"content of {s.path}": _samples(checkpoint.storage, s, samples) for s in stamps},
         **{name: repr(value) for name, value in asdict(plan.options).items()},
     }
 
@@ -65,20 +86,20 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def disagreement(facts: Sequence[dict[str, str]]) -> HostError:
+def disagreement(facts: Sequence[Mapping[str, str]], what: str = "load the same") -> HostError:
     """What every other host has that process 0 does not have, or the other way round."""
     first, *others = facts
     found = [
         f"{name}: {_brief(other.get(name))} on host {host}, {_brief(first.get(name))} on host 0"
         for host, other in enumerate(others, start=1)
-        for name in sorted(first | other)
+        for name in sorted({*first, *other})
         if first.get(name) != other.get(name)
     ]
     return HostError(
-        "the hosts are not about to load the same",
+        f"the hosts are not about to {what}",
         exit_code=UsageError.exit_code,
         found="; ".join(found),
-        hint="all need the same command, checkpoint, map, adapters and versions",
+        hint="all need the same command, files and versions",
     )
 
 
@@ -100,7 +121,7 @@ def _content(paths: Iterable[Path | StoredFile]) -> str:
     return total.hexdigest()
 
 
-def _samples(storage: Storage, stamp: FileStamp) -> str:
+def _samples(storage: Storage, stamp: FileStamp, count: int) -> str:
     """SHA-256 of pieces all over a file: two fine-tunes of one model differ in no header or size.
 
     Of an object in a store all hosts see the same, and each answer is compared with its version.
@@ -108,7 +129,8 @@ def _samples(storage: Storage, stamp: FileStamp) -> str:
     if isinstance(storage, DistantStorage):
         return stamp.version
     total = hashlib.sha256()
-    for start in range(0, stamp.size_bytes, max(_SAMPLE_BYTES, stamp.size_bytes // _SAMPLES)):
+    step = max(_SAMPLE_BYTES, stamp.size_bytes // count)
+    for start in range((step - _SAMPLE_BYTES) // 2, stamp.size_bytes, step):
         length_bytes = min(_SAMPLE_BYTES, stamp.size_bytes - start)
         total.update(storage.read(stamp.path, start, length_bytes))
     return total.hexdigest()
@@ -120,7 +142,7 @@ def _adapters(plan: LoadPlan) -> str:
         [
             asdict(adapter.config),
             [asdict(record) for record in adapter.records.values()],
-            _samples(adapter.storage, adapter.stamp),
+            _samples(adapter.storage, adapter.stamp, _SAMPLES),
         ]
         for adapter in plan.adapters
     ]
