@@ -248,17 +248,15 @@ def _execute(
         forward = Forward(plan.config, mesh, plan.options.transposed_linear, dtype)
         shapes = read_shapes(warm_up, _rules(plan, tokenizer), mesh.shape["dp"])
     needed = plan.host_bytes(jax.process_index())
-    with compiling(forward, plan, shapes) as all_compiled:
+    with compiling(forward, plan, shapes) as first_compiled:
         with opened(*plan.storages), progress_bar(needed, shown=progress) as advance:
             params, report = load_params(
                 plan, mesh, plan_seconds=plan_seconds, progress=advance, hosts=hosts
             )
         loaded = time.perf_counter()
-        compiled = on_all_hosts(all_compiled(), hosts)
+        compiled = on_all_hosts(first_compiled(), hosts)
     report = reported(report, compiled, loaded)
-    return Model(
-        params, plan.config, mesh, tokenizer, report, plan, forward, compiled.shapes, begun
-    )
+    return Model(params, plan.config, mesh, tokenizer, report, plan, forward, compiled, begun)
 
 
 def _rules(plan: LoadPlan, tokenizer: Tokenizer | None) -> PromptRules:

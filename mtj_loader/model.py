@@ -25,6 +25,7 @@ from mtj_loader.generation.generate import Generator, Stop
 from mtj_loader.generation.prompts import PromptLike, check_batch
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.tokenizer import Tokenizer
+from mtj_loader.generation.warm_up import Compiled
 from mtj_loader.loading.hosts.phases import together
 from mtj_loader.loading.load import adapt_params, load_params
 from mtj_loader.loading.place import Params
@@ -50,7 +51,7 @@ class Model:
       report: what the load did.
       plan: what was loaded, and how.
       forward: the model's compiled functions, for code that wants them one by one.
-      warm: the shapes of batches that were compiled while it was loaded.
+      compiled: what was compiled while it was loaded.
       begun: when the load that `report` is about began, in seconds of `time.perf_counter`.
       base: the model that adapters were added to after loading, None for others.
     """
@@ -62,9 +63,14 @@ class Model:
     report: LoadReport
     plan: LoadPlan
     forward: Forward
-    warm: tuple[Shape, ...]
+    compiled: Compiled
     begun: float
     base: Model | None = None
+
+    @property
+    def warm(self) -> tuple[Shape, ...]:
+        """The shapes of batches that were, or are being, compiled ahead."""
+        return self.compiled.shapes
 
     def logits(self, ids: ArrayLike) -> jax.Array:
         """Logits for every position of whole sequences.
@@ -204,7 +210,7 @@ class Model:
             self.tokenizer,
             eos_ids(*config),
             bos_id(*config),
-            self.warm,
+            self.compiled,
             self._on_tokens,
         )
 

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -51,11 +52,18 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+def load(path: Path, mesh: str, **options) -> mtj_loader.Model:
+    """Loads, and waits until nothing compiles any more."""
+    model = mtj_loader.load(path, mesh, **options)
+    wait(model.compiled.steps.values())
+    return model
+
+
 # What is compiled ahead is what generation runs.
 
 
 def test_generation_compiles_nothing_that_was_warmed_up(folder: Path):
-    model = mtj_loader.load(folder, "mp=2", warm_up=[(1, 18, 3)])
+    model = load(folder, "mp=2", warm_up=[(1, 18, 3)])
     with compilations() as found:
         model.generate([5] * 18, max_new_tokens=3)
         model.generate([5], **GREEDY)
@@ -66,7 +74,7 @@ def test_generation_compiles_nothing_that_was_warmed_up(folder: Path):
 
 
 def test_nor_for_a_batch_that_dp_does_not_divide(folder: Path):
-    model = mtj_loader.load(folder, "dp=2,mp=2", warm_up=[(3, 4)])
+    model = load(folder, "dp=2,mp=2", warm_up=[(3, 4)])
     with compilations() as found:
         model.generate([[1], [2, 3, 4, 5], [6, 7]], max_new_tokens=4, top_k=3, seed=[1, 2, 3])
     assert found == []
@@ -74,7 +82,7 @@ def test_nor_for_a_batch_that_dp_does_not_divide(folder: Path):
 
 def test_a_model_without_rotary_embedding_and_another_dtype():
     folder = GOLDENS / "bloom"
-    model = mtj_loader.load(folder, "mp=1", dtype="float32", warm_up=[(1, 5)])
+    model = load(folder, "mp=1", dtype="float32", warm_up=[(1, 5)])
     with compilations() as found:
         model.generate([5, 6], **GREEDY)
     assert found == []
@@ -83,8 +91,8 @@ def test_a_model_without_rotary_embedding_and_another_dtype():
 def test_adapters_share_what_is_compiled(folder: Path, tmp_path: Path):
     factors = adapters.linear("gpt_neox.layers.0.attention.dense", 24, 24)
     adapter = adapters.write_adapter(tmp_path, factors)
-    merged = mtj_loader.load(folder, "mp=2", adapter=adapter, warm_up=[(1, 5)])
-    model = mtj_loader.load(folder, "mp=2", warm_up=[(1, 5)])
+    merged = load(folder, "mp=2", adapter=adapter, warm_up=[(1, 5)])
+    model = load(folder, "mp=2", warm_up=[(1, 5)])
     added = model.with_adapter(adapter)
     with compilations() as found:
         assert merged.generate([5, 6], **GREEDY) == added.generate([5, 6], **GREEDY)
@@ -93,8 +101,8 @@ def test_adapters_share_what_is_compiled(folder: Path, tmp_path: Path):
 
 
 def test_a_larger_shape_gives_the_same_text(folder: Path):
-    cold = mtj_loader.load(folder, "mp=2", dtype="float32")
-    warm = mtj_loader.load(folder, "mp=2", dtype="float32", warm_up=[(1, 20, 12)])
+    cold = load(folder, "mp=2", dtype="float32")
+    warm = load(folder, "mp=2", dtype="float32", warm_up=[(1, 20, 12)])
     assert warm.warm == (Shape(1, 32, 32),)
     for sampling in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 3}):
         expected = cold.generate([3, 1, 4], max_new_tokens=9, **sampling)
@@ -161,11 +169,47 @@ def test_a_failure_is_told_and_the_model_is_there(folder: Path, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise ValueError("out of luck\nand more")
 
-    monkeypatch.setattr(Forward, "lower_step", fail)
+    monkeypatch.setattr(Forward, "lower_prefill", fail)
     model = mtj_loader.load(folder, "mp=1", warm_up=[(2, 5, 2)])
     what = "a batch of 2 prompts of up to 16 tokens could not be compiled ahead"
     assert model.report.warnings == (f"{what}: ValueError: out of luck",)
     assert (model.warm, len(model.params)) == ((), 15)
+
+
+def test_the_load_does_not_wait_for_what_later_tokens_need(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    released = threading.Event()
+    lower, step, stepped = Forward.lower_step, Forward.step, []
+
+    def trace(*given: object) -> object:
+        released.wait(60)
+        return lower(*given)
+
+    monkeypatch.setattr(Forward, "lower_step", trace)
+    monkeypatch.setattr(
+        Forward, "step", lambda *given: stepped.append(released.is_set()) or step(*given)
+    )
+    model = mtj_loader.load(folder, "mp=1", warm_up=[(1, 5, 4)])
+    assert model.warm == (Shape(1, 16, 16),)
+    tokens = model.stream([5, 6], **GREEDY)
+    first = next(tokens)
+    threading.Timer(0.5, released.set).start()
+    whole = [*first, *(token for piece in tokens for token in piece)]
+    assert stepped == [True] * 3  # the stream waited for it
+    assert whole == model.generate([5, 6], **GREEDY)
+
+
+def test_a_shape_whose_later_tokens_cannot_be_compiled_is_not_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise ValueError("out of luck")
+
+    monkeypatch.setattr(Forward, "lower_step", fail)
+    model = load(folder, "mp=1", warm_up=[(1, 20, 4)])
+    assert model.warm == ()
+    assert model.generate([5], **GREEDY) == mtj_loader.load(folder, "mp=1").generate([5], **GREEDY)
 
 
 def test_a_failed_load_does_not_wait_for_the_compiler(
@@ -194,12 +238,14 @@ def test_a_failed_load_does_not_wait_for_the_compiler(
 def test_readers_take_turns_with_the_tracer(folder: Path, monkeypatch: pytest.MonkeyPatch):
     before, meanwhile = sys.getswitchinterval(), []
 
-    def trace(*_: object) -> list:
-        meanwhile.append(sys.getswitchinterval())
-        return []
+    lower = Forward.lower_step
 
-    monkeypatch.setattr(warm_up, "programs", trace)
-    mtj_loader.load(folder, "mp=1", warm_up=[(1, 5)])
+    def trace(*given: object) -> object:
+        meanwhile.append(sys.getswitchinterval())
+        return lower(*given)
+
+    monkeypatch.setattr(Forward, "lower_step", trace)
+    load(folder, "mp=1", warm_up=[(1, 5)])
     assert meanwhile == [pytest.approx(before / 10)]
     assert sys.getswitchinterval() == before
 
@@ -215,7 +261,7 @@ def test_the_overlap_of_load_and_compilation(
 ):
     report = mtj_loader.load(folder, "mp=1").report
     report = replace(report, seconds=report.seconds | {"load": 2.0})  # from 10 to 12
-    found = reported(report, Compiled(begun, ended, (), {}), loaded=12.0)
+    found = reported(report, Compiled(begun, ended, {}, {}), loaded=12.0)
     assert found.seconds["compile"] == ended - begun
     assert found.seconds["overlap"] == overlap
     words = f"load 2.00 s, compile {ended - begun:.2f} s, both at once {overlap:.2f} s"
@@ -246,10 +292,8 @@ def run(*arguments: object) -> Result:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     """The shapes that are compiled for, as they come."""
     found: list[Shape] = []
-    trace = warm_up.programs
-    monkeypatch.setattr(
-        warm_up, "programs", lambda *given: found.append(given[-1]) or trace(*given)
-    )
+    made = warm_up.Programs
+    monkeypatch.setattr(warm_up, "Programs", lambda *given: found.append(given[-1]) or made(*given))
     return found
 
 

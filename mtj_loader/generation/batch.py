@@ -50,6 +50,12 @@ class Batch:
     totals: np.ndarray
     cache_length: int
 
+    @property
+    def shape(self) -> Shape:
+        """What it runs in."""
+        rows, prompt = self.ids.shape
+        return Shape(rows, prompt, self.cache_length)
+
 
 def make_batch(
     prompts: Sequence[Prompt],

@@ -5,10 +5,9 @@ Axes: b batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
 
 import jax
 import numpy as np
@@ -39,39 +38,80 @@ class DecodeState:
 
 
 def decode(
-    forward: Forward, params: Params, batch: Batch, sampler: Sampler | None, max_new_tokens: int
+    forward: Forward,
+    params: Params,
+    batch: Batch,
+    sampler: Sampler | None,
+    max_new_tokens: int,
+    *,
+    before_step: Callable[[], object] = lambda: None,
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every row, int32 [b], `max_new_tokens` times.
 
     The device works one step ahead of the caller, so that what the caller does with a token costs
     no time; whoever stops asking early wastes that step. The first token is not kept waiting for
-    the compilation of the next.
+    the compilation of the next; `before_step` is called between both.
     """
     states = _states(forward, params, batch, sampler, max_new_tokens)
     yield np.asarray(next(states).tokens)
+    before_step()
     for state in _one_ahead(states):
         yield np.asarray(state.tokens)
 
 
-def programs(forward: Forward, params: Tree, shape: Shape) -> Iterator[Lowered]:
-    """All that `decode` runs for a shape, in the order in which it is needed, not compiled yet.
+@dataclass(frozen=True)
+class Programs:
+    """All that `decode` runs for a shape, to be compiled before it is needed.
 
-    Args:
+    Attributes:
       forward: the model.
       params: shapes, dtypes and shardings of the parameters.
       shape: of the batches.
     """
-    prefill = forward.lower_prefill(params, shape.rows, shape.prompt, shape.cache)
-    yield prefill
-    logits, cache = prefill.out_info
-    everywhere = NamedSharding(forward.mesh, PartitionSpec())
-    number: Any = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
-    numbers = number.update(shape=(shape.rows,))
-    state = DecodeState(numbers, numbers, number)
-    sampled = make_sampler(SamplingParams(), [0] * shape.rows, logits.shape[-1])
-    for sampler in (None, jax.tree.map(partial(_abstract, everywhere), sampled)):
-        yield _choose.lower(forward.mesh, logits, state, sampler)
-    yield forward.lower_step(params, cache, numbers)
+
+    forward: Forward
+    params: Tree
+    shape: Shape
+
+    @cached_property
+    def prefill(self) -> Lowered:
+        """The pass over the prompts."""
+        return self.forward.lower_prefill(
+            self.params, self.shape.rows, self.shape.prompt, self.shape.cache
+        )
+
+    @property
+    def greedy(self) -> Lowered:
+        """The choice of the likeliest token."""
+        return self._choice(None)
+
+    @property
+    def sampled(self) -> Lowered:
+        """The choice of a token by chance."""
+        drawn = make_sampler(SamplingParams(), [0] * self.shape.rows, self._logits.shape[-1])
+        return self._choice(jax.tree.map(partial(_abstract, self._everywhere), drawn))
+
+    @property
+    def step(self) -> Lowered:
+        """The pass over one more token."""
+        _, cache = self.prefill.out_info
+        return self.forward.lower_step(self.params, cache, self._numbers((self.shape.rows,)))
+
+    def _choice(self, sampler: Tree) -> Lowered:
+        numbers = self._numbers((self.shape.rows,))
+        state = DecodeState(numbers, numbers, self._numbers(()))
+        return _choose.lower(self.forward.mesh, self._logits, state, sampler)
+
+    @property
+    def _logits(self) -> Tree:
+        return self.prefill.out_info[0]
+
+    @property
+    def _everywhere(self) -> NamedSharding:
+        return NamedSharding(self.forward.mesh, PartitionSpec())
+
+    def _numbers(self, shape: tuple[int, ...]) -> Tree:
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self._everywhere)
 
 
 def _abstract(sharding: NamedSharding, array: np.ndarray) -> jax.ShapeDtypeStruct:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from mtj_loader.errors import NonFiniteError, TokenizerMissingError, UsageError
-from mtj_loader.generation.batch import Shape, make_batch
+from mtj_loader.generation.batch import make_batch
 from mtj_loader.generation.decode import decode
 from mtj_loader.generation.prompts import Prompt, PromptLike, PromptRules, read_prompts
 from mtj_loader.generation.sampling import NOT_FINITE, SamplingParams, make_sampler
 from mtj_loader.generation.stopping import stop_strings
 from mtj_loader.generation.tokenizer import Tokenizer
 from mtj_loader.generation.transcript import Completion, Ending, Piece, Transcript
+from mtj_loader.generation.warm_up import NOTHING, Compiled
 from mtj_loader.models.forward import Forward, Params
 
 Stop = str | Sequence[str] | None
@@ -30,7 +32,7 @@ class Generator:
       tokenizer: None leaves token ids only.
       eos_ids: the end-of-text tokens.
       bos_id: stands in for an empty text.
-      warm: the shapes of batches that are compiled already.
+      compiled: what was compiled ahead.
       on_tokens: called whenever there are new tokens.
     """
 
@@ -39,7 +41,7 @@ class Generator:
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
     bos_id: int | None
-    warm: tuple[Shape, ...] = ()
+    compiled: Compiled = NOTHING
     on_tokens: Callable[[], None] = lambda: None
 
     @property
@@ -130,10 +132,12 @@ def _tokens(
 ) -> Iterator[list[int]]:
     forward, rules = generator.forward, generator.rules
     dp = forward.mesh.shape["dp"]
-    batch = make_batch(prompts, params.max_new_tokens, rules.max_positions, dp, generator.warm)
+    compiled, new = generator.compiled, params.max_new_tokens
+    batch = make_batch(prompts, new, rules.max_positions, dp, compiled.shapes)
+    ready = partial(compiled.wait_for_step, batch.shape)
     seeds = seeds + [0] * (len(batch.lengths) - len(seeds))
     sampler = make_sampler(params, seeds, rules.vocab_size)
-    steps = decode(forward, generator.params, batch, sampler, params.max_new_tokens)
+    steps = decode(forward, generator.params, batch, sampler, new, before_step=ready)
     return _told(generator.on_tokens, steps)
 
 

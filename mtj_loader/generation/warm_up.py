@@ -7,17 +7,19 @@ at once. JAX remembers what it compiled: a later call neither traces nor compile
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 
 from jax.stages import Lowered
 
 from mtj_loader.errors import UsageError
 from mtj_loader.generation.batch import Shape, make_shape
-from mtj_loader.generation.decode import programs
+from mtj_loader.generation.decode import Programs
 from mtj_loader.generation.prompts import PromptRules
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.turns import quick_turns
@@ -30,28 +32,43 @@ from mtj_loader.models.forward import Forward
 WarmUp = Sequence[tuple[int, int] | tuple[int, int, int]]
 WarmUpLike = WarmUp | Callable[[PromptRules], WarmUp]
 
-_COMPILERS = 4  # the programs of one shape; XLA itself takes more threads for each
+# The programs of one shape at once, where there are processors for it: XLA itself takes two threads
+# and more for each. Where there are not, the first token need not wait for what later ones need.
+_COMPILERS = max(1, min(4, (os.cpu_count() or 1) // 2))
+_OF_FIRST_TOKEN = "prefill", "greedy", "sampled"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What was compiled ahead.
+    """What was compiled ahead, as far as the first tokens need it; the rest is still under way.
 
     Attributes:
       begun, ended: in seconds of `time.perf_counter`.
-      shapes: that are ready.
-      failures: why others are not.
+      steps: shape → the compilation of what makes all tokens but the first.
+      failures: why other shapes are not ready.
     """
 
     begun: float
     ended: float
-    shapes: tuple[Shape, ...]
+    steps: Mapping[Shape, Future[float]]
     failures: Mapping[Shape, BaseException]
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Those of which nothing failed so far."""
+        return tuple(s for s, step in self.steps.items() if not _has_failed(step))
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """The failures in words."""
         return tuple(_in_words(shape, error) for shape, error in self.failures.items())
+
+    def wait_for_step(self, shape: Shape) -> None:
+        """Waits for its compilation; what failed there will fail again where it is run."""
+        wait([step for one, step in self.steps.items() if one == shape])
+
+
+NOTHING = Compiled(0.0, 0.0, {}, {})
 
 
 def read_shapes(wanted: WarmUpLike, rules: PromptRules, dp: int) -> tuple[Shape, ...]:
@@ -76,10 +93,11 @@ def read_shapes(wanted: WarmUpLike, rules: PromptRules, dp: int) -> tuple[Shape,
 def compiling(
     forward: Forward, plan: LoadPlan, shapes: Sequence[Shape]
 ) -> Iterator[Callable[[], Compiled]]:
-    """Compiles in the background while the body runs.
+    """Compiles in the background while the body runs, and afterwards.
 
-    The body gets a function that waits until all is done. If it ends without, nothing new is
-    begun, and nobody waits: a compilation that is under way cannot be stopped, and ends by itself.
+    First comes what the first tokens need. The body gets a function that waits for that. If it
+    fails, nothing new is begun, and nobody waits: a compilation that is under way cannot be
+    stopped, and ends by itself.
 
     Args:
       forward: the model; what is compiled stays with it.
@@ -89,24 +107,43 @@ def compiling(
     begun = time.perf_counter()
     tracer = ThreadPoolExecutor(1, thread_name_prefix="mtj_loader_trace")
     compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="mtj_loader_compile")
+
+    def compiled(lower: Callable[[], Lowered]) -> Future[float]:
+        return compilers.submit(_compile, tracer.submit(_trace, lower))
+
     try:
-        traced = {s: tracer.submit(_trace, compilers, forward, plan, s) for s in shapes}
-        yield lambda: _collect(begun, traced)
-    finally:
+        params = abstract_params(plan, forward.mesh) if shapes else {}
+        made = {shape: Programs(forward, params, shape) for shape in shapes}
+        first = {
+            shape: [compiled(partial(getattr, of, name)) for name in _OF_FIRST_TOKEN]
+            for shape, of in made.items()
+        }
+        steps = {s: compiled(partial(getattr, of, "step")) for s, of in made.items()}
+        yield lambda: _collect(begun, first, steps)
+    except BaseException:
         tracer.shutdown(wait=False, cancel_futures=True)
         compilers.shutdown(wait=False, cancel_futures=True)
+        raise
+    tracer.shutdown(wait=False)
+    compilers.shutdown(wait=False)
 
 
 def on_all_hosts(compiled: Compiled, hosts: Hosts) -> Compiled:
     """Without the shapes that another host has not: all have to run a batch in the same.
 
+    Therefore several hosts wait until everything is compiled: a failure that shows later would
+    show on each at another time.
+
     Raises:
       HostError: another host failed, or did not come in time.
     """
+    if hosts.count == 1:
+        return compiled
+    wait(compiled.steps.values())
     mine = json.dumps([astuple(shape) for shape in compiled.shapes]).encode()
     theirs = [json.loads(shapes) for shapes in hosts.gather("warm shapes", mine)]
-    everywhere = (s for s in compiled.shapes if all(list(astuple(s)) in one for one in theirs))
-    return replace(compiled, shapes=tuple(everywhere))
+    everywhere = [s for s in compiled.shapes if all(list(astuple(s)) in one for one in theirs)]
+    return replace(compiled, steps={shape: compiled.steps[shape] for shape in everywhere})
 
 
 def reported(report: LoadReport, compiled: Compiled, loaded: float) -> LoadReport:
@@ -124,30 +161,35 @@ def reported(report: LoadReport, compiled: Compiled, loaded: float) -> LoadRepor
     return replace(report, seconds=report.seconds | times, warnings=warnings)
 
 
-def _trace(
-    compilers: ThreadPoolExecutor, forward: Forward, plan: LoadPlan, shape: Shape
-) -> list[Future[float]]:
-    """Traces a shape's programs one after the other; each is compiled while the next is traced."""
+def _trace(lower: Callable[[], Lowered]) -> Lowered:
     with quick_turns():
-        params = abstract_params(plan, forward.mesh)
-        return [compilers.submit(_compile, p) for p in programs(forward, params, shape)]
+        return lower()
 
 
-def _compile(program: Lowered) -> float:
-    """Compiles a program; returns when that was done."""
-    program.compile()
+def _compile(traced: Future[Lowered]) -> float:
+    """Compiles a program once it is traced; returns when that was done."""
+    traced.result().compile()
     return time.perf_counter()
 
 
-def _collect(begun: float, traced: Mapping[Shape, Future[list[Future[float]]]]) -> Compiled:
-    """Waits for everything; what failed is told, for the load beside it is worth more."""
+def _collect(
+    begun: float,
+    first: Mapping[Shape, Sequence[Future[float]]],
+    steps: Mapping[Shape, Future[float]],
+) -> Compiled:
+    """Waits for what first tokens need; a failure is told, for the load beside it is worth more."""
     ended, failures = begun, {}
-    for shape, jobs in traced.items():
+    for shape, jobs in first.items():
         try:
-            ended = max(ended, *(job.result() for job in jobs.result()))
+            ended = max(ended, *(job.result() for job in jobs))
         except Exception as error:  # noqa: BLE001
             failures[shape] = error
-    return Compiled(begun, ended, tuple(s for s in traced if s not in failures), failures)
+    ready = {shape: step for shape, step in steps.items() if shape not in failures}
+    return Compiled(begun, ended, ready, failures)
+
+
+def _has_failed(job: Future[float]) -> bool:
+    return job.done() and (job.cancelled() or job.exception() is not None)
 
 
 def _read(item: object, max_positions: int, dp: int) -> Shape:
