@@ -26,6 +26,7 @@ from mtj_loader.generation.warm_up import (
     read_shapes,
     reported,
 )
+from mtj_loader.loading.garbage import no_collections
 from mtj_loader.loading.hosts.agree import agree
 from mtj_loader.loading.hosts.handing import open_for_all
 from mtj_loader.loading.hosts.phases import ALONE, LATE_SECONDS, Hosts, together
@@ -140,11 +141,12 @@ def _make(
     parameter_dtype(options.dtype)
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise UsageError("not a checkpoint's path", key="path", found=repr(path))
-    checkpoint = open_for_all(hosts, request.open)
     map_path = None if request.map is None else Path(request.map)
-    wanted = _topology(mesh, checkpoint, map_path)
-    made = make_plan(checkpoint, wanted, options, map_path)
-    made = add_adapters(made, weighted(request.adapter))
+    with no_collections():
+        checkpoint = open_for_all(hosts, request.open)
+        wanted = _topology(mesh, checkpoint, map_path)
+        made = make_plan(checkpoint, wanted, options, map_path)
+        made = add_adapters(made, weighted(request.adapter))
     return replace(made, mesh=mesh if isinstance(mesh, Mesh) else None)
 
 

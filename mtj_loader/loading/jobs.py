@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -30,13 +30,15 @@ class Job:
       shards: what is read of it here, each layout once, with the numbers that share it; see
         `ParamPlan.distinct`.
       corner: of a block, where it begins in the shard; None for whole shards.
+      is_whole: it has all that this host's devices read of the parameter.
       buffer: flat memory for all of `shards`, in the parameter's dtype.
       targets: each shard's part of it, flat.
     """
 
     plan: ParamPlan
-    shards: dict[Layout, list[int]]
+    shards: Mapping[Layout, Sequence[int]]
     corner: tuple[int, ...] | None = None
+    is_whole: bool = False
     buffer: np.ndarray = field(default_factory=partial(np.empty, 0))
     targets: list[np.ndarray] = field(default_factory=list)
 
@@ -122,7 +124,7 @@ def _jobs(plan: LoadPlan, host: int, block_bytes: int | None) -> Iterator[Job]:
     """This host's part of every parameter, cut up if it is too large for `block_bytes`."""
     seats = plan.topology.seats_of(host)
     for param in plan.params:
-        whole = Job(param, param.distinct(seats))
+        whole = Job(param, param.distinct(seats), is_whole=True)
         if block_bytes is None or whole.size_bytes <= block_bytes:
             yield whole
         else:

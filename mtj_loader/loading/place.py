@@ -54,11 +54,11 @@ class Placer:
 
     def place(self, batch: Batch) -> None:
         """Hands a batch to the devices; its memory is free afterwards."""
-        whole = [job for job in batch.jobs if self._is_whole(job)]
+        whole = [job for job in batch.jobs if job.is_whole]
         with device_refusals():
             arrays = jax.block_until_ready([self._sharded(job) for job in whole])
         self._arrays |= zip(map(_key, whole), arrays, strict=True)
-        parts = [job for job in batch.jobs if not self._is_whole(job)]
+        parts = [job for job in batch.jobs if not job.is_whole]
         found = [(job, *piece) for job in parts for piece in self._pieces(job)]
         placed = self.buffers.put([array for _, array, _ in found], [d for _, _, d in found])
         self.buffers.give_back(batch.memory)
@@ -73,12 +73,6 @@ class Placer:
             array = self._arrays[key] if key in self._arrays else self._joined(param)
             tree.setdefault(param.spec.path, {})[param.spec.param] = array
         return tree
-
-    def _is_whole(self, job: Job) -> bool:
-        """Whether a job has all that this host's devices read of its parameter."""
-        owned = {number for owners in job.shards.values() for number in owners}
-        devices = self._place_of(job.plan).devices
-        return job.corner is None and all(number in owned for number, _ in devices)
 
     def _sharded(self, job: Job) -> jax.Array:
         """A whole parameter in one call; a put per device takes four times as long."""
@@ -100,10 +94,12 @@ class Placer:
 
     def _of_shard(self, job: Job) -> dict[int, np.ndarray]:
         """Number of a shard, or of a block → its buffer, in the shape that devices hold."""
+        of_device = _device_shape(job.plan)
         found = {}
         for target, (layout, owners) in zip(job.targets, job.shards.items(), strict=True):
-            shape = _device_shape(job.plan) if job.corner is None else layout.shape
-            found |= dict.fromkeys(owners, target.reshape(shape))
+            part = target.reshape(of_device if job.corner is None else layout.shape)
+            for number in owners:
+                found[number] = part
         return found
 
     def _pieces(self, job: Job) -> Iterator[tuple[np.ndarray, Device]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from jax.sharding import Mesh
@@ -69,7 +69,7 @@ class ParamPlan:
         """The same without its terms, in the file's dtype, so that their sum is rounded once."""
         return replace(self, dtype=self.source_dtype, terms=()) if self.terms else self
 
-    @property
+    @cached_property
     def shard_shape(self) -> tuple[int, ...]:
         """One shard as its device holds it, without the leading axis: merged axes are one."""
         sizes = iter(self.shards[0].shape)
@@ -89,16 +89,14 @@ class ParamPlan:
         """Which shard the device at a seat reads, or which block of `reading`."""
         return seat % len(self.shards) if self.reading is None else self.reading.number_at(seat)
 
-    def distinct(self, seats: Sequence[int]) -> dict[Layout, list[int]]:
+    def distinct(self, seats: Sequence[int]) -> Mapping[Layout, Sequence[int]]:
         """The different layouts that devices at some seats read, and the numbers that share each.
 
         Seats are those of `Topology.seats_of`; for numbers see `number_at`.
         """
+        numbers = tuple(dict.fromkeys(map(self.number_at, seats)))
         layout_of = self.shards.__getitem__ if self.reading is None else self.reading.block
-        groups: dict[Layout, list[int]] = {}
-        for number in dict.fromkeys(map(self.number_at, seats)):
-            groups.setdefault(layout_of(number), []).append(number)
-        return groups
+        return _alike(numbers, tuple(map(layout_of, numbers)))
 
     def source_bytes(self, seats: Sequence[int]) -> int:
         """Bytes that devices at some seats have to read, each distinct layout once."""
@@ -235,6 +233,15 @@ class LoadPlan:
     def to_dict(self) -> dict[str, object]:
         """The plan as JSON types; docs/json.md describes them."""
         return plan_json.to_dict(self)
+
+
+@lru_cache(maxsize=1024)  # kinds of parameters × hosts that one process plans for
+def _alike(numbers: tuple[int, ...], layouts: tuple[Layout, ...]) -> Mapping[Layout, list[int]]:
+    """The different ones of some layouts, each with the numbers of those that are equal."""
+    groups: dict[Layout, list[int]] = {}
+    for number, layout in zip(numbers, layouts, strict=True):
+        groups.setdefault(layout, []).append(number)
+    return groups
 
 
 def _factor_bytes(term: LowRank, shards: int, numbers: Sequence[int]) -> int:

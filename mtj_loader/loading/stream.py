@@ -6,14 +6,12 @@ read, convert and copy. The first error, or Ctrl-C, stops all of them within a p
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import jax
@@ -23,6 +21,7 @@ from jax.sharding import Mesh
 from mtj_loader.errors import NonFiniteError
 from mtj_loader.loading import kernels
 from mtj_loader.loading.buffers import SCRATCH_BYTES, Buffers, buffers_for
+from mtj_loader.loading.garbage import no_collections
 from mtj_loader.loading.jobs import Batch, Job, Task, batches, byte_runs, tasks
 from mtj_loader.loading.place import Params, Placer
 from mtj_loader.loading.plan import LoadPlan
@@ -49,22 +48,6 @@ class Tally:
         self.transform_seconds += other.transform_seconds
         for name, count in other.nonfinite.items():
             self.nonfinite[name] = self.nonfinite.get(name, 0) + count
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Puts the cyclic garbage collector off.
-
-    What is made meanwhile stays, and has no cycles. A collection would look through all of JAX's
-    objects while every thread waits: 60 to 130 ms.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _threads(host_memory_bytes: int) -> int:
@@ -116,7 +99,7 @@ class Streamer:
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="mtj_loader")
         try:
-            with _no_collections():
+            with no_collections():
                 self._stream(pool)
         finally:
             self._stop.set()
