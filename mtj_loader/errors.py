@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 
 from mtj_loader.names import blank_indices, fold_names
 
+INTERRUPTED = 130  # as shells report what Ctrl-C ended
+UNEXPECTED = 1  # what is no error of ours, as Python exits after a traceback
+
 
 class MtjLoaderError(Exception):
     """Base of all errors raised here: one plain sentence, and the facts that belong to it.

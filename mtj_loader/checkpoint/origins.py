@@ -13,6 +13,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import HTTPStore, from_url
 
+from mtj_loader.checkpoint.remote import BUCKET_SCHEMES
 from mtj_loader.checkpoint.retry import Patience, said
 from mtj_loader.errors import StorageError, UsageError
 
@@ -22,12 +23,9 @@ if TYPE_CHECKING:
 
     Located = tuple[ObjectStore, str]  # a store, and the object's key in it
 
-BUCKET_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
 # Where a store of one's own is named; obstore speaks HTTPS alone unless it is told otherwise.
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
-_REQUEST_SECONDS = (
-    600  # for a whole range: a server that trickles is no better than one that stalls
-)
+_REQUEST_SECONDS = 600  # for a range: a server that trickles is no better than one that stalls
 _CONNECT_SECONDS = 10
 
 

@@ -20,7 +20,8 @@ from mtj_loader.errors import UsageError
 if TYPE_CHECKING:
     from mtj_loader.checkpoint.object_store import ObjectStorage
 
-SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "http", "https")
+BUCKET_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
+SCHEMES = (*BUCKET_SCHEMES, "http", "https")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 

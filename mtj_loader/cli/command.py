@@ -16,9 +16,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from mtj_loader.errors import MachineError, MtjLoaderError
-
-_UNEXPECTED = 1
+from mtj_loader.errors import UNEXPECTED, MachineError, MtjLoaderError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -86,7 +84,7 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
             return
         hint = "" if debug else "\n  hint: --debug shows where"
         what = f"error: not expected: {type(error).__name__}: {error}{hint}"
-        raise _failed(what, _UNEXPECTED, debug) from error
+        raise _failed(what, UNEXPECTED, debug) from error
 
 
 def _failed(message: str, code: int, debug: bool) -> typer.Exit:

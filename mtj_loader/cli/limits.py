@@ -12,9 +12,7 @@ import signal
 import sys
 
 from mtj_loader.cli.supervise import die_with
-from mtj_loader.errors import MemoryLimitError
-
-_UNEXPECTED = 1  # of Python after a traceback, and of libraries that give up
+from mtj_loader.errors import UNEXPECTED, MemoryLimitError
 
 
 def guard() -> None:
@@ -39,7 +37,7 @@ def guard() -> None:
     with open(reader, "rb") as pipe:  # noqa: PTH123 -- a pipe has no path
         said = pipe.read().decode(errors="replace")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code < 0 or (code == _UNEXPECTED and not said.startswith("error:")):
+    if code < 0 or (code == UNEXPECTED and not said.startswith("error:")):
         raise _ended(limit_bytes, code, said)
     sys.stderr.write(said)
     sys.exit(code)

@@ -15,14 +15,12 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from mtj_loader.cli.tpu import on_cloud_tpu
-from mtj_loader.errors import HostError
+from mtj_loader.errors import INTERRUPTED, UNEXPECTED, HostError
 
 _COORDINATOR, _PROCESS_ID = "--coordinator", "--process-id"
 _COMMANDS = ("load", "generate")  # those that use devices
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
-_UNEXPECTED = 1
 
 _CAUSES = {
     signal.SIGABRT: "JAX ends every host so when host 0 died, or when another host did not answer",
@@ -67,7 +65,7 @@ def _become_child(host: str) -> None:
     if code >= 0:
         os._exit(code)  # the child has said and flushed everything
     if -code == signal.SIGINT:
-        os._exit(_INTERRUPTED)
+        os._exit(INTERRUPTED)
     raise ended(host, child, signal.Signals(-code))
 
 
@@ -75,7 +73,7 @@ def _leave(code: object) -> NoReturn:
     """Exits without waiting for the other hosts, as JAX's runtime does at a usual exit."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else _UNEXPECTED)
+    os._exit(code if isinstance(code, int) else UNEXPECTED)
 
 
 def is_one_of_many(arguments: Sequence[str]) -> bool:

@@ -6,10 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from mtj_loader.errors import HostError, MachineError, MtjLoaderError
-
-_INTERRUPTED = 130  # as the command line exits after Ctrl-C
-_UNEXPECTED = 1  # as it exits after what is no error of ours
+from mtj_loader.errors import INTERRUPTED, UNEXPECTED, HostError, MachineError, MtjLoaderError
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,11 @@ def of_error(host: int, phase: str, error: BaseException) -> Failure:
     if isinstance(error, MtjLoaderError):
         return Failure(f"host {host} failed in {phase!r}: {error}", host, error.exit_code)
     if isinstance(error, KeyboardInterrupt):
-        return Failure(f"host {host} was interrupted in {phase!r}", host, _INTERRUPTED)
+        return Failure(f"host {host} was interrupted in {phase!r}", host, INTERRUPTED)
     if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else _UNEXPECTED
+        code = error.code if isinstance(error.code, int) else UNEXPECTED
         return Failure(f"host {host} was ended in {phase!r}", host, code)
-    code = MachineError.exit_code if isinstance(error, MemoryError) else _UNEXPECTED
+    code = MachineError.exit_code if isinstance(error, MemoryError) else UNEXPECTED
     what = f"host {host} failed in {phase!r}: {type(error).__name__}: {error}"
     return Failure(what, host, code)
 
