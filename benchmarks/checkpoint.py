@@ -1,4 +1,4 @@
-"""Synthetic GPT-NeoX checkpoints of published sizes, written once and kept.
+"""Synthetic checkpoints, those of published sizes written once and kept.
 
 The weights are random, so that a check finds any two elements that changed places; they are
 finite and small, so that nothing is refused. Files are cut and ordered as transformers does it.
@@ -70,6 +70,56 @@ class Shape:
         yield "embed_out.weight", (vocab, d)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """The sizes of a mixture of experts (Jiang et al., 2024, arXiv:2401.04088)."""
+
+    layers: int
+    experts: int
+    d_model: int
+    d_ff: int
+    heads: int
+    kv_heads: int
+    vocab_size: int
+
+    def config(self) -> dict[str, object]:
+        """What config.json says."""
+        return {
+            "model_type": "mixtral",
+            "hidden_size": self.d_model,
+            "intermediate_size": self.d_ff,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "num_hidden_layers": self.layers,
+            "num_local_experts": self.experts,
+            "num_experts_per_tok": 8,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": False,
+        }
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor's name and shape: the file has an entry for every expert's every weight."""
+        d, f, kv = self.d_model, self.d_ff, self.d_model * self.kv_heads // self.heads
+        yield "model.embed_tokens.weight", (self.vocab_size, d)
+        for i in range(self.layers):
+            layer = f"model.layers.{i}."
+            yield f"{layer}input_layernorm.weight", (d,)
+            yield f"{layer}post_attention_layernorm.weight", (d,)
+            for name, rows in (("q", d), ("k", kv), ("v", kv), ("o", d)):
+                yield f"{layer}self_attn.{name}_proj.weight", (rows, d)
+            yield f"{layer}block_sparse_moe.gate.weight", (self.experts, d)
+            for e in range(self.experts):
+                expert = f"{layer}block_sparse_moe.experts.{e}."
+                yield f"{expert}w1.weight", (f, d)
+                yield f"{expert}w2.weight", (d, f)
+                yield f"{expert}w3.weight", (f, d)
+        yield "model.norm.weight", (d,)
+        yield "lm_head.weight", (self.vocab_size, d)
+
+
 SHAPES = {
     "pythia-160m": Shape(12, 768, 12),
     "pythia-410m": Shape(24, 1024, 16),
@@ -87,7 +137,7 @@ def checkpoint(name: str, cache: Path, file_bytes: int = FILE_BYTES) -> Path:
     return folder
 
 
-def write(shape: Shape, folder: Path, file_bytes: int = FILE_BYTES) -> None:
+def write(shape: Shape | Mixture, folder: Path, file_bytes: int = FILE_BYTES) -> None:
     """Writes weights, index and, last, config.json: a folder that has it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.Generator(np.random.SFC64(0))
@@ -103,7 +153,7 @@ def write(shape: Shape, folder: Path, file_bytes: int = FILE_BYTES) -> None:
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=2))
 
 
-def _files(shape: Shape, file_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
+def _files(shape: Shape | Mixture, file_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
     """Name → shape for each file: cut in the state dict's order, then sorted by name."""
     group: dict[str, tuple[int, ...]] = {}
     total = 0

@@ -21,6 +21,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import machine, sparse
+from benchmarks.checkpoint import Mixture
 from benchmarks.sparse import NEOX_20B
 
 STAGES = ("headers", "plan", "hosts", "runs")
@@ -38,17 +39,17 @@ class Case:
     bar_seconds: float
 
 
-LAYERS, EXPERTS, D_MODEL, D_FF, HEADS, KV_HEADS = 59, 512, 4096, 1536, 64, 8
-VOCAB = 128256
+# A mixture of experts larger than any that is published.
+_MIXTURE = Mixture(59, 512, d_model=4096, d_ff=1536, heads=64, kv_heads=8, vocab_size=128256)
 
 
 def cases() -> dict[str, Case]:
     """What is planned, by name."""
-    neox, moe = NEOX_20B.config(), _mixtral_config()
+    neox, moe = NEOX_20B.config(), _MIXTURE.config()
     return {
         "GPT-NeoX-20B": Case(neox, NEOX_20B.tensors(), "dp=4,mp=64", 64, False, 1.0),
-        "MoE, experts split": Case(moe, _mixtral(), "dp=8,mp=64", 128, False, 10.0),
-        "MoE, experts dealt": Case(moe, _mixtral(), "dp=8,mp=64", 128, True, 10.0),
+        "MoE, experts split": Case(moe, _MIXTURE.tensors(), "dp=8,mp=64", 128, False, 10.0),
+        "MoE, experts dealt": Case(moe, _MIXTURE.tensors(), "dp=8,mp=64", 128, True, 10.0),
     }
 
 
@@ -131,45 +132,6 @@ def _runs(plan, host: int) -> int:
     seats = plan.topology.seats_of(host)
     jobs = (Job(param, param.distinct(seats)) for param in plan.params)
     return sum(len(step.runs) for job in jobs for step in job.steps)
-
-
-def _mixtral_config() -> dict[str, object]:
-    """A mixture of experts larger than any that is published, in Mixtral's words."""
-    return {
-        "model_type": "mixtral",
-        "hidden_size": D_MODEL,
-        "intermediate_size": D_FF,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "num_hidden_layers": LAYERS,
-        "num_local_experts": EXPERTS,
-        "num_experts_per_tok": 8,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": False,
-    }
-
-
-def _mixtral() -> Iterator[tuple[str, sparse.Dims]]:
-    """Its tensors, with a file's entry for every expert's every weight."""
-    kv = D_MODEL * KV_HEADS // HEADS
-    yield "model.embed_tokens.weight", (VOCAB, D_MODEL)
-    for i in range(LAYERS):
-        layer = f"model.layers.{i}."
-        yield f"{layer}input_layernorm.weight", (D_MODEL,)
-        yield f"{layer}post_attention_layernorm.weight", (D_MODEL,)
-        for name, rows in (("q", D_MODEL), ("k", kv), ("v", kv), ("o", D_MODEL)):
-            yield f"{layer}self_attn.{name}_proj.weight", (rows, D_MODEL)
-        yield f"{layer}block_sparse_moe.gate.weight", (EXPERTS, D_MODEL)
-        for e in range(EXPERTS):
-            expert = f"{layer}block_sparse_moe.experts.{e}."
-            yield f"{expert}w1.weight", (D_FF, D_MODEL)
-            yield f"{expert}w2.weight", (D_MODEL, D_FF)
-            yield f"{expert}w3.weight", (D_FF, D_MODEL)
-    yield "model.norm.weight", (D_MODEL,)
-    yield "lm_head.weight", (VOCAB, D_MODEL)
 
 
 if __name__ == "__main__":

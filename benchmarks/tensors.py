@@ -1,7 +1,8 @@
 """Fixed cost per tensor: `python -m benchmarks.tensors`.
 
-Loads models of a thousand and of several thousand tiny tensors, and compares with JAX's own calls
-for the same arrays in the same process: what the loader adds is the rest.
+Loads models of a thousand up to a hundred thousand tiny tensors. Where each becomes an array of its
+own, JAX's own calls for the same arrays are measured in the same process: what the loader adds is
+the rest. Experts become a few large arrays; they show how the cost grows with the tensors alone.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import numpy as np
 import typer
 
 from benchmarks import machine
-from benchmarks.checkpoint import Shape, write
+from benchmarks.checkpoint import Mixture, Shape, write
 from mtj_loader import load, make_mesh
 
 
 def main(
     *,
-    layers: Annotated[str, typer.Option(help="numbers of layers, of 12 tensors each")] = "80,800",
+    only: Annotated[str, typer.Option(help="a part of the models' names")] = "",
     devices: Annotated[str, typer.Option(help="numbers of virtual devices")] = "1,8",
     runs: Annotated[int, typer.Option(help="loads of each; medians are shown")] = 5,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks/results"),
@@ -39,18 +40,21 @@ def main(
         print(json.dumps(_probe(Path(probe), runs)))
         return
     rows = []
-    for count in map(int, layers.split(",")):
+    for name in (name for name in MODELS if only in name):
         with tempfile.TemporaryDirectory() as folder:
-            write(Shape(count, 64, 8, vocab_size=512), Path(folder))
-            rows += [_run(folder, int(n), runs) | {"devices": int(n)} for n in devices.split(",")]
-    for row in rows:
-        print(
-            f"{row['tensors']:>6} tensors on {row['devices']} devices, µs per tensor: "
-            + ", ".join(f"{key} {row[key]:.0f}" for key in ("plan", "load", *_BARE))
-        )
+            write(MODELS[name], Path(folder))
+            for count in map(int, devices.split(",")):
+                row = {"model": name, "devices": count} | _run(folder, count, runs)
+                rows.append(row)
+                costs = (f"{key} {row[key]:.0f}" for key in ("plan", "load", *_BARE) if key in row)
+                print(
+                    f"{name}, {row['tensors']:,} tensors on {count} devices, µs per tensor: "
+                    + ", ".join(costs),
+                    flush=True,
+                )
     out.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine.facts(), "microseconds_per_tensor": rows}
-    (out / "tensors.json").write_text(json.dumps(result, indent=1))
+    (out / "tensors.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _run(folder: str, devices: int, runs: int) -> dict[str, float]:
@@ -72,13 +76,15 @@ def _probe(folder: Path, runs: int) -> dict[str, float]:
     for _ in range(runs):
         model = load(folder, mesh, progress=False)
         leaves = jax.tree.leaves(model.params)
+        tensors = len(model.plan.checkpoint.index.records)
         seconds["plan"].append(model.report.seconds["plan"])
         seconds["load"].append(model.report.seconds["load"])
-        for name, make in _BARE.items():
-            seconds[name].append(_seconds(make, leaves))
-    tensors = model.report.parameters
-    per_tensor = {key: 1e6 * statistics.median(values) / tensors for key, values in seconds.items()}
-    return {"tensors": tensors} | per_tensor
+        if len(leaves) == tensors:
+            for name, make in _BARE.items():
+                seconds[name].append(_seconds(make, leaves))
+        del model, leaves
+    each = {k: 1e6 * statistics.median(found) / tensors for k, found in seconds.items() if found}
+    return {"tensors": tensors} | each
 
 
 def _seconds(make: Callable[[jax.Array, np.ndarray], object], leaves: list[jax.Array]) -> float:
@@ -103,6 +109,13 @@ def _list_put(leaf: jax.Array, host: np.ndarray) -> jax.Array:
     parts = jax.device_put([host[index] for index in where.values()], list(where))
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
 
+
+MODELS = {
+    "GPT-NeoX of 80 layers": Shape(80, 64, 8, vocab_size=512),
+    "GPT-NeoX of 800 layers": Shape(800, 64, 8, vocab_size=512),
+    "16 layers of 208 experts": Mixture(16, 208, 32, 32, 8, 8, 512),
+    "128 layers of 256 experts": Mixture(128, 256, 32, 32, 8, 8, 512),
+}
 
 # The ways that JAX's documentation names; the first is what the loader does.
 _BARE = {

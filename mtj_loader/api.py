@@ -142,11 +142,11 @@ def _make(
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise UsageError("not a checkpoint's path", key="path", found=repr(path))
     map_path = None if request.map is None else Path(request.map)
+    checkpoint = open_for_all(hosts, request.open)
+    wanted = _topology(mesh, checkpoint, map_path)
     with no_collections():
-        checkpoint = open_for_all(hosts, request.open)
-        wanted = _topology(mesh, checkpoint, map_path)
         made = make_plan(checkpoint, wanted, options, map_path)
-        made = add_adapters(made, weighted(request.adapter))
+    made = add_adapters(made, weighted(request.adapter))
     return replace(made, mesh=mesh if isinstance(mesh, Mesh) else None)
 
 

@@ -51,7 +51,7 @@ class Model:
       report: what the load did.
       plan: what was loaded, and how.
       forward: the model's compiled functions, for code that wants them one by one.
-      compiled: what was compiled while it was loaded.
+      compiled: what was, or still is, compiled ahead.
       begun: when the load that `report` is about began, in seconds of `time.perf_counter`.
       base: the model that adapters were added to after loading, None for others.
     """
@@ -169,6 +169,9 @@ class Model:
 
         Raises:
           AdapterError: an adapter is malformed, unsupported or made for another model.
+          VerifyError: a base weight that it carries differs from the checkpoint's.
+          CheckpointError, MachineError: as `mtj_loader.load`.
+          HostError: another host failed.
         """
         with together() as hosts, hosts.phase("adapter"):
             plan = add_adapters(self.plan, weighted(adapter))

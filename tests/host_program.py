@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 import mtj_loader
-from mtj_loader.checkpoint.storage import LocalStorage
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.errors import MtjLoaderError
 from mtj_loader.loading.hosts import agree, many
 from mtj_loader.loading.hosts.many import ManyHosts

@@ -29,7 +29,8 @@ class Hub:
     fetched: list[str] = field(default_factory=list)  # a file name for every GET of a file
     url: str = ""
     redirects: bool = False  # to `other_host`, as for large files
-    overloaded: int = 0  # so many of the next questions about files get 503
+    refused: int = 0  # so many of the next questions about files get this status:
+    refusal: int = 503
     uses: int = 10**9  # of a signature, then its address answers 403
     signatures: dict[str, int] = field(default_factory=dict)  # signature → uses left
     tokens: dict[str, set[str]] = field(default_factory=dict)  # host → Authorization headers seen
@@ -127,9 +128,9 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the 
         if data is None:
             self._send(404, headers={"X-Error-Code": "EntryNotFound"})
             return
-        if self.hub.overloaded:
-            self.hub.overloaded -= 1
-            self._send(503)
+        if self.hub.refused:
+            self.hub.refused -= 1
+            self._send(self.hub.refusal)
             return
         headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": self.hub.commit(repo_id)}
         if self.hub.redirects and file.endswith(".safetensors"):

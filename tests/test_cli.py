@@ -501,7 +501,7 @@ def test_cpu_devices_are_the_devices_that_there_are(model: Path):
 
 SLOW_READS = """
 import sys, threading, time
-from mtj_loader.checkpoint.storage import LocalStorage
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.cli import main
 
 read = LocalStorage.read_into

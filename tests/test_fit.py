@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mtj_loader
-from mtj_loader.checkpoint.storage import LocalStorage
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.errors import DeviceError, MemoryLimitError
 from mtj_loader.loading import fit, free_memory, memory
 from mtj_loader.loading.plan import LoadPlan

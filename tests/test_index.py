@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mtj_loader.checkpoint.index import build_index, read_weight_map
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.checkpoint.naming import check_numbering, choose_files
-from mtj_loader.checkpoint.storage import LocalStorage
 from mtj_loader.errors import CheckpointError, FormatError
 from tests.checkpoints import write_checkpoint, write_index, write_safetensors
 

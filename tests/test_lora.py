@@ -14,7 +14,13 @@ from typer.testing import CliRunner
 
 import mtj_loader
 from mtj_loader.cli.app import app
-from mtj_loader.errors import AdapterError, AdapterMismatchError, UsageError, VerifyError
+from mtj_loader.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    CheckpointError,
+    UsageError,
+    VerifyError,
+)
 from mtj_loader.loading import merge
 from mtj_loader.loading.verify import verify
 from tests import neox
@@ -162,6 +168,29 @@ def test_a_carried_base_weight_that_differs_is_refused(tmp_path: Path) -> None:
         model.with_adapter(adapter)
     with pytest.raises(VerifyError, match=r"carries a base weight(.|\n)*layers\.1\.attention"):
         mtj_loader.load(neox.write(tmp_path / "c"), "mp=4", adapter=adapter)
+
+
+def test_a_carried_base_weight_is_compared_with_what_was_loaded(tmp_path: Path) -> None:
+    arrays = neox.tensors()
+    name = f"{DENSE.format(1)}.weight"
+    carried = {f"base_model.model.{DENSE.format(1)}.base_layer.weight": arrays[name]}
+    adapter = write_adapter(tmp_path / "a", TERMS | carried)
+    base = neox.write(tmp_path / "c")
+    model = mtj_loader.load(base, "mp=2")
+    neox.write(base, neox.tensors(seed=1))
+    with pytest.raises(CheckpointError, match="changed after its header was read"):
+        model.with_adapter(adapter)
+
+
+def test_a_carried_base_weight_may_have_the_same_nan(tmp_path: Path) -> None:
+    arrays = neox.tensors()
+    name = f"{DENSE.format(1)}.weight"
+    arrays[name][3, 4] = np.nan
+    carried = {f"base_model.model.{DENSE.format(1)}.base_layer.weight": arrays[name]}
+    adapter = write_adapter(tmp_path / "a", TERMS | carried)
+    base = neox.write(tmp_path / "c", arrays)
+    model = mtj_loader.load(base, "mp=2", allow_nonfinite=True, adapter=adapter)
+    assert len(model.plan.carried) == 1
 
 
 def test_an_embedding_that_is_tied_is_not_adapted(tmp_path: Path) -> None:

@@ -98,16 +98,24 @@ def test_what_the_load_before_wrote_is_removed(monkeypatch: pytest.MonkeyPatch) 
     assert {key.split("/")[1] for key in client.values} == {"2"}
 
 
-def test_who_waits_gives_up_with_the_first_that_waited_in_vain() -> None:
-    class Slow(Client):
+def test_who_waits_gives_up_with_the_first_that_waited_in_vain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Silent(Client):
         def key_value_set_bytes(self, key: str, value: bytes, overwrite: bool = False) -> None:
-            time.sleep(1)
+            silent.wait(LONG)
 
-    store = Store(Slow(), 1, 2)
-    store.overwrite("a", b"answered late, and in time")
-    store.unanswered.set()
-    with pytest.raises(HostError, match="host 0 has not answered for 10 s"):
-        store.overwrite("b", b"")
+    silent, shared = threading.Event(), Store(Silent(), 1, 2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(shared.overwrite, "a", b"")  # for 10 s, it believes
+        while not [t for t in threading.enumerate() if t.name == "mtj_loader_aside"]:
+            time.sleep(0.001)
+        monkeypatch.setattr(store, "ANSWER_SECONDS", 0.1)
+        with pytest.raises(HostError, match=r"host 0 has not answered for 0\.1 s"):
+            shared.overwrite("b", b"")
+        with pytest.raises(HostError, match="host 0 has not answered"):
+            waiting.result(timeout=5)
+    silent.set()
 
 
 def test_only_the_first_makes_what_all_get(monkeypatch: pytest.MonkeyPatch) -> None:

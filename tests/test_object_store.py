@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from mtj_loader.checkpoint import remote
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.checkpoint.object_store import ObjectStorage
 from mtj_loader.checkpoint.origins import origin_of
 from mtj_loader.checkpoint.retry import Patience
-from mtj_loader.checkpoint.storage import DistantStorage, LocalStorage, check_unchanged
+from mtj_loader.checkpoint.storage import DistantStorage, check_unchanged
 from mtj_loader.errors import CheckpointError, FormatError, StorageError, UsageError
 from tests.object_server import Fault, ObjectServer, serve
 

@@ -154,7 +154,7 @@ def test_ctrl_c_while_importing():
 
 SLOW = """
 import os, sys, threading, time
-from mtj_loader.checkpoint.storage import LocalStorage
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.cli import main
 
 read = LocalStorage.read_into

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtj_loader.checkpoint.storage import LocalStorage
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.errors import StorageError
 from mtj_loader.loading.ranges import Range, merged
 from mtj_loader.loading.read_ahead import Direct, ReadAhead, ahead_bytes, reader_for

@@ -15,9 +15,10 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.checkpoint.record import FileStamp, TensorRecord
 from mtj_loader.checkpoint.safetensors import check_bool_bytes, parse_header, read_records
-from mtj_loader.checkpoint.storage import LocalStorage, check_unchanged
+from mtj_loader.checkpoint.storage import check_unchanged
 from mtj_loader.dtypes import BITS
 from mtj_loader.errors import CheckpointError, FormatError
 from tests.checkpoints import safetensors_bytes, write_safetensors

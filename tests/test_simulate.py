@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import mtj_loader
-from mtj_loader.checkpoint.storage import LocalStorage
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.cli.app import app
 from mtj_loader.errors import FormatError, MeshError, UsageError, VerifyError
 from mtj_loader.loading.digests import Digests, check_whole, digests, joined, read_digests

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.checkpoint.storage import (
-    LocalStorage,
     check_unchanged,
     is_relative_name,
     read_object,

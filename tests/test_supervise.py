@@ -90,6 +90,16 @@ def test_process_0_prints_and_writes_for_all_and_every_host_verifies(
     assert {tuple(digests) for digests in of} == {("0", "1", "2", "3")}
 
 
+def test_a_file_that_cannot_be_written_is_told_before_the_load(checkpoint: Path) -> None:
+    port = free_port()
+    load = [*CLI, "load", str(checkpoint), "--mesh=mp=4", "--report=/no/such/folder/x.json"]
+    with started(*([*load, *place(port, index)] for index in range(2))) as hosts:
+        said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in hosts]
+    assert [process.returncode for process in hosts] == [4, 4]
+    assert "error: cannot write the file\n  file: /no/such/folder/x.json" in said[0]
+    assert "error: host 0 failed in 'files': cannot write the file" in said[1]
+
+
 def test_hosts_that_continue_different_prompts_say_so(checkpoint: Path) -> None:
     port = free_port()
     generate = [*CLI, "generate", str(checkpoint), "--mesh=mp=4"]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import mtj_loader.checkpoint
 from mtj_loader.checkpoint import zip_members
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.checkpoint.record import TensorRecord
-from mtj_loader.checkpoint.storage import LocalStorage
 from mtj_loader.checkpoint.torch_zip import read_records
 from mtj_loader.dtypes import WEIGHT_DTYPES
 from mtj_loader.errors import FormatError

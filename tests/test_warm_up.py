@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from mtj_loader.errors import CheckpointError, UsageError
 from mtj_loader.generation import warm_up
 from mtj_loader.generation.batch import Shape, make_batch
 from mtj_loader.generation.prompts import Prompt, PromptRules
-from mtj_loader.generation.warm_up import Compiled, read_shapes, reported
+from mtj_loader.generation.warm_up import Compiled, on_all_hosts, read_shapes, reported
+from mtj_loader.loading.hosts.phases import Hosts
 from mtj_loader.loading.stream import Streamer
 from mtj_loader.models.forward import Forward
 from tests import adapters, neox
@@ -210,6 +211,23 @@ def test_a_shape_whose_later_tokens_cannot_be_compiled_is_not_used(
     model = load(folder, "mp=1", warm_up=[(1, 20, 4)])
     assert model.warm == ()
     assert model.generate([5], **GREEDY) == mtj_loader.load(folder, "mp=1").generate([5], **GREEDY)
+
+
+def test_on_several_hosts_all_is_waited_for_and_every_failure_is_told():
+    class Both(Hosts):
+        count = 2
+
+        def gather(self, name: str, value: bytes) -> list[bytes]:
+            return [value, json.dumps([[1, 16, 32], [1, 16, 64]]).encode()]
+
+    ready, failed = Future(), Future()
+    ready.set_result(1.0)
+    threading.Timer(0.2, failed.set_exception, [ValueError("out of luck")]).start()
+    here = {Shape(1, 16, 16): ready, Shape(1, 16, 32): ready, Shape(1, 16, 64): failed}
+    compiled = on_all_hosts(Compiled(0.0, 0.0, here, {}), Both())
+    assert compiled.shapes == (Shape(1, 16, 32),)
+    (warning,) = compiled.warnings
+    assert warning.endswith("could not be compiled ahead: ValueError: out of luck")
 
 
 def test_a_failed_load_does_not_wait_for_the_compiler(

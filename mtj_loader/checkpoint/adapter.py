@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from mtj_loader.checkpoint import patterns, safetensors, torch_zip
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.checkpoint.record import FileStamp, TensorRecord
 from mtj_loader.checkpoint.remote import is_url, open_url
-from mtj_loader.checkpoint.storage import LocalStorage, Storage, read_object
+from mtj_loader.checkpoint.storage import Storage, read_object
 from mtj_loader.errors import AdapterError
 
 T = TypeVar("T")

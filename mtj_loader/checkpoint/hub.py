@@ -23,8 +23,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import tqdm
 
 from mtj_loader.checkpoint.index import read_weight_map
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.checkpoint.naming import INDEX_FILE, SINGLE_FILE, SUFFIX, choose_files
-from mtj_loader.checkpoint.storage import LocalStorage
+from mtj_loader.checkpoint.retry import TRANSIENT_STATUS
 from mtj_loader.errors import MtjLoaderError, StorageError, UsageError
 
 _ANSWER_SECONDS = 15.0  # a hub that is there answers within one; its client would wait for ever
@@ -170,6 +171,14 @@ def our_errors(repository: Repository, revision: str | None) -> Iterator[None]:
         yield
     except (HFValidationError, _ClientError, OSError) as error:
         raise _translated(error, repository.id, revision) from error
+
+
+def may_pass(error: StorageError) -> bool:
+    """Whether the hub, asked again, may answer what it did not: it was overloaded, or not there."""
+    cause = error.__cause__
+    if isinstance(cause, HfHubHTTPError):
+        return cause.response.status_code in TRANSIENT_STATUS
+    return isinstance(cause, _ClientError)
 
 
 def _translated(error: Exception, repo_id: str, revision: str | None) -> MtjLoaderError:

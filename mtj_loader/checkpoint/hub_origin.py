@@ -11,7 +11,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.utils import build_hf_headers
 from obstore.store import HTTPStore
 
-from mtj_loader.checkpoint.hub import Repository, list_commit, our_errors
+from mtj_loader.checkpoint.hub import Repository, list_commit, may_pass, our_errors
 from mtj_loader.checkpoint.origins import NO_RETRIES, client_options
 from mtj_loader.checkpoint.retry import PassingError, Patience, persist
 from mtj_loader.errors import StorageError
@@ -106,7 +106,9 @@ class HubOrigin:
         try:
             with our_errors(repository, self._commit):
                 address = get_hf_file_metadata(url, token=repository.token).location
-        except StorageError as error:  # nobody's fault who asks
+        except StorageError as error:
+            if not may_pass(error):
+                raise
             raise PassingError(error.found) from error
         same_host = urlsplit(address)[:2] == urlsplit(url)[:2]
         headers = build_hf_headers(token=repository.token) if same_host else {}

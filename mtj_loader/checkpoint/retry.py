@@ -52,7 +52,7 @@ class PassingError(Exception):
 
 
 # Refusals to try again at once, and everything the server itself calls its own failure.
-_TRANSIENT_STATUS = {408, 429} | set(range(500, 600))
+TRANSIENT_STATUS = {408, 429} | set(range(500, 600))
 _STATUS = re.compile(r"status code: (\d{3})")
 # What obstore calls a lost connection, a time limit, and a body that broke off.
 _TRANSIENT_KIND = re.compile(r"\bkind: (Connect|Request|Timeout|Interrupted)\b")
@@ -100,7 +100,7 @@ def is_transient(error: BaseException) -> bool:
         return True
     status = status_of(error)
     if status is not None:
-        return status in _TRANSIENT_STATUS
+        return status in TRANSIENT_STATUS
     return _TRANSIENT_KIND.search(str(error)) is not None
 
 

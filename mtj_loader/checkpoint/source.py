@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtj_loader.checkpoint.index import build_index
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.checkpoint.naming import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -20,7 +21,7 @@ from mtj_loader.checkpoint.naming import (
 )
 from mtj_loader.checkpoint.record import TensorIndex
 from mtj_loader.checkpoint.remote import is_url, open_repository, open_url
-from mtj_loader.checkpoint.storage import LocalStorage, Storage, StoredFile, read_object
+from mtj_loader.checkpoint.storage import Storage, StoredFile, read_object
 from mtj_loader.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:

@@ -138,7 +138,11 @@ def generate(
 
 
 def _agree(given: list[Prompt], sampling: Sampling, cluster: Cluster) -> None:
-    """Before a load for nothing: hosts that continue different prompts wait for each other."""
+    """Makes sure that all hosts continue the same prompts, before they load for nothing.
+
+    Raises:
+      HostError: one differs.
+    """
     from mtj_loader.loading.hosts.agree import agree_to_generate  # noqa: PLC0415 -- brings JAX
 
     with cluster.together() as hosts:

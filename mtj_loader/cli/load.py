@@ -69,7 +69,8 @@ def load(
     """
     if simulate_host is None:
         options = start_up.options() | cluster.join(machine)
-        _check_folders(report, digests)
+        with cluster.together() as hosts, hosts.phase("files"):
+            _check_writable(report, digests)
         model = load_model(path, loading, source, machine, options)
         verified_bytes = _verify(model, cluster) if verify else None
         document, words = _outcome(model, verified_bytes)
@@ -78,7 +79,7 @@ def load(
     else:
         whole = {"--verify": verify, "--warm-up": start_up.warm_up, **cluster.named()}
         _refuse([option for option, value in whole.items() if value])
-        _check_folders(report, digests)
+        _check_writable(report, digests)
         document, words = simulate(path, loading, source, machine, simulate_host)
     if report is not None and not is_muted():
         _write(report, document)
@@ -97,11 +98,11 @@ def _refuse(options: Sequence[str]) -> None:
         raise UsageError(what, hint="--digests tells whether it is part of the whole")
 
 
-def _check_folders(*files: Path | None) -> None:
-    """Raises StorageError now where a file could not be written after the load."""
-    for file in files:
-        if file is not None and not is_muted() and not os.access(file.absolute().parent, os.W_OK):
-            found = "its folder is not there, or closed to writing"
+def _check_writable(*files: Path | None) -> None:
+    """Raises StorageError now for a file that could not be written after the load."""
+    for file in (file for file in files if file is not None and not is_muted()):
+        if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+            found = "it or its folder is closed to writing, or the folder is not there"
             raise StorageError("cannot write the file", file=file, found=found)
 
 
@@ -146,8 +147,8 @@ def _digests(model: Model, cluster: Cluster) -> dict[str, object]:
     """Those of all hosts; what several hold must be the same."""
     from mtj_loader.loading.digests import digests, from_dict, joined  # noqa: PLC0415 -- brings JAX
 
-    mine = digests(model.params, model.plan.shards).to_dict()
     with cluster.together() as hosts, hosts.phase("digests"):
+        mine = digests(model.params, model.plan.shards).to_dict()
         each = map(json.loads, hosts.gather("digests", json.dumps(mine).encode()))
         return joined({f"host {i}": from_dict(one) for i, one in enumerate(each)}).to_dict()
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.checkpoint.naming import SUFFIX
 from mtj_loader.checkpoint.source import (
     Checkpoint,
@@ -13,7 +14,7 @@ from mtj_loader.checkpoint.source import (
     open_checkpoint,
     repository_files,
 )
-from mtj_loader.checkpoint.storage import LocalStorage, Storage
+from mtj_loader.checkpoint.storage import Storage
 from mtj_loader.conversion.casting import SPELLINGS
 from mtj_loader.conversion.folder import check_room
 from mtj_loader.conversion.layout import Move, OutputFile, plan_files

@@ -73,29 +73,29 @@ class Programs:
     params: Tree
     shape: Shape
 
-    @cached_property
     def prefill(self) -> Lowered:
         """The pass over the prompts."""
-        return self.forward.lower_prefill(
-            self.params, self.shape.rows, self.shape.prompt, self.shape.cache
-        )
+        return self._prefill
 
-    @property
     def greedy(self) -> Lowered:
         """The choice of the likeliest token."""
         return self._choice(None)
 
-    @property
     def sampled(self) -> Lowered:
         """The choice of a token by chance."""
         drawn = make_sampler(SamplingParams(), [0] * self.shape.rows, self._logits.shape[-1])
         return self._choice(jax.tree.map(partial(_abstract, self._everywhere), drawn))
 
-    @property
     def step(self) -> Lowered:
         """The pass over one more token."""
-        _, cache = self.prefill.out_info
+        _, cache = self._prefill.out_info
         return self.forward.lower_step(self.params, cache, self._numbers((self.shape.rows,)))
+
+    @cached_property
+    def _prefill(self) -> Lowered:
+        return self.forward.lower_prefill(
+            self.params, self.shape.rows, self.shape.prompt, self.shape.cache
+        )
 
     def _choice(self, sampler: Tree) -> Lowered:
         numbers = self._numbers((self.shape.rows,))
@@ -104,7 +104,7 @@ class Programs:
 
     @property
     def _logits(self) -> Tree:
-        return self.prefill.out_info[0]
+        return self._prefill.out_info[0]
 
     @property
     def _everywhere(self) -> NamedSharding:

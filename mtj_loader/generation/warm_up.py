@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 
 from jax.stages import Lowered
 
@@ -35,7 +34,6 @@ WarmUpLike = WarmUp | Callable[[PromptRules], WarmUp]
 # The programs of one shape at once, where there are processors for it: XLA itself takes two threads
 # and more for each. Where there are not, the first token need not wait for what later ones need.
 _COMPILERS = max(1, min(4, (os.cpu_count() or 1) // 2))
-_OF_FIRST_TOKEN = "prefill", "greedy", "sampled"
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,19 @@ class Compiled:
     @property
     def shapes(self) -> tuple[Shape, ...]:
         """Those of which nothing failed so far."""
-        return tuple(s for s, step in self.steps.items() if not _has_failed(step))
+        return tuple(shape for shape, step in self.steps.items() if _failure(step) is None)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """The failures in words."""
         return tuple(_in_words(shape, error) for shape, error in self.failures.items())
+
+    @property
+    def so_far(self) -> Compiled:
+        """The same, with the steps that have failed by now among the failures."""
+        failed = {s: error for s, step in self.steps.items() if (error := _failure(step))}
+        steps = {shape: step for shape, step in self.steps.items() if shape not in failed}
+        return replace(self, steps=steps, failures={**self.failures, **failed})
 
     def wait_for_step(self, shape: Shape) -> None:
         """Waits for its compilation; what failed there will fail again where it is run."""
@@ -115,10 +120,10 @@ def compiling(
         params = abstract_params(plan, forward.mesh) if shapes else {}
         made = {shape: Programs(forward, params, shape) for shape in shapes}
         first = {
-            shape: [compiled(partial(getattr, of, name)) for name in _OF_FIRST_TOKEN]
+            shape: [compiled(lower) for lower in (of.prefill, of.greedy, of.sampled)]
             for shape, of in made.items()
         }
-        steps = {s: compiled(partial(getattr, of, "step")) for s, of in made.items()}
+        steps = {shape: compiled(of.step) for shape, of in made.items()}
         yield lambda: _collect(begun, first, steps)
     except BaseException:
         tracer.shutdown(wait=False, cancel_futures=True)
@@ -140,6 +145,7 @@ def on_all_hosts(compiled: Compiled, hosts: Hosts) -> Compiled:
     if hosts.count == 1:
         return compiled
     wait(compiled.steps.values())
+    compiled = compiled.so_far
     mine = json.dumps([astuple(shape) for shape in compiled.shapes]).encode()
     theirs = [json.loads(shapes) for shapes in hosts.gather("warm shapes", mine)]
     everywhere = [s for s in compiled.shapes if all(list(astuple(s)) in one for one in theirs)]
@@ -185,11 +191,12 @@ def _collect(
         except Exception as error:  # noqa: BLE001
             failures[shape] = error
     ready = {shape: step for shape, step in steps.items() if shape not in failures}
-    return Compiled(begun, ended, ready, failures)
+    return Compiled(begun, ended, ready, failures).so_far
 
 
-def _has_failed(job: Future[float]) -> bool:
-    return job.done() and (job.cancelled() or job.exception() is not None)
+def _failure(job: Future[float]) -> BaseException | None:
+    """Why a job failed, if it has by now."""
+    return job.exception() if job.done() and not job.cancelled() else None
 
 
 def _read(item: object, max_positions: int, dp: int) -> Shape:

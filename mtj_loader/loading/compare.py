@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from mtj_loader.checkpoint.record import TensorRecord
-from mtj_loader.checkpoint.storage import Storage
+from mtj_loader.checkpoint.storage import DistantStorage, Storage
 from mtj_loader.errors import VerifyError
 from mtj_loader.loading.factors import gather
 from mtj_loader.loading.ranges import Run
-from mtj_loader.loading.read_ahead import Reader, ahead_bytes, reader_for
+from mtj_loader.loading.read_ahead import Reader, ahead_bytes, range_bytes, reader_for
 from mtj_loader.weights.low_rank import CarriedCopy
 from mtj_loader.weights.resolve import Comparison
 from mtj_loader.weights.view import view_of
 
-_PART_BYTES = 1 << 20  # compared at a time
+_PART_BYTES = 1 << 20  # of a tied copy, compared at a time
+_SLAB_ELEMENTS = 4 << 20  # of a carried copy; float32 of both take 32 MiB
 
 
 def compare_tied(
@@ -32,9 +34,18 @@ def compare_tied(
     Raises:
       VerifyError: two differ; shows the first byte of both that does.
     """
-    parts = [(pair, start) for pair in comparisons for start in _starts(pair)]
-    runs = [_run(record, at) for pair, at in parts for record in (pair.copy, pair.original)]
-    reader = reader_for(storage, runs, ahead_bytes(storage, host_memory_bytes))
+    budget_bytes = ahead_bytes(storage, host_memory_bytes)
+    is_distant = isinstance(storage, DistantStorage)
+    part_bytes = range_bytes(storage, budget_bytes) if is_distant else _PART_BYTES
+    parts = [
+        (pair, start)
+        for pair in comparisons
+        for start in range(0, pair.copy.size_bytes, part_bytes)
+    ]
+    runs = [
+        _run(record, at, part_bytes) for pair, at in parts for record in (pair.copy, pair.original)
+    ]
+    reader = reader_for(storage, runs, budget_bytes)
     try:
         for (pair, start), one, other in zip(parts, runs[::2], runs[1::2], strict=True):
             _compare(pair, start, _read(reader, one), _read(reader, other))
@@ -43,36 +54,29 @@ def compare_tied(
     return sum(stop - start for _, start, stop in runs) + reader.extra_bytes
 
 
-def compare_carried(storage: Storage, copies: Iterable[CarriedCopy]) -> int:
-    """Compares base weights that adapters carry with the checkpoint's; returns the bytes read.
+def compare_carried(storage: Storage, pair: CarriedCopy) -> int:
+    """Compares a base weight that an adapter carries with the checkpoint's; returns bytes read.
 
     Args:
       storage: of the checkpoint.
-      copies: each with its own storage.
+      pair: both tensors, of one shape, and where the copy is.
 
     Raises:
-      VerifyError: the values of two differ.
+      VerifyError: their values differ.
     """
-    read_bytes = 0
-    for pair in copies:
-        copy, original = _values(pair.storage, pair.copy), _values(storage, pair.original)
-        if not np.array_equal(copy, original):
-            raise VerifyError(
-                f"the adapter carries a base weight that differs from {pair.original.name}",
-                file=pair.copy.file,
-                tensor=pair.copy.name,
-            )
-        read_bytes += pair.copy.size_bytes + pair.original.size_bytes
-    return read_bytes
+    slabs = zip(_slabs(pair.storage, pair.copy), _slabs(storage, pair.original), strict=True)
+    if not all(np.array_equal(copy, original, equal_nan=True) for copy, original in slabs):
+        raise VerifyError(
+            f"the adapter carries a base weight that differs from {pair.original.name}",
+            file=pair.copy.file,
+            tensor=pair.copy.name,
+        )
+    return pair.copy.size_bytes + pair.original.size_bytes
 
 
-def _starts(pair: Comparison) -> range:
-    return range(0, pair.copy.size_bytes, _PART_BYTES)
-
-
-def _run(record: TensorRecord, start: int) -> Run:
+def _run(record: TensorRecord, start: int, part_bytes: int) -> Run:
     """The part of a tensor's bytes that begins there."""
-    stop = min(start + _PART_BYTES, record.size_bytes)
+    stop = min(start + part_bytes, record.size_bytes)
     return record.file, record.offset_bytes + start, record.offset_bytes + stop
 
 
@@ -98,6 +102,11 @@ def _compare(pair: Comparison, start: int, copy: np.ndarray, original: np.ndarra
     )
 
 
-def _values(storage: Storage, record: TensorRecord) -> np.ndarray:
-    """A tensor's elements in float32, which holds every weight dtype exactly."""
-    return gather(storage, (record,), view_of(record).layout)
+def _slabs(storage: Storage, record: TensorRecord) -> Iterator[np.ndarray]:
+    """A tensor, some rows at a time, in float32, which holds every weight dtype exactly."""
+    layout = view_of(record).layout
+    rows, *rest = layout.shape  # what can be adapted has an axis at least
+    step = max(1, _SLAB_ELEMENTS // max(1, math.prod(rest)))
+    for first in range(0, rows, step):
+        start, stop = [first, *(0 for _ in rest)], [min(first + step, rows), *rest]
+        yield gather(storage, (record,), layout.slice(start, stop))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from mtj_loader import strict_json
-from mtj_loader.checkpoint.storage import LocalStorage
+from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.errors import FormatError, UsageError, VerifyError
 from mtj_loader.names import number_set
 

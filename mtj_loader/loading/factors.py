@@ -1,4 +1,7 @@
-"""Reading the factors of adapters: only the rows and columns that this host's shards need."""
+"""Reading the factors of adapters: the rows and columns that this host's shards need.
+
+Of a distant storage also what lies between them, where a request for each would take longer.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from mtj_loader.dtypes import FLOAT32
 from mtj_loader.loading import kernels
 from mtj_loader.loading.copies import clip, distinct_layouts, runs, shard_copies, shard_layouts
 from mtj_loader.loading.ranges import Run
-from mtj_loader.loading.read_ahead import reader_for
+from mtj_loader.loading.read_ahead import ahead_bytes, reader_for
 from mtj_loader.loading.topology import topology
 from mtj_loader.parameters import ParamSpec
 from mtj_loader.weights.low_rank import LowRank
@@ -30,16 +33,20 @@ class FactorReader:
     Args:
       terms: all whose factors will be read, in this order.
       mesh: where they go; axes dp and mp, Auto.
-      budget_bytes: for what is read ahead.
+      host_memory_bytes: the most in flight.
     """
 
-    def __init__(self, terms: Sequence[LowRank], mesh: Mesh, budget_bytes: int) -> None:
+    def __init__(self, terms: Sequence[LowRank], mesh: Mesh, host_memory_bytes: int) -> None:
         self._mesh = mesh
         self._shards = topology(mesh).mp
         self._numbers = topology(mesh).shards_of(jax.process_index())
         storages = dict.fromkeys(term.storage for term in terms)
         self._readers = {
-            storage: reader_for(storage, self._runs(terms, storage), budget_bytes // len(storages))
+            storage: reader_for(
+                storage,
+                self._announced(terms, storage),
+                ahead_bytes(storage, host_memory_bytes) // len(storages),
+            )
             for storage in storages
         }
         self._read_bytes = 0
@@ -69,11 +76,10 @@ class FactorReader:
     def _factor(self, storage: Storage, view: View, spec: ParamSpec) -> jax.Array:
         layouts = shard_layouts(view.layout, spec.groups, spec.split, self._shards)
         mine = distinct_layouts(view.layout, spec, self._shards, self._numbers)
-        parts = _gather(self._readers[storage], view.records, mine, _at_once(storage))
-        self._read_bytes += sum(
-            stop - start for _, start, stop in _runs(view.records, mine, _at_once(storage))
-        )
-        of_layout = dict(zip(mine, parts, strict=True))
+        reads = _reads(mine, len(view.records), _at_once(storage))
+        found = _gather(self._readers[storage], view.records, mine, reads)
+        self._read_bytes += sum(stop - first for _, first, stop in _runs(view.records, reads))
+        of_layout = dict(zip(mine, found, strict=True))
         shape = (1, *spec.shard_shape(self._shards))
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -83,11 +89,14 @@ class FactorReader:
         sharding = NamedSharding(self._mesh, PartitionSpec("mp"))
         return jax.make_array_from_callback(spec.array_shape(self._shards), sharding, shard)
 
-    def _runs(self, terms: Iterable[LowRank], storage: Storage) -> Iterator[Run]:
+    def _announced(self, terms: Iterable[LowRank], storage: Storage) -> Iterator[Run]:
         """All that will be read of a storage, in order."""
         for view, spec in (factor for t in terms if t.storage is storage for factor in t.factors):
             mine = distinct_layouts(view.layout, spec, self._shards, self._numbers)
-            yield from _runs(view.records, mine, _at_once(storage))
+            yield from _runs(view.records, _reads(mine, len(view.records), _at_once(storage)))
+
+
+_Read = tuple[int, int, int]  # which record, its first element, and the one after the last
 
 
 class _Readable(Protocol):
@@ -98,19 +107,19 @@ class _Readable(Protocol):
 
 def gather(source: _Readable, records: Sequence[TensorRecord], layout: Layout) -> np.ndarray:
     """Reads what a small layout needs, and no more, as float32 in its shape."""
-    return _gather(source, records, (layout,), at_once=False)[0]
+    return _gather(source, records, (layout,), _reads((layout,), len(records), at_once=False))[0]
 
 
 def _gather(
     source: _Readable,
     records: Sequence[TensorRecord],
     layouts: Sequence[Layout],
-    at_once: bool,
+    reads: Iterable[_Read],
 ) -> list[np.ndarray]:
     """Several layouts of the same records, reading what they share once."""
     targets = [np.zeros(layout.size, FLOAT32) for layout in layouts]
     copies = [shard_copies(layout).copies for layout in layouts]
-    for i, start, stop in _element_runs(layouts, len(records), at_once):
+    for i, start, stop in reads:
         record, dtype = records[i], _dtype(records[i])
         run = np.empty(stop - start, dtype)
         offset_bytes = record.offset_bytes + start * dtype.itemsize
@@ -128,24 +137,21 @@ def _at_once(storage: Storage) -> bool:
     return isinstance(storage, DistantStorage)
 
 
-def _element_runs(
-    layouts: Sequence[Layout], records: int, at_once: bool
-) -> Iterator[tuple[int, int, int]]:
-    """Which record, its first element, and the one after the last, in the order of reading."""
+def _reads(layouts: Sequence[Layout], records: int, at_once: bool) -> list[_Read]:
+    """What several layouts of some records need, in the order of reading."""
     copies = [copy for layout in layouts for copy in shard_copies(layout).copies]
+    found: list[_Read] = []
     for i in range(records):
-        found = runs(tuple(copy for copy in copies if copy.source == i)).tolist()
-        if at_once and found:
-            found = [(found[0][0], found[-1][1])]
-        for start, stop in found:
-            yield i, start, stop
+        ranges = runs(tuple(copy for copy in copies if copy.source == i)).tolist()
+        if at_once and ranges:
+            ranges = [(ranges[0][0], ranges[-1][1])]
+        found += [(i, start, stop) for start, stop in ranges]
+    return found
 
 
-def _runs(
-    records: Sequence[TensorRecord], layouts: Sequence[Layout], at_once: bool
-) -> Iterator[Run]:
-    """The bytes that `_gather` reads, in its order."""
-    for i, start, stop in _element_runs(layouts, len(records), at_once):
+def _runs(records: Sequence[TensorRecord], reads: Iterable[_Read]) -> Iterator[Run]:
+    """The bytes of some reads."""
+    for i, start, stop in reads:
         first, itemsize = records[i].offset_bytes, _dtype(records[i]).itemsize
         yield records[i].file, first + start * itemsize, first + stop * itemsize
 

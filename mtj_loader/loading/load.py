@@ -62,29 +62,27 @@ def load_params(
         streamer = Streamer(plan.base, mesh, _watched(plan, hosts, progress), buffers)
         with compiling(plan.base, mesh):
             params = streamer.run()
+        tally, threads, device_seconds = streamer.tally, streamer.threads, streamer.device_seconds
+        del streamer  # and its staging memory
     exchanging = time.perf_counter()
     with hosts.phase("exchange"):
         exchange_all(params, plan.base, mesh, hosts)
     exchanged = time.perf_counter()
     with hosts.phase("finish"):
+        host_memory_bytes = plan.options.host_memory_bytes
         params, adapter_bytes = merge_all(
-            params,
-            plan.adapted,
-            mesh,
-            host_memory_bytes=plan.options.host_memory_bytes,
-            donate=True,
+            params, plan.adapted, mesh, host_memory_bytes, donate=True
         )
         params = hosts.settle(params)
-        tally = streamer.tally
         tally.bytes_read += adapter_bytes + _compare(plan)
         _check_files(plan)
     seconds = {
         "plan": plan_seconds,
         "load": time.perf_counter() - begun,
-        "device": streamer.device_seconds,
+        "device": device_seconds,
         "exchange": exchanged - exchanging,
     }
-    report = make_report(plan, streamer.host, tally, seconds, streamer.threads)
+    report = make_report(plan, jax.process_index(), tally, seconds, threads)
     return params, with_totals(report, hosts)
 
 
@@ -109,14 +107,12 @@ def adapt_params(params: Params, old: LoadPlan, new: LoadPlan, mesh: Mesh) -> Pa
         comparisons=(),
         carried=new.carried[len(old.carried) :],
     )
-    _compare(new)
-    made, _ = merge_all(
-        params,
-        new.adapted,
-        mesh,
-        host_memory_bytes=new.options.host_memory_bytes,
-        donate=False,
-    )
+    if new.carried:
+        _check_base(new)
+        _compare(new)
+        _check_base(new)
+    host_memory_bytes = new.options.host_memory_bytes
+    made, _ = merge_all(params, new.adapted, mesh, host_memory_bytes, donate=False)
     _check_adapters(new.adapters[len(old.adapters) :])
     return made
 
@@ -162,13 +158,17 @@ def _compare(plan: LoadPlan) -> int:
         return 0
     storage = plan.checkpoint.storage
     tied = compare_tied(storage, plan.comparisons, plan.options.host_memory_bytes)
-    return tied + compare_carried(storage, plan.carried)
+    return tied + sum(compare_carried(storage, pair) for pair in plan.carried)
 
 
 def _check_files(plan: LoadPlan) -> None:
     """The files are still those whose headers the plan was made from."""
-    check_unchanged(plan.checkpoint.storage, *plan.checkpoint.index.files.values())
+    _check_base(plan)
     _check_adapters(plan.adapters)
+
+
+def _check_base(plan: LoadPlan) -> None:
+    check_unchanged(plan.checkpoint.storage, *plan.checkpoint.index.files.values())
 
 
 def _check_adapters(adapters: Iterable[Adapter]) -> None:

@@ -20,8 +20,8 @@ def merge_all(
     params: Params,
     adapted: Sequence[ParamPlan],
     mesh: Mesh,
-    *,
     host_memory_bytes: int,
+    *,
     donate: bool,
 ) -> tuple[Params, int]:
     """Adds their low-rank terms to some parameters; the others are shared.
@@ -30,7 +30,7 @@ def merge_all(
       params: the parameters without terms, in any float dtype.
       adapted: those that have some.
       mesh: where they lie; axes dp and mp, Auto.
-      host_memory_bytes: for what is read ahead.
+      host_memory_bytes: the most in flight.
       donate: what is added to is not needed any more.
 
     Returns:

@@ -47,6 +47,11 @@ def ahead_bytes(storage: Storage, host_memory_bytes: int) -> int:
     return host_memory_bytes // _SHARE if isinstance(storage, DistantStorage) else 0
 
 
+def range_bytes(storage: DistantStorage, budget_bytes: int) -> int:
+    """The longest range that is asked for at once."""
+    return min(max(budget_bytes // _RANGES_HELD, _LEAST_RANGE_BYTES), storage.ideal_range_bytes)
+
+
 def reader_for(storage: Storage, runs: Iterable[Run], budget_bytes: int) -> Reader:
     """The reader for a storage; `runs` are all that will be read, in order."""
     if isinstance(storage, DistantStorage):
@@ -97,8 +102,7 @@ class ReadAhead:
 
     def __init__(self, storage: DistantStorage, runs: Iterable[Run], budget_bytes: int) -> None:
         self._storage, self._budget = storage, budget_bytes
-        most = max(budget_bytes // _RANGES_HELD, _LEAST_RANGE_BYTES)
-        self._ranges = merged(runs, min(most, storage.ideal_range_bytes))
+        self._ranges = merged(runs, range_bytes(storage, budget_bytes))
         self._received_before = storage.bytes_received
         self.extra_bytes = self._served_bytes = self._held_bytes = 0
         self._room = threading.Condition()  # its lock guards all that follows
