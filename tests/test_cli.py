@@ -500,7 +500,7 @@ def test_cpu_devices_are_the_devices_that_there_are(model: Path):
 
 
 SLOW_READS = """
-import sys, threading, time
+import os, sys, threading, time
 from mtj_loader.checkpoint.local import LocalStorage
 from mtj_loader.cli import main
 
@@ -508,7 +508,7 @@ read = LocalStorage.read_into
 
 def slowly(self, *arguments):
     if threading.current_thread() is not threading.main_thread():
-        print("reading", file=sys.stderr, flush=True)
+        os.write(2, b"reading\\n")  # at once, from any thread
         time.sleep(1)
     read(self, *arguments)
 
