@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 
-from mtj_loader.cli.supervise import die_with
+from mtj_loader.cli.supervise import die_with, signals_held
 from mtj_loader.errors import UNEXPECTED, MemoryLimitError
 
 
@@ -26,14 +26,15 @@ def guard() -> None:
         return
     reader, writer = os.pipe()
     parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        die_with(parent)
-        os.close(reader)
-        _write_errors_to(writer)
-        return
-    os.close(writer)
-    _forward_signals(child)
+    with signals_held():
+        child = os.fork()
+        if child == 0:
+            die_with(parent)
+            os.close(reader)
+            _write_errors_to(writer)
+            return
+        os.close(writer)
+        _forward_signals(child)
     with open(reader, "rb") as pipe:  # noqa: PTH123 -- a pipe has no path
         said = pipe.read().decode(errors="replace")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -54,19 +54,30 @@ def supervised(arguments: Sequence[str] | None = None) -> Iterator[None]:
 def _become_child(host: str) -> None:
     """Returns in the child; the parent forwards signals until it ends, and then exits."""
     parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        die_with(parent)
-        return
-    for number in _FORWARDED:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: os.kill(child, number))
+    with signals_held():
+        child = os.fork()
+        if child == 0:
+            die_with(parent)
+            return
+        for number in _FORWARDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, _: os.kill(child, number))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code >= 0:
         os._exit(code)  # the child has said and flushed everything
     if -code == signal.SIGINT:
         os._exit(INTERRUPTED)
     raise ended(host, child, signal.Signals(-code))
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """What comes between a fork and its parent's readiness to forward signals waits for that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave(code: object) -> NoReturn:
