@@ -16,6 +16,7 @@ from mtj_loader.loading.buffers import Buffers
 from mtj_loader.loading.compare import compare_carried, compare_tied
 from mtj_loader.loading.exchange import compiling, exchange_all
 from mtj_loader.loading.failure import clean_load_failure
+from mtj_loader.loading.garbage import no_collections
 from mtj_loader.loading.hosts.phases import ALONE, Hosts
 from mtj_loader.loading.memory import check_memory
 from mtj_loader.loading.merge import merge_all
@@ -30,6 +31,7 @@ _LOOK_SECONDS = 0.5  # a look takes well under a millisecond a file
 
 
 @clean_load_failure()
+@no_collections()
 def load_params(
     plan: LoadPlan,
     mesh: Mesh,

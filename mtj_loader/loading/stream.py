@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from mtj_loader.errors import NonFiniteError
 from mtj_loader.loading import kernels
 from mtj_loader.loading.buffers import SCRATCH_BYTES, Buffers, buffers_for
-from mtj_loader.loading.garbage import no_collections
 from mtj_loader.loading.jobs import Batch, Job, Task, batches, byte_runs, tasks
 from mtj_loader.loading.place import Params, Placer
 from mtj_loader.loading.plan import LoadPlan
@@ -99,8 +98,7 @@ class Streamer:
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="mtj_loader")
         try:
-            with no_collections():
-                self._stream(pool)
+            self._stream(pool)
         finally:
             self._stop.set()
             self._reader.stop()
