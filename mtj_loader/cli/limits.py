@@ -14,6 +14,9 @@ import sys
 from mtj_loader.cli.supervise import die_with, signals_held
 from mtj_loader.errors import UNEXPECTED, MemoryLimitError
 
+# Of Python after a traceback, and of the dynamic linker where it cannot map a library.
+_NOT_OURS = (UNEXPECTED, 127)
+
 
 def guard() -> None:
     """Returns in a process that does the work; where that is a child, its parent exits with it.
@@ -38,7 +41,7 @@ def guard() -> None:
     with open(reader, "rb") as pipe:  # noqa: PTH123 -- a pipe has no path
         said = pipe.read().decode(errors="replace")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code < 0 or (code == UNEXPECTED and not said.startswith("error:")):
+    if code < 0 or (code in _NOT_OURS and not said.startswith("error:")):
         raise _ended(limit_bytes, code, said)
     sys.stderr.write(said)
     sys.exit(code)
