@@ -93,13 +93,13 @@ def plan(
       MachineError: the disk, the network or the number of devices is.
     """
     options = LoadOptions(
-        dtype,
-        transposed_linear,
-        expert_parallel,
-        parse_bytes(host_memory),
-        check_finite,
-        allow_unmapped,
-        allow_nonfinite,
+        dtype=dtype,
+        transposed_linear=transposed_linear,
+        expert_parallel=expert_parallel,
+        host_memory_bytes=parse_bytes(host_memory),
+        check_finite=check_finite,
+        allow_unmapped=allow_unmapped,
+        allow_nonfinite=allow_nonfinite,
     )
     where = revision, token, cache_dir, local_files_only, stream
     return _make(ALONE, mesh, _Request(path, map, adapter, options, *where))
@@ -220,13 +220,13 @@ def load(
             mesh = _made(mesh)
             if path is not None:
                 options = LoadOptions(
-                    dtype,
-                    transposed_linear,
-                    expert_parallel,
-                    parse_bytes(host_memory),
-                    check_finite,
-                    allow_unmapped,
-                    allow_nonfinite,
+                    dtype=dtype,
+                    transposed_linear=transposed_linear,
+                    expert_parallel=expert_parallel,
+                    host_memory_bytes=parse_bytes(host_memory),
+                    check_finite=check_finite,
+                    allow_unmapped=allow_unmapped,
+                    allow_nonfinite=allow_nonfinite,
                 )
                 where = revision, token, cache_dir, local_files_only, stream
                 plan = _make(hosts, mesh, _Request(path, map, adapter, options, *where))

@@ -321,7 +321,7 @@ def test_copies_of_other_times_are_the_same_checkpoint(
 
 def test_every_difference_is_told() -> None:
     facts = [{"map": "a" * 64, "dtype": "x"}, {"map": "a" * 64, "dtype": "y"}, {"map": "b" * 64}]
-    error = disagreement(facts)
+    error = disagreement(facts, "load the same")
     assert error.exit_code == 2
     assert error.found == "; ".join([
         "dtype: y on host 1, x on host 0",

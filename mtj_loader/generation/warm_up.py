@@ -70,7 +70,8 @@ class Compiled:
 
     def wait_for_step(self, shape: Shape) -> None:
         """Waits for its compilation; what failed there will fail again where it is run."""
-        wait([step for one, step in self.steps.items() if one == shape])
+        if shape in self.steps:
+            wait([self.steps[shape]])
 
 
 NOTHING = Compiled(0.0, 0.0, {}, {})

@@ -18,7 +18,7 @@ from mtj_loader.weights.resolve import Comparison
 from mtj_loader.weights.view import view_of
 
 _PART_BYTES = 1 << 20  # of a tied copy, compared at a time
-_SLAB_ELEMENTS = 4 << 20  # of a carried copy; float32 of both take 32 MiB
+_SLAB_ELEMENTS = 2 << 20  # of a carried copy; float32 of both take 16 MiB
 
 
 def compare_tied(

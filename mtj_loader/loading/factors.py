@@ -6,8 +6,7 @@ Of a distant storage also what lies between them, where a request for each would
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -58,18 +57,11 @@ class FactorReader:
 
     @property
     def bytes_read(self) -> int:
-        """By this host; complete when the block has ended."""
+        """By this host; complete when it is closed."""
         return self._read_bytes + sum(reader.extra_bytes for reader in self._readers.values())
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends what is under way."""
         for reader in self._readers.values():
             reader.stop()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def merge_all(
     """
     tree = {module: dict(arrays) for module, arrays in params.items()}
     terms = [term for param in adapted for term in param.terms]
-    with FactorReader(terms, mesh, host_memory_bytes) as reader:
+    with closing(FactorReader(terms, mesh, host_memory_bytes)) as reader:
         for param in adapted:
             module = tree[param.spec.path]
             module[param.spec.param] = _merged(param, module[param.spec.param], reader, donate)

@@ -86,7 +86,7 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def disagreement(facts: Sequence[Mapping[str, str]], what: str = "load the same") -> HostError:
+def disagreement(facts: Sequence[Mapping[str, str]], what: str) -> HostError:
     """What every other host has that process 0 does not have, or the other way round."""
     first, *others = facts
     found = [
