@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.sparse import Hole
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_PANEL = 64  # rows that a transpose takes at a time: their lines stay in the first-level cache
+_CHUNK = 64  # rows that a transpose takes at a time: their lines stay in the first-level cache
 _THREADS = 2  # each holds one tensor and one of its shards
 
 # The end of a tensor's name → module and parameter in its layer, and how it is cut.
@@ -87,8 +87,8 @@ def _shards(tensor: np.ndarray, cut: str, shards: int) -> Iterator[np.ndarray]:
 
 def _transposed(matrix: np.ndarray) -> np.ndarray:
     made = np.empty(matrix.shape[::-1], matrix.dtype)
-    for start in range(0, len(matrix), _PANEL):
-        made[:, start : start + _PANEL] = matrix[start : start + _PANEL].T
+    for start in range(0, len(matrix), _CHUNK):
+        made[:, start : start + _CHUNK] = matrix[start : start + _CHUNK].T
     return made
 
 

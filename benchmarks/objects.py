@@ -32,10 +32,10 @@ import mtj_loader
 from benchmarks import machine
 from benchmarks.checkpoint import SHAPES, checkpoint
 from benchmarks.load import CACHE, RESULTS
-from mtj_loader.checkpoint.source import open_checkpoint
 from mtj_loader.dtypes import WEIGHT_DTYPES
+from mtj_loader.formats.checkpoint import open_checkpoint
 from mtj_loader.loading.verify import verify
-from tests.object_server import serve
+from tests.support.object_server import serve
 
 _FILE_BYTES = 100_000_000  # several files of a small model
 _CONNECTIONS = 32  # that ours has at once: what bounds it from below

@@ -95,9 +95,9 @@ def _measure(name: str, case: Case, runs: int) -> dict:
 def plan_once(case: Case, folder: Path) -> dict[str, dict]:
     """Seconds of each stage, and what came out."""
     import mtj_loader  # noqa: PLC0415 - imports do not count
-    from mtj_loader.checkpoint.source import open_checkpoint  # noqa: PLC0415
-    from mtj_loader.loading.plan import LoadOptions  # noqa: PLC0415
-    from mtj_loader.loading.planner import make_plan  # noqa: PLC0415
+    from mtj_loader.formats.checkpoint import open_checkpoint  # noqa: PLC0415
+    from mtj_loader.planning.load_plan import LoadOptions  # noqa: PLC0415
+    from mtj_loader.planning.planner import make_plan  # noqa: PLC0415
 
     mesh = mtj_loader.make_abstract_mesh(case.mesh, case.hosts)
     busy, marks = time.process_time(), [time.perf_counter()]
@@ -129,8 +129,8 @@ def _runs(plan, host: int) -> int:
     """How many contiguous ranges a host reads: every one of them is worked out."""
     from mtj_loader.loading.jobs import Job  # noqa: PLC0415
 
-    seats = plan.topology.seats_of(host)
-    jobs = (Job(param, param.distinct(seats)) for param in plan.params)
+    device_indices = plan.topology.device_indices_of(host)
+    jobs = (Job(param, param.distinct(device_indices)) for param in plan.params)
     return sum(len(step.runs) for job in jobs for step in job.steps)
 
 

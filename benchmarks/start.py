@@ -130,8 +130,8 @@ def _compile(folder: Path, mesh: object, prompt: int) -> Run:
     import mtj_loader  # noqa: PLC0415
     from mtj_loader.dtypes import parameter_dtype  # noqa: PLC0415
     from mtj_loader.generation.compilation_cache import keep_compiled  # noqa: PLC0415
+    from mtj_loader.generation.compile_ahead import compiling, read_shapes  # noqa: PLC0415
     from mtj_loader.generation.prompts import PromptRules  # noqa: PLC0415
-    from mtj_loader.generation.warm_up import compiling, read_shapes  # noqa: PLC0415
     from mtj_loader.models.forward import Forward  # noqa: PLC0415
 
     keep_compiled()

@@ -31,12 +31,12 @@ from mtj_loader.version import version
 
 if TYPE_CHECKING:
     from mtj_loader.api import load, plan
-    from mtj_loader.conversion.convert import convert
-    from mtj_loader.conversion.report import ConvertReport
-    from mtj_loader.loading.plan import LoadPlan
-    from mtj_loader.loading.report import LoadReport
-    from mtj_loader.loading.topology import make_abstract_mesh, make_mesh
+    from mtj_loader.conversion.convert_checkpoint import convert
+    from mtj_loader.conversion.convert_report import ConvertReport
+    from mtj_loader.loading.load_report import LoadReport
     from mtj_loader.model import Model
+    from mtj_loader.planning.load_plan import LoadPlan
+    from mtj_loader.planning.topology import make_abstract_mesh, make_mesh
 
     __version__: str
 
@@ -75,14 +75,14 @@ __all__ = [
 # What is imported when first asked for, and its module: most of it needs JAX, which takes a second
 # to import, and half of the command line does without.
 _LAZY = {
-    "ConvertReport": "mtj_loader.conversion.report",
-    "LoadPlan": "mtj_loader.loading.plan",
-    "LoadReport": "mtj_loader.loading.report",
+    "ConvertReport": "mtj_loader.conversion.convert_report",
+    "LoadPlan": "mtj_loader.planning.load_plan",
+    "LoadReport": "mtj_loader.loading.load_report",
     "Model": "mtj_loader.model",
-    "convert": "mtj_loader.conversion.convert",
+    "convert": "mtj_loader.conversion.convert_checkpoint",
     "load": "mtj_loader.api",
-    "make_abstract_mesh": "mtj_loader.loading.topology",
-    "make_mesh": "mtj_loader.loading.topology",
+    "make_abstract_mesh": "mtj_loader.planning.topology",
+    "make_mesh": "mtj_loader.planning.topology",
     "plan": "mtj_loader.api",
 }
 

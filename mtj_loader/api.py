@@ -10,31 +10,33 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from mtj_loader.checkpoint.source import Checkpoint, Headers, open_checkpoint
-from mtj_loader.checkpoint.storage import opened
-from mtj_loader.checkpoint.token_ids import bos_id
 from mtj_loader.display import parse_bytes
+from mtj_loader.distributed.agreement import agree
+from mtj_loader.distributed.hosts import ALONE, LATE_SECONDS, Hosts, together
+from mtj_loader.distributed.shared_headers import open_for_all
 from mtj_loader.dtypes import DTypeName, parameter_dtype
 from mtj_loader.errors import MeshError, UsageError
+from mtj_loader.formats.checkpoint import Checkpoint, Headers, open_checkpoint
+from mtj_loader.formats.token_ids import bos_id
 from mtj_loader.generation.compilation_cache import keep_compiled
-from mtj_loader.generation.prompts import PromptRules
-from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
-from mtj_loader.generation.warm_up import (
+from mtj_loader.generation.compile_ahead import (
     WarmUpLike,
     compiling,
     on_all_hosts,
     read_shapes,
     reported,
 )
+from mtj_loader.generation.prompts import PromptRules
+from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
 from mtj_loader.loading.garbage import no_collections
-from mtj_loader.loading.hosts.agree import agree
-from mtj_loader.loading.hosts.handing import open_for_all
-from mtj_loader.loading.hosts.phases import ALONE, LATE_SECONDS, Hosts, together
-from mtj_loader.loading.load import load_params
-from mtj_loader.loading.plan import LoadOptions, LoadPlan
-from mtj_loader.loading.planner import add_adapters, check_host_memory, make_plan, read_model
+from mtj_loader.loading.load_params import load_params
 from mtj_loader.loading.progress import progress_bar
-from mtj_loader.loading.topology import (
+from mtj_loader.model import AdapterLike, Model, PathLike, weighted
+from mtj_loader.models import usable_shards
+from mtj_loader.models.forward import Forward
+from mtj_loader.planning.load_plan import LoadOptions, LoadPlan
+from mtj_loader.planning.planner import add_adapters, check_host_memory, make_plan, read_model
+from mtj_loader.planning.topology import (
     Topology,
     as_mesh,
     make_abstract_mesh,
@@ -42,9 +44,7 @@ from mtj_loader.loading.topology import (
     parse_mesh,
     topology,
 )
-from mtj_loader.model import AdapterLike, Model, PathLike, weighted
-from mtj_loader.models import usable_shards
-from mtj_loader.models.forward import Forward
+from mtj_loader.storage.base import closing_all
 
 
 def plan(
@@ -251,7 +251,7 @@ def _execute(
         shapes = read_shapes(warm_up, _rules(plan, tokenizer), mesh.shape["dp"])
     needed = plan.host_bytes(jax.process_index())
     with compiling(forward, plan, shapes) as first_compiled:
-        with opened(*plan.storages), progress_bar(needed, shown=progress) as advance:
+        with closing_all(*plan.storages), progress_bar(needed, shown=progress) as advance:
             params, report = load_params(
                 plan, mesh, plan_seconds=plan_seconds, progress=advance, hosts=hosts
             )

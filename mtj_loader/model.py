@@ -16,24 +16,24 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
-from mtj_loader.checkpoint.storage import opened
-from mtj_loader.checkpoint.token_ids import bos_id, eos_ids
+from mtj_loader.distributed.hosts import together
 from mtj_loader.errors import UsageError
-from mtj_loader.generation import generate as generation
+from mtj_loader.formats.token_ids import bos_id, eos_ids
+from mtj_loader.generation import generator as generation
 from mtj_loader.generation.batch import Shape
-from mtj_loader.generation.generate import Generator, Stop
+from mtj_loader.generation.compile_ahead import Compiled
+from mtj_loader.generation.generator import Generator, Stop
 from mtj_loader.generation.prompts import PromptLike, check_batch
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.tokenizer import Tokenizer
-from mtj_loader.generation.warm_up import Compiled
-from mtj_loader.loading.hosts.phases import together
-from mtj_loader.loading.load import adapt_params, load_params
-from mtj_loader.loading.place import Params
-from mtj_loader.loading.plan import LoadPlan
-from mtj_loader.loading.planner import add_adapters
-from mtj_loader.loading.report import LoadReport
+from mtj_loader.loading.load_params import adapt_params, load_params
+from mtj_loader.loading.load_report import LoadReport
+from mtj_loader.loading.placement import Params
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.models.forward import Forward
+from mtj_loader.planning.load_plan import LoadPlan
+from mtj_loader.planning.planner import add_adapters
+from mtj_loader.storage.base import closing_all
 
 PathLike = str | os.PathLike[str]
 AdapterLike = PathLike | Sequence[tuple[PathLike, float]]
@@ -175,7 +175,7 @@ class Model:
         """
         with together() as hosts, hosts.phase("adapter"):
             plan = add_adapters(self.plan, weighted(adapter))
-            with opened(*plan.storages):
+            with closing_all(*plan.storages):
                 params = adapt_params(self.params, self.plan, plan, self.mesh)
         return replace(self, params=params, plan=plan, base=self.without_adapter())
 
@@ -198,7 +198,7 @@ class Model:
         begun = time.perf_counter()
         changed = {param.spec for param in self.plan.adapted}
         again = replace(unadapted, params=tuple(p for p in unadapted.params if p.spec in changed))
-        with together() as hosts, opened(*again.storages):
+        with together() as hosts, closing_all(*again.storages):
             fresh, report = load_params(again, self.mesh, hosts=hosts)
         params = {m: arrays | fresh.get(m, {}) for m, arrays in self.params.items()}
         return replace(self, params=params, plan=unadapted, report=report, begun=begun)

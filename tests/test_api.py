@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 import mtj_loader
 from mtj_loader.errors import PromptError, TokenizerMissingError
-from tests import neox
+from tests.support import neox
 
 FIXTURE = Path(__file__).parent / "data/shakespeare-neox"
 

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.faults.fault import FIXTURE, Fault, Outcome, command, outcome
-from tests import object_server
-from tests.object_server import ObjectServer, serve
+from tests.support import object_server
+from tests.support.object_server import ObjectServer, serve
 
 _FILE = "model/model-00002-of-00002.safetensors"
 _BYTES_PER_SECOND = 1_000_000  # on each connection: ranges of the other file take a second and more

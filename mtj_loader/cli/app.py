@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 import mtj_loader
-from mtj_loader.cli.convert import convert
-from mtj_loader.cli.digests import digests
-from mtj_loader.cli.generate import generate
-from mtj_loader.cli.inspect import inspect
-from mtj_loader.cli.load import load
-from mtj_loader.cli.plan import plan
+from mtj_loader.cli.convert_command import convert
+from mtj_loader.cli.digests_command import digests
+from mtj_loader.cli.generate_command import generate
+from mtj_loader.cli.inspect_command import inspect
+from mtj_loader.cli.load_command import load
+from mtj_loader.cli.plan_command import plan
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -14,7 +14,7 @@ from mtj_loader.cli.tpu import on_cloud_tpu
 from mtj_loader.errors import UsageError
 
 if TYPE_CHECKING:
-    from mtj_loader.loading.hosts.phases import Hosts
+    from mtj_loader.distributed.hosts import Hosts
 
 _HOSTS = "Several hosts"
 
@@ -81,12 +81,12 @@ class Cluster:
 
     def together(self) -> AbstractContextManager[Hosts]:
         """Work on all hosts that hears of the others, as `mtj_loader.load` does."""
-        from mtj_loader.loading.hosts.phases import together  # noqa: PLC0415 -- brings JAX
+        from mtj_loader.distributed.hosts import together  # noqa: PLC0415 -- brings JAX
 
         return together(self.host_timeout)
 
     def _join_pod(self) -> None:
-        from mtj_loader.loading.hosts.join import join_pod  # noqa: PLC0415 -- brings JAX
+        from mtj_loader.distributed.join import join_pod  # noqa: PLC0415 -- brings JAX
 
         join_pod(self.host_timeout)
         _prepare()
@@ -95,7 +95,7 @@ class Cluster:
         if self.coordinator is None or self.processes is None or self.process_id is None:
             missing = ", ".join(name for name, value in self.named().items() if value is None)
             raise UsageError("several hosts need three options", found=f"no {missing}")
-        from mtj_loader.loading.hosts.join import Place, join  # noqa: PLC0415 -- brings JAX
+        from mtj_loader.distributed.join import Place, join  # noqa: PLC0415 -- brings JAX
 
         join(Place(self.coordinator, self.processes, self.process_id), self.host_timeout)
         _prepare()
@@ -104,8 +104,8 @@ class Cluster:
 def _prepare() -> None:
     """Results are printed once, and who is stopped tells the others."""
     from mtj_loader.cli import signals  # noqa: PLC0415 -- with JAX, as what follows
-    from mtj_loader.loading.hosts.phases import tell_others  # noqa: PLC0415
-    from mtj_loader.loading.hosts.store import shared_store  # noqa: PLC0415
+    from mtj_loader.distributed.hosts import tell_others  # noqa: PLC0415
+    from mtj_loader.distributed.key_value_store import shared_store  # noqa: PLC0415
 
     store = shared_store()  # jax.process_index() would wait for all hosts' devices
     print_apart(muted=store is not None and store.index != 0)

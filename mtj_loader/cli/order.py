@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mtj_loader.checkpoint.record import TensorRecord
 from mtj_loader.errors import MtjLoaderError
+from mtj_loader.formats.records import TensorRecord
 from mtj_loader.names import blank_indices, indices, natural_key
-from mtj_loader.weights.maps import find_map
+from mtj_loader.weights.find_map import find_map
 from mtj_loader.weights.resolve import match_name
-from mtj_loader.weights.schema import WeightMap
+from mtj_loader.weights.weight_map import WeightMap
 
 Place = tuple[int, int, int]
 _BEFORE, _LAYERS, _AFTER = range(3)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mtj_loader.loading.plan import LoadPlan
-    from mtj_loader.loading.report import LoadReport
+    from mtj_loader.loading.load_report import LoadReport
+    from mtj_loader.planning.load_plan import LoadPlan
 
 
 def to_dict(plan: LoadPlan, report: LoadReport, verified_bytes: int | None) -> dict[str, object]:

@@ -1,1 +1,1 @@
-"""Conversion of a checkpoint to another dtype, from files to files; no model and no device."""
+"""Checkpoints written in another dtype, from files to files; no model and no device."""

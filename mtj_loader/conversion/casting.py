@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from mtj_loader.dtypes import FLOAT32, FLOAT64, WEIGHT_DTYPES
-from mtj_loader.loading.kernels import count_nonfinite, is_nonfinite
+from mtj_loader.weights.kernels import count_nonfinite, is_nonfinite
 
 SOURCES: dict[str, np.dtype] = WEIGHT_DTYPES | {"F64": FLOAT64}  # what can be converted
 SPELLINGS = {dtype: name for name, dtype in SOURCES.items()}
@@ -36,46 +36,46 @@ class Losses:
         )
 
 
-def cast(panel: np.ndarray, target: np.dtype, *, clamp: bool) -> tuple[np.ndarray, Losses]:
+def cast(chunk: np.ndarray, target: np.dtype, *, clamp: bool) -> tuple[np.ndarray, Losses]:
     """Changes the dtype of an array of one of the `SOURCES`.
 
     Args:
-      panel: the elements; given back as it is if it has the dtype already.
+      chunk: the elements; given back as it is if it has the dtype already.
       target: float16, bfloat16 or float32.
       clamp: make the largest number of the new dtype of what overflows, instead of infinity.
     """
-    nonfinite = count_nonfinite(panel)
-    if panel.dtype == target:
-        return panel, Losses(nonfinite=nonfinite)
-    after = _rounded(panel, target)
+    nonfinite = count_nonfinite(chunk)
+    if chunk.dtype == target:
+        return chunk, Losses(nonfinite=nonfinite)
+    after = _rounded(chunk, target)
     overflow = count_nonfinite(after) - nonfinite
-    underflow = _count_nonzero(panel) - _count_nonzero(after)
+    underflow = _count_nonzero(chunk) - _count_nonzero(after)
     if overflow and clamp:
-        lost = is_nonfinite(after) & ~is_nonfinite(panel)
+        lost = is_nonfinite(after) & ~is_nonfinite(chunk)
         after[lost] = np.copysign(ml_dtypes.finfo(target).max, after[lost])
     return after, Losses(overflow, underflow, nonfinite)
 
 
-def _rounded(panel: np.ndarray, target: np.dtype) -> np.ndarray:
+def _rounded(chunk: np.ndarray, target: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # all are counted
-        if panel.dtype == FLOAT64 and target != FLOAT32:
-            panel = _rounded_to_odd(panel)
-        return panel.astype(target)
+        if chunk.dtype == FLOAT64 and target != FLOAT32:
+            chunk = _rounded_to_odd(chunk)
+        return chunk.astype(target)
 
 
-def _rounded_to_odd(panel: np.ndarray) -> np.ndarray:
+def _rounded_to_odd(chunk: np.ndarray) -> np.ndarray:
     """float64 → float32, inexact results with the last bit set, so that rounding again is exact.
 
     Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
     rounding to odd", 2008: it takes two bits more than the final format has.
     """
-    near = panel.astype(FLOAT32)
+    near = chunk.astype(FLOAT32)
     wide, bits = near.astype(FLOAT64), near.view(np.uint32)
-    inexact = wide != panel
-    bits -= np.abs(wide) > np.abs(panel)  # one step toward zero
+    inexact = wide != chunk
+    bits -= np.abs(wide) > np.abs(chunk)  # one step toward zero
     bits |= inexact
     return near
 
 
-def _count_nonzero(panel: np.ndarray) -> int:
-    return int(np.count_nonzero(panel.view(f"u{panel.itemsize}") << 1))  # without the sign
+def _count_nonzero(chunk: np.ndarray) -> int:
+    return int(np.count_nonzero(chunk.view(f"u{chunk.itemsize}") << 1))  # without the sign

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
-from mtj_loader.checkpoint.naming import INDEX_FILE
-from mtj_loader.checkpoint.source import CONFIG_FILE
-from mtj_loader.checkpoint.storage import check_unchanged
 from mtj_loader.conversion.casting import Losses
-from mtj_loader.conversion.folder import new_folder, write_at
-from mtj_loader.conversion.layout import Move, index_document
-from mtj_loader.conversion.plan import ConvertPlan
-from mtj_loader.conversion.report import ConvertReport, TensorReport
+from mtj_loader.conversion.convert_plan import ConvertPlan
+from mtj_loader.conversion.convert_report import ConvertReport, TensorReport
+from mtj_loader.conversion.convert_tensors import convert_tensors
+from mtj_loader.conversion.output_folder import new_folder, write_at
+from mtj_loader.conversion.output_layout import Move, index_document
 from mtj_loader.conversion.small_files import copy_file, with_dtype, write_json
-from mtj_loader.conversion.stream import convert_tensors
 from mtj_loader.display import counted
 from mtj_loader.errors import NonFiniteError
-from mtj_loader.loading.failure import clean_failure
+from mtj_loader.formats.checkpoint import CONFIG_FILE
+from mtj_loader.formats.file_names import INDEX_FILE
+from mtj_loader.loading.load_failure import clean_failure
 from mtj_loader.loading.progress import progress_bar
+from mtj_loader.storage.base import check_unchanged
 
 
 @clean_failure()

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mtj_loader.checkpoint.naming import INDEX_FILE, OTHER_WEIGHTS, SUFFIX
-from mtj_loader.checkpoint.source import CONFIG_FILE, Checkpoint
-from mtj_loader.checkpoint.storage import Storage
-from mtj_loader.conversion.folder import write_at
+from mtj_loader.conversion.output_folder import write_at
+from mtj_loader.formats.checkpoint import CONFIG_FILE, Checkpoint
+from mtj_loader.formats.file_names import INDEX_FILE, OTHER_WEIGHTS, SUFFIX
+from mtj_loader.storage.base import Storage
 
 _WEIGHTS = (SUFFIX, *OTHER_WEIGHTS, ".ckpt", ".onnx_data", ".tflite", ".index.json")
 _MAX_BYTES = 100_000_000  # the largest tokenizers have a third of it; a weight file has more

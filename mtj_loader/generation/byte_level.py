@@ -20,9 +20,9 @@ from tokenizers import (
     processors,
 )
 
-from mtj_loader import strict_json
-from mtj_loader.checkpoint.storage import StoredFile
 from mtj_loader.errors import FormatError
+from mtj_loader.formats import strict_json
+from mtj_loader.storage.base import StoredFile
 
 CLASSES = ("GPT2Tokenizer", "GPTNeoXTokenizer")
 

@@ -12,8 +12,8 @@ import jax
 
 # JAX writes what takes a second or more to compile. A program is read in a fiftieth of a second:
 # what takes five times as long is worth its file. A sampler takes half a second.
-_LEAST_SECONDS = 0.1
-_JAX_LEAST_SECONDS = 1.0
+_MIN_SECONDS = 0.1
+_JAX_MIN_SECONDS = 1.0
 
 
 def default_folder() -> Path:
@@ -42,8 +42,8 @@ def keep_compiled() -> tuple[str, ...]:
     if not os.access(folder, os.W_OK | os.X_OK):
         return _unusable(f"{folder} is not writable")
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    if _setting("jax_persistent_cache_min_compile_time_secs") == _JAX_LEAST_SECONDS:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+    if _setting("jax_persistent_cache_min_compile_time_secs") == _JAX_MIN_SECONDS:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
     return ()
 
 

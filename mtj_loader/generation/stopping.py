@@ -27,7 +27,7 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Scan:
+class StopMatch:
     """What is known of a text that may run into a stop string.
 
     Attributes:
@@ -41,7 +41,7 @@ class Scan:
     stopped: bool
 
 
-def scan(text: str, stops: Sequence[str]) -> Scan:
+def scan(text: str, stops: Sequence[str]) -> StopMatch:
     """Cuts a text before the stop string that ends first (of two such, before the longer one).
 
     That is where reading character by character would stop, so it does not matter how the text
@@ -50,10 +50,10 @@ def scan(text: str, stops: Sequence[str]) -> Scan:
     starts = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
     if starts:
         _, start = min(starts)
-        return Scan(text[:start], "", stopped=True)
+        return StopMatch(text[:start], "", stopped=True)
     held = max((_overlap(text, stop) for stop in stops), default=0)
     cut = len(text) - held
-    return Scan(text[:cut], text[cut:], stopped=False)
+    return StopMatch(text[:cut], text[cut:], stopped=False)
 
 
 def _overlap(text: str, stop: str) -> int:

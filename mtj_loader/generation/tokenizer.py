@@ -11,10 +11,10 @@ from typing import Any
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from mtj_loader import strict_json
-from mtj_loader.checkpoint.storage import StoredFile
 from mtj_loader.errors import FormatError, PromptError
+from mtj_loader.formats import strict_json
 from mtj_loader.generation import byte_level
+from mtj_loader.storage.base import StoredFile
 
 # The class that transformers takes where tokenizer_config.json names none.
 _DEFAULT_CLASS = {"gpt_neox": "GPTNeoXTokenizer"}

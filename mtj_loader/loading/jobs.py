@@ -9,11 +9,12 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from mtj_loader.loading import blocks, kernels
+from mtj_loader.loading import blocks
 from mtj_loader.loading.buffers import ALIGNMENT_BYTES, Buffers, aligned
-from mtj_loader.loading.copies import shard_copies
-from mtj_loader.loading.plan import LoadPlan, ParamPlan
 from mtj_loader.loading.schedule import Step, schedule
+from mtj_loader.planning.load_plan import LoadPlan, ParamPlan
+from mtj_loader.weights import kernels
+from mtj_loader.weights.copies import shard_copies
 from mtj_loader.weights.view import Layout
 
 _TASK_BYTES = 4 << 20  # what a thread takes at a time: many small tensors, or part of a large one
@@ -122,9 +123,9 @@ def byte_runs(plan: LoadPlan, host: int, buffers: Buffers) -> Iterator[tuple[str
 
 def _jobs(plan: LoadPlan, host: int, block_bytes: int | None) -> Iterator[Job]:
     """This host's part of every parameter, cut up if it is too large for `block_bytes`."""
-    seats = plan.topology.seats_of(host)
+    device_indices = plan.topology.device_indices_of(host)
     for param in plan.params:
-        whole = Job(param, param.distinct(seats), is_whole=True)
+        whole = Job(param, param.distinct(device_indices), is_whole=True)
         if block_bytes is None or whole.size_bytes <= block_bytes:
             yield whole
         else:

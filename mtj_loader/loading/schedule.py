@@ -11,15 +11,15 @@ from functools import lru_cache
 
 import numpy as np
 
-from mtj_loader.loading.copies import Copy, clip, joined, runs
+from mtj_loader.weights.copies import Copy, clip, joined, runs
 from mtj_loader.weights.view import Layout
 
-PANEL_BYTES = 1 << 20  # what is read at a time stays in the second-level cache until it is copied
+CHUNK_BYTES = 1 << 20  # what is read at a time stays in the second-level cache until it is copied
 # A transpose writes as much of each line of its target at once as a panel has rows; 1 MiB of them
 # took 25 % longer.
-_TRANSPOSED_PANEL_BYTES = 4 << 20
-STRAIGHT_BYTES = 8 << 20  # pieces of a straight read: small enough to share among threads
-_LEAST_STRAIGHT_BYTES = 64 << 10  # below, one panel for all shards costs fewer system calls
+_TRANSPOSED_CHUNK_BYTES = 4 << 20
+DIRECT_READ_BYTES = 8 << 20  # pieces of a straight read: small enough to share among threads
+_MIN_DIRECT_READ_BYTES = 64 << 10  # below, one panel for all shards costs fewer system calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Step:
     source: int
     runs: tuple[tuple[int, int], ...]
     copies: tuple[Copy, ...]
-    straight: bool
+    direct: bool
 
     @property
     def start(self) -> int:
@@ -56,7 +56,7 @@ class Step:
 
 @lru_cache(maxsize=1024)  # kinds of parameters × hosts that one process plans for
 def schedule(
-    shards: tuple[Layout, ...], spacing: int, itemsize: int, may_read_straight: bool
+    shards: tuple[Layout, ...], spacing: int, itemsize: int, may_read_directly: bool
 ) -> tuple[Step, ...]:
     """The steps that fill some distinct shards of one parameter, each source element read once.
 
@@ -64,52 +64,52 @@ def schedule(
       shards: the distinct layouts that this host's devices hold.
       spacing: elements from the beginning of one shard's buffer to that of the next.
       itemsize: bytes per element in the file.
-      may_read_straight: no element changes on the way, so bytes may go from file to buffer.
+      may_read_directly: no element changes on the way, so bytes may go from file to buffer.
     """
     copies = joined(shards, spacing)
     steps: list[Step] = []
     for source in sorted({copy.source for copy in copies}):
         mine = [copy for copy in copies if copy.source == source]
-        straight = [c for c in mine if may_read_straight and _goes_straight(c, mine, itemsize)]
-        for copy in straight:
-            steps += _straight_steps(copy, STRAIGHT_BYTES // itemsize)
-        rest = [copy for copy in mine if copy not in straight]
-        transposed = may_read_straight and any(copy.is_transpose for copy in rest)
-        panel_bytes = _TRANSPOSED_PANEL_BYTES if transposed else PANEL_BYTES
-        steps += _panel_steps(source, rest, panel_bytes // itemsize)
+        direct = [c for c in mine if may_read_directly and _is_direct(c, mine, itemsize)]
+        for copy in direct:
+            steps += _direct_steps(copy, DIRECT_READ_BYTES // itemsize)
+        rest = [copy for copy in mine if copy not in direct]
+        transposed = may_read_directly and any(copy.is_transpose for copy in rest)
+        chunk_bytes = _TRANSPOSED_CHUNK_BYTES if transposed else CHUNK_BYTES
+        steps += _chunk_steps(source, rest, chunk_bytes // itemsize)
     return tuple(steps)
 
 
-def _goes_straight(copy: Copy, all_copies: list[Copy], itemsize: int) -> bool:
+def _is_direct(copy: Copy, all_copies: list[Copy], itemsize: int) -> bool:
     """Whether a copy is one run that no other copy needs too, long or all there is."""
     if not copy.is_run:
         return False
-    if len(all_copies) > 1 and copy.size * itemsize < _LEAST_STRAIGHT_BYTES:
+    if len(all_copies) > 1 and copy.size * itemsize < _MIN_DIRECT_READ_BYTES:
         return False
     return sum(c.src < copy.stop and copy.src < c.stop for c in all_copies) == 1
 
 
-def _straight_steps(copy: Copy, length: int) -> Iterator[Step]:
+def _direct_steps(copy: Copy, length: int) -> Iterator[Step]:
     for start in range(copy.src, copy.stop, length):
         stop = min(start + length, copy.stop)
-        yield Step(copy.source, ((start, stop),), tuple(clip(copy, start, stop)), straight=True)
+        yield Step(copy.source, ((start, stop),), tuple(clip(copy, start, stop)), direct=True)
 
 
-def _panel_steps(source: int, copies: list[Copy], most: int) -> Iterator[Step]:
+def _chunk_steps(source: int, copies: list[Copy], most: int) -> Iterator[Step]:
     needed = runs(tuple(copies))
     if not len(needed):
         return
-    length = _panel_length(copies, most)
+    length = _chunk_length(copies, most)
     first, last = int(needed[0, 0]), int(needed[-1, 1])
     for start in range(first, last, length):
         stop = min(start + length, last)
         inside = _cut(needed, start, stop)
         if inside:
             parts = tuple(part for copy in copies for part in clip(copy, start, stop))
-            yield Step(source, inside, parts, straight=False)
+            yield Step(source, inside, parts, direct=False)
 
 
-def _panel_length(copies: list[Copy], most: int) -> int:
+def _chunk_length(copies: list[Copy], most: int) -> int:
     """As many whole rows as fit, so that few copies are cut inside a row."""
     strides = [loop.src for copy in copies for loop in copy.loops if loop.src <= most]
     row = max(strides, default=1) or 1

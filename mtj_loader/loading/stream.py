@@ -19,20 +19,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtj_loader.errors import NonFiniteError
-from mtj_loader.loading import kernels
 from mtj_loader.loading.buffers import SCRATCH_BYTES, Buffers, buffers_for
 from mtj_loader.loading.jobs import Batch, Job, Task, batches, byte_runs, tasks
-from mtj_loader.loading.place import Params, Placer
-from mtj_loader.loading.plan import LoadPlan
-from mtj_loader.loading.read_ahead import ahead_bytes, reader_for
-from mtj_loader.loading.schedule import PANEL_BYTES, Step
+from mtj_loader.loading.placement import Params, Placer
+from mtj_loader.loading.schedule import CHUNK_BYTES, Step
+from mtj_loader.planning.load_plan import LoadPlan
+from mtj_loader.storage.prefetch import ahead_bytes, reader_for
+from mtj_loader.weights import kernels
 
 _BATCHES_AHEAD = 2  # one is read while one is placed
-_MOST_THREADS = 8  # more readers than this gain nothing on one host's storage or memory
+_MAX_THREADS = 8  # more readers than this gain nothing on one host's storage or memory
 
 
 @dataclass
-class Tally:
+class ReadStats:
     """What a thread counts while it works; seconds are its own, so that threads can be summed."""
 
     bytes_read: int = 0
@@ -40,7 +40,7 @@ class Tally:
     transform_seconds: float = 0.0
     nonfinite: dict[str, int] = field(default_factory=dict)  # tensor → count
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: ReadStats) -> None:
         """Adds another thread's counts to these."""
         self.bytes_read += other.bytes_read
         self.read_seconds += other.read_seconds
@@ -52,7 +52,7 @@ class Tally:
 def _threads(host_memory_bytes: int) -> int:
     """As many as there are processors, if half of the memory holds what they need."""
     affordable = host_memory_bytes // 2 // SCRATCH_BYTES
-    return max(1, min(_MOST_THREADS, max(2, os.cpu_count() or 1), affordable))
+    return max(1, min(_MAX_THREADS, max(2, os.cpu_count() or 1), affordable))
 
 
 class Streamer:
@@ -84,7 +84,7 @@ class Streamer:
         runs = byte_runs(plan, self.host, self._buffers)
         self._reader = reader_for(storage, runs, ahead)
         self._placer = Placer(plan, mesh, self.host, self._buffers)
-        self._tallies: list[Tally] = []
+        self._tallies: list[ReadStats] = []
         self._local = threading.local()
         self._stop = threading.Event()
         self._error: BaseException | None = None  # the first of any thread
@@ -118,9 +118,9 @@ class Streamer:
             self._place(pending.popleft())
 
     @property
-    def tally(self) -> Tally:
+    def tally(self) -> ReadStats:
         """The sum over all threads."""
-        total = Tally()
+        total = ReadStats()
         for tally in self._tallies:
             total.add(tally)
         total.bytes_read += self._reader.extra_bytes
@@ -154,28 +154,28 @@ class Streamer:
         for job, step in task:
             if self._stop.is_set():
                 return
-            if step.straight:
-                self._read_straight(job, step)
+            if step.direct:
+                self._read_direct(job, step)
             else:
-                self._read_panel(job, step)
+                self._read_chunk(job, step)
 
-    def _read_straight(self, job: Job, step: Step) -> None:
+    def _read_direct(self, job: Job, step: Step) -> None:
         first = step.copies[0].dst
         target = job.buffer[first : first + step.size]
         self._read(job, step.source, step.start, target)
         self._scan(job, step.source, target, None)
 
-    def _read_panel(self, job: Job, step: Step) -> None:
+    def _read_chunk(self, job: Job, step: Step) -> None:
         itemsize = job.plan.source_dtype.itemsize
-        panel = self._scratch(step.span * itemsize).view(job.plan.source_dtype)
+        chunk = self._scratch(step.span * itemsize).view(job.plan.source_dtype)
         for start, stop in step.runs:
-            run = panel[start - step.start : stop - step.start]
+            run = chunk[start - step.start : stop - step.start]
             self._read(job, step.source, start, run)
         begun = time.perf_counter()
-        ready = panel if job.finish is None else job.finish(panel)
+        ready = chunk if job.finish is None else job.finish(chunk)
         for start, stop in step.runs:
             inside = slice(start - step.start, stop - step.start)
-            self._scan(job, step.source, panel[inside], None if ready is panel else ready[inside])
+            self._scan(job, step.source, chunk[inside], None if ready is chunk else ready[inside])
         for copy in step.copies:
             kernels.run_copy(copy, ready, step.start, job.buffer)
         self._mine.transform_seconds += time.perf_counter() - begun
@@ -203,17 +203,17 @@ class Streamer:
             found[name] = found.get(name, 0) + count
 
     @property
-    def _mine(self) -> Tally:
+    def _mine(self) -> ReadStats:
         """This thread's tally."""
         if not hasattr(self._local, "tally"):
-            self._local.tally = Tally()
+            self._local.tally = ReadStats()
             self._tallies.append(self._local.tally)
         return self._local.tally
 
     def _scratch(self, size_bytes: int) -> np.ndarray:
         """This thread's scratch memory."""
         if getattr(self._local, "scratch", np.empty(0)).size < size_bytes:
-            self._local.scratch = np.empty(max(size_bytes, PANEL_BYTES), np.uint8)
+            self._local.scratch = np.empty(max(size_bytes, CHUNK_BYTES), np.uint8)
         return self._local.scratch[:size_bytes]
 
     def _check_finite(self) -> None:

@@ -1,7 +1,7 @@
 """The model families in Haiku: their configs, their parameters and their forward pass."""
 
-from mtj_loader.models.families import FAMILIES, Family, family, family_of_compat
-from mtj_loader.models.sharding import check_shards, usable_shards
+from mtj_loader.models.registry import FAMILIES, Family, family, family_of_compat
+from mtj_loader.models.shard_counts import check_shards, usable_shards
 
 __all__ = [
     "FAMILIES",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtj_loader.hf_config import Reader
-from mtj_loader.models.rope import Rope
+from mtj_loader.formats.hf_config import Reader
+from mtj_loader.models.layers.rope import Rope
 
 # Sizes beyond these are refused before anything is allocated; each is ten times and more what
 # any published model has.

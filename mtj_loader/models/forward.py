@@ -21,12 +21,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
-from mtj_loader.models import passes, rope
+from mtj_loader.models import passes
 from mtj_loader.models.config import ModelConfig
-from mtj_loader.models.declare import Declared, declared
-from mtj_loader.models.families import family
-from mtj_loader.models.parts import SHARDS
+from mtj_loader.models.layers import rope
+from mtj_loader.models.layers.parts import SHARDS
+from mtj_loader.models.parameter_table import Declared, declared
 from mtj_loader.models.passes import Cache
+from mtj_loader.models.registry import family
 
 Params = dict[str, dict[str, jax.Array]]
 Tree = Any  # a pytree of arrays, or of their partitions

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtj_loader.models.attention import Memory, Span, rotation
-from mtj_loader.models.transformer import CausalTransformer
+from mtj_loader.models.decoder import CausalTransformer
+from mtj_loader.models.layers.attention import KVCache, Span, rotation
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +75,7 @@ def _from_nothing(
     model: CausalTransformer,
     ids: jax.Array,  # int32 [b, t]
     frequencies: jax.Array | None,  # float32 [b, r/2]
-) -> tuple[jax.Array, list[Memory]]:  # [b, t, d]
+) -> tuple[jax.Array, list[KVCache]]:  # [b, t, d]
     """A pass over whole rows; what pads a row on its right is not seen by what stands before."""
     t = ids.shape[1]
     return model(ids, _span(model, jnp.arange(t)[None], t, frequencies), None)

@@ -14,11 +14,7 @@ from typing import Any, Protocol
 import haiku as hk
 import jax
 
-from mtj_loader.hf_config import Reader
-from mtj_loader.models import rope
-from mtj_loader.models.activations import ACTIVATIONS
-from mtj_loader.models.attention import Memory, Span
-from mtj_loader.models.blocks import Attention, turn_halves
+from mtj_loader.formats.hf_config import Reader
 from mtj_loader.models.config import (
     MAX_LAYERS,
     MAX_VOCABULARY,
@@ -26,10 +22,14 @@ from mtj_loader.models.config import (
     ModelConfig,
     head_dim,
 )
-from mtj_loader.models.declare import Declaration, Declared
-from mtj_loader.models.parts import Embedding, Projection, add_residual, sum_over_shards
-from mtj_loader.models.rope import DEFAULT_THETA, Proportional, Rope
-from mtj_loader.models.transformer import NAME, CausalTransformer
+from mtj_loader.models.decoder import NAME, CausalTransformer
+from mtj_loader.models.layers import rope
+from mtj_loader.models.layers.activations import ACTIVATIONS
+from mtj_loader.models.layers.attention import KVCache, Span
+from mtj_loader.models.layers.blocks import Attention, turn_halves
+from mtj_loader.models.layers.parts import Embedding, Projection, add_residual, sum_over_shards
+from mtj_loader.models.layers.rope import DEFAULT_THETA, Proportional, Rope
+from mtj_loader.models.parameter_table import Declaration, Declared
 from mtj_loader.parameters import ParamSpec
 
 Norm = Callable[[jax.Array], jax.Array]  # [..., d] -> [..., d]
@@ -40,8 +40,8 @@ class SelfAttention(Protocol):
     """The attention of one layer."""
 
     def __call__(
-        self, x: jax.Array, span: Span, memory: Memory | None
-    ) -> tuple[jax.Array, Memory]:  # [b, t, d] -> float32 [b, t, d]
+        self, x: jax.Array, span: Span, memory: KVCache | None
+    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> float32 [b, t, d]
         """This shard's term of the output, and the keys and values it attended to."""
         ...
 
@@ -161,8 +161,8 @@ class Layer(hk.Module):
         self.feed_forward = feed_forward()
 
     def __call__(
-        self, x: jax.Array, span: Span, memory: Memory | None
-    ) -> tuple[jax.Array, Memory]:  # [b, t, d] -> [b, t, d]
+        self, x: jax.Array, span: Span, memory: KVCache | None
+    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
         """The residual stream after this layer, and the keys and values it attended to."""
         attention, memory = self.attention(self.attention_norm(x), span, memory)
         x = add_residual(x, sum_over_shards(attention))

@@ -1,1 +1,1 @@
-"""Weight maps and views: which elements of which tensors a parameter is made of."""
+"""From tensors to parameters: views, weight maps, transforms, and merging."""

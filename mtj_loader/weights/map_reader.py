@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from mtj_loader import strict_json
 from mtj_loader.errors import MapError
-from mtj_loader.weights.conversion import NO_CONVERSIONS, Conversions, Merge, Rename
-from mtj_loader.weights.schema import ConfigRule, Target, WeightMap
+from mtj_loader.formats import strict_json
+from mtj_loader.weights.merging import NO_CONVERSIONS, Conversions, Merge, Rename
 from mtj_loader.weights.transforms import TRANSFORMS
+from mtj_loader.weights.weight_map import ConfigRule, Target, WeightMap
 
 
 def read_map(path: Path) -> WeightMap:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from mtj_loader import dtypes
-from mtj_loader.checkpoint.record import TensorIndex, TensorRecord
 from mtj_loader.errors import CheckpointMismatchError, MapError, Problem
+from mtj_loader.formats.records import TensorIndex, TensorRecord
 from mtj_loader.parameters import ParamSpec
-from mtj_loader.weights.conversion import Source, convert, spellings
-from mtj_loader.weights.schema import Target, WeightMap
+from mtj_loader.weights.merging import Source, convert, spellings
 from mtj_loader.weights.transforms import Layout
 from mtj_loader.weights.view import View, zeros
+from mtj_loader.weights.weight_map import Target, WeightMap
 
 TargetKey = tuple[str, str]  # (module without root, param)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mtj_loader.checkpoint.record import TensorRecord
+from mtj_loader.formats.records import TensorRecord
 
 ZEROS = -1  # the `source` of a piece that is padding
 
@@ -153,8 +153,8 @@ class Layout:
         starts = np.array([p.start for p in self.pieces])
         stops = np.array([p.stop for p in self.pieces])
         for i in range(1, len(starts)):
-            meet = (starts[:i] < stops[i]) & (starts[i] < stops[:i])
-            if meet.all(axis=1).any():
+            barrier = (starts[:i] < stops[i]) & (starts[i] < stops[:i])
+            if barrier.all(axis=1).any():
                 raise ValueError(f"piece {i} covers elements that an earlier piece covers")
 
 

@@ -18,7 +18,7 @@ from tests.oracle.random_models import logits_of, random_ids, random_model
 from tests.parity.cases import CASES, config_json
 
 FOLDER = Path(__file__).parents[1] / "data" / "families"
-SHAPE = (4, 12)  # rows and tokens: what tests/families.py needs, and little more
+SHAPE = (4, 12)  # rows and tokens: what tests/support/families.py needs, and little more
 
 
 def _write(family: str, name: str, seed: int) -> None:

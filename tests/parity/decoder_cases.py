@@ -175,7 +175,7 @@ MIXTRAL: dict[str, Settings] = {
     },
 }
 
-# What transformers computes as llm-foundry defines it; tests/mpt_reference.py has the rest.
+# What transformers computes as llm-foundry defines it; tests/support/mpt_reference.py has the rest.
 MPT: dict[str, Settings] = {
     # All that mpt-7b-instruct says; a head count that is no power of two.
     "mpt_7b": {

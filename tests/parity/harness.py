@@ -16,8 +16,8 @@ import numpy as np
 
 import mtj_loader
 from mtj_loader.models import usable_shards
-from tests.families import assert_cached_logits, assert_logits
 from tests.parity.cases import config_json
+from tests.support.families import assert_cached_logits, assert_logits
 
 ROWS, TOKENS = 4, 29
 GREEDY_TOKENS = 20

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mtj_loader
-from tests.models import DATA
+from tests.support.models import DATA
 
 pytestmark = pytest.mark.parity
 

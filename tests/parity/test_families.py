@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtj_loader import hf_config
+from mtj_loader.formats import hf_config
 from mtj_loader.models import family
 from tests.parity import harness
 from tests.parity.cases import CASES, NAMES

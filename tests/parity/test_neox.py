@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import mtj_loader
-from tests.models import DATA, config_of, make_forward, params_of, place, read_config
-from tests.mtj_tree import neox_tree
 from tests.oracle.neox_cases import CASES
+from tests.support.models import DATA, config_of, make_forward, params_of, place, read_config
+from tests.support.mtj_tree import neox_tree
 
 pytestmark = pytest.mark.parity
 

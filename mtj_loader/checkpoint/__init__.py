@@ -1,1 +1,0 @@
-"""Reads checkpoints: files become records of where each tensor lies, and bytes on request."""

@@ -1,0 +1,48 @@
+"""`mtj-loader plan`: what a load would do, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+import mtj_loader
+from mtj_loader.cli.command import command
+from mtj_loader.cli.options import AsJson, CheckpointPath, Loading, Machine, Source
+from mtj_loader.cli.output import print_json, print_table
+from mtj_loader.errors import UsageError
+
+
+@command
+def plan(
+    path: CheckpointPath,
+    *,
+    loading: Loading,
+    source: Source,
+    machine: Machine,
+    hosts: Annotated[
+        int, typer.Option(metavar="K", min=1, help="Hosts that share the devices of --mesh evenly.")
+    ] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Show what would be read, where it would go, and what it takes on each device and host.
+
+    Neither the weights nor the devices are touched: the mesh need not be there.
+
+    Example: [bold]mtj-loader plan EleutherAI/gpt-neox-20b --mesh dp=2,mp=8 --hosts 4[/bold]
+    """
+    machine.prepare()
+    if hosts > 1 and loading.mesh is None:
+        raise UsageError("--hosts needs --mesh", hint="such as --mesh mp=8")
+    options = loading.options() | asdict(source)
+    if loading.mesh is not None:
+        options["mesh"] = mtj_loader.make_abstract_mesh(loading.mesh, hosts)
+    made = mtj_loader.plan(path, **options)
+    made.checkpoint.storage.close()
+    if as_json:
+        print_json(made.to_dict())
+    else:
+        from mtj_loader.planning import summary  # noqa: PLC0415 -- brings JAX
+
+        print_table(summary.tables(made))

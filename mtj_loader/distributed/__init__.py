@@ -1,0 +1,1 @@
+"""Several hosts, one load: joining, barriers, agreement, and failures."""

@@ -1,0 +1,232 @@
+"""Opens a checkpoint, wherever it is: a folder, a safetensors file, a URL, or a Hugging Face id."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtj_loader.errors import CheckpointError, UsageError
+from mtj_loader.formats.checkpoint_index import build_index
+from mtj_loader.formats.file_names import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    SUFFIX,
+    TOKENIZER_FILES,
+    USUAL_FILES,
+    listed,
+)
+from mtj_loader.formats.records import TensorIndex
+from mtj_loader.storage.base import Storage, StoredFile, read_object
+from mtj_loader.storage.local import LocalStorage
+from mtj_loader.storage.remote import is_url, open_repository, open_url
+
+if TYPE_CHECKING:
+    from mtj_loader.storage.object_store import ObjectStorage
+
+_MAX_CONFIG_BYTES = 10_000_000  # a config has a few KB; with long label lists a few MB
+
+# A name or owner/name; anything else that is no file here is a path that was mistyped.
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What is read of a checkpoint to plan with; a host that has it from another reads nothing.
+
+    Attributes:
+      config, generation_config: the JSON objects; the latter is empty where there is none.
+      index: its tensors.
+    """
+
+    config: dict[str, object]
+    generation_config: dict[str, object]
+    index: TensorIndex
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers were read and whose tensors were not.
+
+    Attributes:
+      location: where it is, for people: a path, a URL, or `owner/name@commit`.
+      storage: its files, closed; reading opens them, so close it again at the end.
+      config, generation_config: the JSON objects; the latter is empty where there is none.
+      index: its tensors.
+      tokenizer_files: by name, of `TOKENIZER_FILES` those that are there.
+      commit: of a Hugging Face repository; None for what has no commits.
+    """
+
+    location: str
+    storage: Storage
+    config: dict[str, object]
+    generation_config: dict[str, object]
+    index: TensorIndex
+    tokenizer_files: Mapping[str, Path | StoredFile]
+    commit: str | None = None
+
+
+def open_checkpoint(
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    stream: bool = False,
+    also: Iterable[str] = (),
+    headers: Headers | None = None,
+) -> Checkpoint:
+    """Opens a checkpoint and reads the headers of its weights.
+
+    Args:
+      path_or_id: a folder; a .safetensors file with config.json beside it; the URL of either on
+        S3, Google Cloud Storage, Azure or an HTTP server; or the id of a Hugging Face repository,
+        of which only the files that are needed are fetched.
+      revision: branch, tag or commit of the repository.
+      token: for private and gated repositories; None means the one that the machine has stored.
+      cache_dir: where the files are kept; None means the usual Hugging Face cache.
+      local_files_only: use the cache, never the network.
+      stream: read a Hugging Face repository by ranges and keep no file of it, as a URL always is.
+      also: more files of the repository to fetch, beside the weights, configs and tokenizer.
+      headers: what another host has read already.
+
+    Raises:
+      UsageError: no such path, repository or revision, or no access to it.
+      CheckpointError: config.json or the weights are missing or malformed.
+      StorageError: the disk or the network failed.
+    """
+    path = None if is_url(path_or_id) else existing_path(path_or_id)
+    if revision is not None and (path is not None or is_url(path_or_id)):
+        raise UsageError("only a Hugging Face id has revisions", file=path, key="revision")
+    if path is not None:
+        return _open_folder(path, headers) if path.is_dir() else _open_file(path, headers)
+    if local_files_only and (stream or is_url(path_or_id)):
+        raise UsageError("a URL or streaming needs the network", key="local_files_only")
+    if is_url(path_or_id):
+        return _open_distant(*open_url(str(path_or_id)), headers)
+    from mtj_loader.storage import hub  # noqa: PLC0415 -- its client takes 0.2 s to import
+
+    repo_id = _hub_id(path_or_id)
+    if stream:
+        storage, files = open_repository(repo_id, revision=revision, token=token)
+        checkpoint = _open_distant(storage, files, headers)
+        return replace(checkpoint, commit=checkpoint.location.rpartition("@")[2])
+    folder = hub.download(
+        repo_id,
+        files=(CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *also),
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    checkpoint = _open(LocalStorage(folder), f"{repo_id}@{folder.name}", None, headers)
+    return replace(checkpoint, commit=folder.name)
+
+
+def repository_files(
+    path_or_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> list[str]:
+    """The names of all files of a Hugging Face repository; empty for what is none.
+
+    Raises:
+      UsageError: no such path, repository or revision, or no access to it.
+      StorageError: the network failed.
+    """
+    if is_url(path_or_id) or existing_path(path_or_id) is not None:
+        return []
+    from mtj_loader.storage import hub  # noqa: PLC0415 -- see above
+
+    return hub.list_files(_hub_id(path_or_id), revision=revision, token=token)
+
+
+def _hub_id(path_or_id: str | os.PathLike[str]) -> str:
+    if isinstance(path_or_id, os.PathLike) or not _HUB_ID.fullmatch(path_or_id):
+        raise UsageError("no such file or folder", file=path_or_id)
+    return path_or_id
+
+
+def existing_path(path_or_id: str | os.PathLike[str]) -> Path | None:
+    """The path, if there is something; None for what may be a Hugging Face id.
+
+    Raises:
+      UsageError: the system cannot even look.
+    """
+    try:
+        path = Path(path_or_id).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError) as error:  # too long, ~nobody, a NUL
+        raise UsageError(
+            "cannot use this path", file=ascii(path_or_id), found=str(error)
+        ) from error
+
+
+def _open_file(path: Path, headers: Headers | None) -> Checkpoint:
+    if path.suffix != SUFFIX:
+        expected = f"a folder, a {SUFFIX} file, a URL or a Hugging Face id"
+        raise UsageError("not a checkpoint", file=path, expected=expected)
+    return _open(LocalStorage(path.parent), str(path), [path.name], headers)
+
+
+def _open_folder(path: Path, headers: Headers | None) -> Checkpoint:
+    return _open(LocalStorage(path), str(path), None, headers)
+
+
+def _open_distant(
+    storage: ObjectStorage, files: list[str] | None, headers: Headers | None
+) -> Checkpoint:
+    """Asks for all files that are usual at once; without this, one after the other."""
+    try:
+        if headers is None:
+            storage.prepare([*USUAL_FILES, *(files or ())])
+        else:
+            storage.expect(headers.index.files.values())
+            storage.prepare(TOKENIZER_FILES)
+    except BaseException:
+        storage.close()
+        raise
+    location = f"{storage.location}/{files[0]}" if files else storage.location
+    return _open(storage, location, files, headers)
+
+
+def _open(
+    storage: Storage, location: str, files: Sequence[str] | None, headers: Headers | None
+) -> Checkpoint:
+    with storage:  # closed after the headers; a later read opens it anew
+        read = headers or _read_headers(storage, files)
+        return Checkpoint(
+            location=location,
+            storage=storage,
+            config=read.config,
+            generation_config=read.generation_config,
+            index=read.index,
+            tokenizer_files={n: _file(storage, n) for n in TOKENIZER_FILES if storage.exists(n)},
+        )
+
+
+def _file(storage: Storage, name: str) -> Path | StoredFile:
+    return storage.root / name if isinstance(storage, LocalStorage) else StoredFile(storage, name)
+
+
+def _read_headers(storage: Storage, files: Sequence[str] | None) -> Headers:
+    config = _read_config(storage)
+    return Headers(config, _read_generation_config(storage), build_index(storage, files))
+
+
+def _read_config(storage: Storage) -> dict[str, object]:
+    if not storage.exists(CONFIG_FILE):
+        raise CheckpointError(
+            "not a checkpoint: there is no config.json",
+            file=storage.location,
+            found=listed(storage.names()) or "no file at all",
+        )
+    return read_object(storage, CONFIG_FILE, _MAX_CONFIG_BYTES)
+
+
+def _read_generation_config(storage: Storage) -> dict[str, object]:
+    if not storage.exists(GENERATION_CONFIG_FILE):
+        return {}
+    return read_object(storage, GENERATION_CONFIG_FILE, _MAX_CONFIG_BYTES)

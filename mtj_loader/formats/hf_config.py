@@ -1,0 +1,286 @@
+"""Hugging Face's config.json: one spelling for all its versions, and strict reading of its values.
+
+transformers 5 writes `rope_parameters` and `dtype`; older files write `rotary_pct`,
+`rotary_emb_base`, `rope_theta`, `rope_scaling` and `torch_dtype`. `normalize` makes a config that
+carries both, so that maps and model families may ask for either. `Reader` hands out typed values
+and, at the end, refuses every key that nobody asked for, unless it is known not to change what
+the model computes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Mapping
+from typing import TypeGuard
+
+from mtj_loader.errors import ConfigError
+
+# Facts of the rotary embedding (as `rope_parameters` names them) that older configs keep at the
+# top level, and their names there.
+_TOP_LEVEL_ROPE = {
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+    "original_max_position_embeddings": ("original_max_position_embeddings",),
+}
+_ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
+_ROPE_KEYS = {*_ROPE_SECTIONS, *(name for names in _TOP_LEVEL_ROPE.values() for name in names)}
+_DTYPE_NAMES = ("dtype", "torch_dtype")
+
+# Keys of PretrainedConfig, of generation and of training that leave the logits as they are.
+# `auto_map` and `custom_pipelines` name code to import: they are read past, never followed.
+_HARMLESS_WORDS = """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
+    auto_map custom_pipelines dtype finetuning_task model_type name_or_path num_steps
+    output_attentions output_hidden_states output_past problem_type return_dict tf_legacy_loss
+    tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
+    attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout
+    classifier_dropout_prob dropout embd_pdrop embed_dropout hidden_dropout hidden_dropout_prob
+    layerdrop resid_pdrop summary_first_dropout
+    bias_dropout_fusion bias_gelu_fusion gradient_checkpointing init_std initializer_range
+    masked_softmax_fusion pretraining_tp scaled_upper_triang_masked_softmax_fusion
+    chunk_size_feed_forward is_decoder
+    id2label label2id num_labels prefix task_specific_params
+    begin_suppress_tokens bos_token_id cls_token_id decoder_start_token_id eos_token_id
+    forced_bos_token_id forced_eos_token_id mask_token_id pad_token_id sep_token_id
+    suppress_tokens unk_token_id
+    bad_words_ids diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
+    remove_invalid_values repetition_penalty return_dict_in_generate temperature top_k top_p
+    typical_p
+"""
+IGNORED_KEYS = frozenset(_HARMLESS_WORDS.split())
+
+# Keys that would change the model, and the value (transformers' default) at which they do not.
+_HARMLESS_AT: dict[str, object] = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "is_encoder_decoder": False,
+    "per_layer_config": None,
+    "pruned_heads": {},
+    "quantization_config": None,
+    "tie_encoder_decoder": False,
+}
+
+MAX_INT = 2**31 - 1  # what an int32 position or token id can hold
+_SHOWN_CHARS = 80  # of a value in a message: enough to recognize it
+
+
+def normalize(config: Mapping[str, object], *, file: str) -> dict[str, object]:
+    """The config with every fact under its old and its new names.
+
+    Args:
+      config: config.json as parsed.
+      file: its name, for messages.
+
+    Raises:
+      ConfigError: two spellings of one fact disagree; both are named.
+    """
+    result = dict(config)
+    dtypes = [(name, config[name]) for name in _DTYPE_NAMES if config.get(name) is not None]
+    if dtypes:
+        result.update(dict.fromkeys(_DTYPE_NAMES, _agreed(dtypes, file)))
+    result.update(_both_rope_spellings(config, file))
+    return result
+
+
+def _both_rope_spellings(config: Mapping[str, object], file: str) -> dict[str, object]:
+    """The new spelling (`rope_parameters`) and the old ones; empty for a config without rope."""
+    said: dict[str, list[tuple[str, object]]] = {}
+    for section in _ROPE_SECTIONS:
+        for key, value in _section(config, section, file).items():
+            fact = "rope_type" if key == "type" else key
+            said.setdefault(fact, []).append((f"{section}.{key}", value))
+    for fact, names in _TOP_LEVEL_ROPE.items():
+        for name in names:
+            said.setdefault(fact, []).append((name, config.get(name)))
+    spoken = {fact: [s for s in spellings if s[1] is not None] for fact, spellings in said.items()}
+    rope = {fact: _agreed(spellings, file) for fact, spellings in spoken.items() if spellings}
+    if not rope:
+        return {}
+    rope.setdefault("rope_type", "default")
+    plain = rope["rope_type"] == "default"
+    result: dict[str, object] = {"rope_parameters": rope}
+    result["rope_scaling"] = None if plain else {**rope, "type": rope["rope_type"]}
+    for fact, names in _TOP_LEVEL_ROPE.items():
+        if fact in rope:
+            result.update(dict.fromkeys(names, rope[fact]))
+    return result
+
+
+def canonicalize(
+    config: Mapping[str, object],
+    *,
+    synonyms: Mapping[str, str],
+    defaults: Mapping[str, object],
+    file: str,
+) -> dict[str, object]:
+    """The config as one family's reader wants it: each setting under one name, none left out.
+
+    Args:
+      config: normalized.
+      synonyms: other names of settings, and the names to use.
+      defaults: what absent settings are, under the names to use.
+      file: its name, for messages.
+
+    Raises:
+      ConfigError: two spellings of one setting disagree; both are named.
+    """
+    said: dict[str, list[tuple[str, object]]] = {}
+    for key, value in config.items():
+        if value is not None:
+            said.setdefault(synonyms.get(key, key), []).append((key, value))
+    spoken = {name: _agreed(spellings, file) for name, spellings in said.items()}
+    return {**defaults, **spoken}
+
+
+def _section(config: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:
+    section = config.get(name)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            "not an object", file=file, key=name, expected="{…}", found=_shown(section)
+        )
+    return section
+
+
+def _agreed(spellings: list[tuple[str, object]], file: str) -> object:
+    name, value = spellings[0]
+    for other_name, other in spellings[1:]:
+        if other != value or isinstance(other, bool) != isinstance(value, bool):
+            raise ConfigError(
+                "two spellings of one setting disagree",
+                file=file,
+                key=f"{name} and {other_name}",
+                found=f"{_shown(value)} and {_shown(other)}",
+            )
+    return value
+
+
+class Reader:
+    """Typed access to a normalized config; remembers what was asked for.
+
+    A key that is absent or null takes `default`; without a default that is an error. All methods
+    raise ConfigError naming the file, the key, what was expected and what was found.
+    """
+
+    def __init__(self, config: Mapping[str, object], file: str, prefix: str = "") -> None:
+        self._config, self._file, self._prefix = config, file, prefix
+        self._asked: set[str] = set()
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there and not null."""
+        self._asked.add(key)
+        return self._config.get(key) is not None
+
+    def raw(self, key: str) -> object:
+        """Whatever the file says, for the caller to check; None where it says nothing."""
+        self._asked.add(key)
+        return self._config.get(key)
+
+    def integer(
+        self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_INT
+    ) -> int:
+        """A whole number from `low` to `high`; true and 2.0 are not whole numbers."""
+        expected = f"a whole number from {low} to {high}"
+        value = self._value(key, default, expected)
+        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+            return value
+        raise self.error("not a legal value", key, expected)
+
+    def number(self, key: str, default: float | None = None, *, low: float = 0.0) -> float:
+        """A finite number of at least `low`; whole numbers count, true does not."""
+        expected = f"a finite number of at least {low}"
+        value = self._value(key, default, expected)
+        if _is_number(value, low):
+            return float(value)
+        raise self.error("not a legal value", key, expected)
+
+    def numbers(self, key: str, *, low: float = 0.0) -> tuple[float, ...]:
+        """A list of finite numbers, none below `low`."""
+        expected = f"a list of finite numbers of at least {low}"
+        values = self._value(key, None, expected)
+        if isinstance(values, list | tuple) and all(_is_number(v, low) for v in values):
+            return tuple(map(float, values))
+        raise self.error("not a legal value", key, expected)
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """A truth value; 0 and 1 are none."""
+        value = self._value(key, default, "true or false")
+        if isinstance(value, bool):
+            return value
+        raise self.error("not a legal value", key, "true or false")
+
+    def choice(self, key: str, choices: Collection[str], default: str | None = None) -> str:
+        """One of a closed list of names."""
+        expected = "one of " + ", ".join(choices)
+        value = self._value(key, default, expected)
+        if isinstance(value, str) and value in choices:
+            return value
+        raise self.error("not a legal value", key, expected)
+
+    def rope(self) -> Reader:
+        """The facts of the rotary embedding, under their new names; empty when it has none."""
+        self._asked |= _ROPE_KEYS
+        section = _section(self._config, "rope_parameters", self._file)
+        return Reader(section, self._file, "rope_parameters.")
+
+    def section(self, key: str) -> Reader:
+        """The object under a key; empty where there is none."""
+        self._asked.add(key)
+        section = _section(self._config, key, self._file)
+        return Reader(section, self._file, f"{self._prefix}{key}.")
+
+    def refuse_rest(
+        self, harmless: Collection[str] = (), harmless_at: Mapping[str, object] | None = None
+    ) -> None:
+        """Refuses the keys nobody asked for, but for those that cannot change the logits.
+
+        Args:
+          harmless: keys of this family that never do.
+          harmless_at: keys of this family that would, and the value at which they do not.
+        """
+        supported = {**_HARMLESS_AT, **(harmless_at or {})}
+        for key in sorted(self._config.keys() - self._asked - IGNORED_KEYS - set(harmless)):
+            if key not in supported:
+                what = "an unknown setting, which may change what the model computes"
+                raise self.error(what, key, hint="if it does not, remove it from the file")
+            if self._config[key] not in (None, supported[key]):
+                what = "a setting that is not supported"
+                raise self.error(what, key, json.dumps(supported[key]))
+
+    def error(
+        self, what: str, key: str, expected: str | None = None, hint: str | None = None
+    ) -> ConfigError:
+        """The error to raise about a key and the value that it has."""
+        return ConfigError(
+            what,
+            file=self._file,
+            key=self._prefix + key,
+            expected=expected,
+            found=_shown(self._config.get(key)),
+            hint=hint,
+        )
+
+    def _value(self, key: str, default: object, expected: str) -> object:
+        self._asked.add(key)
+        value = self._config.get(key)
+        if value is None and default is None:
+            raise self.error("a setting that the model needs is missing", key, expected)
+        return default if value is None else value
+
+
+def _is_number(value: object, low: float) -> TypeGuard[float]:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return low <= value <= sys.float_info.max  # false for NaN, and for an int beyond any float
+
+
+def _shown(value: object) -> str:
+    """The value as JSON, short enough for a message."""
+    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to print the largest
+        return f"a whole number of {value.bit_length()} bits"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"

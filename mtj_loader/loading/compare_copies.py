@@ -1,0 +1,112 @@
+"""Copies of weights against what they are copies of: tied tensors, and what adapters carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from mtj_loader.errors import VerifyError
+from mtj_loader.formats.records import TensorRecord
+from mtj_loader.lora.factors import gather
+from mtj_loader.lora.low_rank import CarriedCopy
+from mtj_loader.storage.base import RemoteStorage, Storage
+from mtj_loader.storage.prefetch import Reader, ahead_bytes, range_bytes, reader_for
+from mtj_loader.storage.ranges import Run
+from mtj_loader.weights.resolve import Comparison
+from mtj_loader.weights.view import view_of
+
+_PART_BYTES = 1 << 20  # of a tied copy, compared at a time
+_SLAB_ELEMENTS = 2 << 20  # of a carried copy; float32 of both take 16 MiB
+
+
+def compare_tied(
+    storage: Storage, comparisons: Iterable[Comparison], host_memory_bytes: int
+) -> int:
+    """Compares tied copies with the tensors that are used; returns the bytes read.
+
+    Args:
+      storage: where all of them are.
+      comparisons: each a copy and its original, of the same size.
+      host_memory_bytes: for what is read ahead, and what is compared.
+
+    Raises:
+      VerifyError: two differ; shows the first byte of both that does.
+    """
+    budget_bytes = ahead_bytes(storage, host_memory_bytes)
+    is_distant = isinstance(storage, RemoteStorage)
+    part_bytes = range_bytes(storage, budget_bytes) if is_distant else _PART_BYTES
+    parts = [
+        (pair, start)
+        for pair in comparisons
+        for start in range(0, pair.copy.size_bytes, part_bytes)
+    ]
+    runs = [
+        _run(record, at, part_bytes) for pair, at in parts for record in (pair.copy, pair.original)
+    ]
+    reader = reader_for(storage, runs, budget_bytes)
+    try:
+        for (pair, start), one, other in zip(parts, runs[::2], runs[1::2], strict=True):
+            _compare(pair, start, _read(reader, one), _read(reader, other))
+    finally:
+        reader.stop()
+    return sum(stop - start for _, start, stop in runs) + reader.extra_bytes
+
+
+def compare_carried(storage: Storage, pair: CarriedCopy) -> int:
+    """Compares a base weight that an adapter carries with the checkpoint's; returns bytes read.
+
+    Args:
+      storage: of the checkpoint.
+      pair: both tensors, of one shape, and where the copy is.
+
+    Raises:
+      VerifyError: their values differ.
+    """
+    slabs = zip(_slabs(pair.storage, pair.copy), _slabs(storage, pair.original), strict=True)
+    if not all(np.array_equal(copy, original, equal_nan=True) for copy, original in slabs):
+        raise VerifyError(
+            f"the adapter carries a base weight that differs from {pair.original.name}",
+            file=pair.copy.file,
+            tensor=pair.copy.name,
+        )
+    return pair.copy.size_bytes + pair.original.size_bytes
+
+
+def _run(record: TensorRecord, start: int, part_bytes: int) -> Run:
+    """The part of a tensor's bytes that begins there."""
+    stop = min(start + part_bytes, record.size_bytes)
+    return record.file, record.offset_bytes + start, record.offset_bytes + stop
+
+
+def _read(reader: Reader, run: Run) -> np.ndarray:
+    file, start, stop = run
+    data = np.empty(stop - start, np.uint8)
+    reader.read_into(file, start, data)
+    return data
+
+
+def _compare(pair: Comparison, start: int, copy: np.ndarray, original: np.ndarray) -> None:
+    """Two parts that begin at the same byte of their tensors."""
+    if np.array_equal(copy, original):
+        return
+    at = int(np.argmax(copy != original))
+    raise VerifyError(
+        f"config.json ties this tensor to {pair.original.name}, and they differ",
+        file=pair.copy.file,
+        tensor=pair.copy.name,
+        expected=f"byte {original[at]:#04x}, as {pair.original.name} has it",
+        found=f"byte {copy[at]:#04x} at byte {start + at:,} of the tensor",
+        hint='set "tie_word_embeddings": false in config.json if both are meant',
+    )
+
+
+def _slabs(storage: Storage, record: TensorRecord) -> Iterator[np.ndarray]:
+    """A tensor, some rows at a time, in float32, which holds every weight dtype exactly."""
+    layout = view_of(record).layout
+    rows, *rest = layout.shape  # what can be adapted has an axis at least
+    step = max(1, _SLAB_ELEMENTS // max(1, math.prod(rest)))
+    for first in range(0, rows, step):
+        start, stop = [first, *(0 for _ in rest)], [min(first + step, rows), *rest]
+        yield gather(storage, (record,), layout.slice(start, stop))

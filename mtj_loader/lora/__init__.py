@@ -1,0 +1,1 @@
+"""LoRA adapters: their files, their factors, and how they are added to weights."""

@@ -1,0 +1,1 @@
+"""The Haiku modules that families are composed of."""

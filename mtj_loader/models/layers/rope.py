@@ -1,0 +1,378 @@
+"""Rotary position embedding: the inverse frequencies of every rope type of transformers 5.
+
+Rotary embedding (Su et al., 2021, arXiv:2104.09864) turns pair i of a head's first r dimensions by
+position · theta^(-2i/r). The types below stretch those frequencies to contexts longer than the
+model was trained on. Two of them depend on the length of the sequence; here they are fixed for a
+row by its total length (prompt and what is to be generated), so that a cached step computes what
+a full forward pass would.
+
+Everything is numpy in float32, in the order of operations that published models were trained
+with: the exponent 2i/r is rounded to float32 before the power, which shows at long distances.
+
+  r rotated dimensions of a head, r/2 pairs   b batch
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mtj_loader.formats.hf_config import Reader
+
+DEFAULT_THETA = 10_000.0  # Su et al., and the default of every transformers family
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rope type "default", and what all types share.
+
+    Attributes:
+      theta: the base of the wavelengths.
+      head_dim: size of a head, k.
+      fraction: share of each head that is rotated.
+      trained_positions: the context length that the model's positions are made for.
+    """
+
+    theta: float
+    head_dim: int
+    fraction: float
+    trained_positions: int
+
+    @property
+    def exponent_dim(self) -> int:
+        """Divisor of the exponents 2i/r: the share of the head, rounded down."""
+        return int(self.head_dim * self.fraction)
+
+    @property
+    def scale(self) -> float:
+        """What cosine and sine are multiplied by; other than 1 for yarn and longrope."""
+        return 1.0
+
+    @property
+    def turning_pairs(self) -> int:
+        """How many pairs turn: the first ones."""
+        return len(self._exponents())
+
+    def frequencies(self, total: int) -> np.ndarray:
+        """Inverse frequencies, float32 [r/2], of a row of `total` tokens, if they depend on it."""
+        return self._powers(self.theta)
+
+    def _exponents(self) -> np.ndarray:  # float32 [r/2]
+        return np.arange(0, self.exponent_dim, 2, dtype=np.float32) / np.float32(self.exponent_dim)
+
+    def _powers(self, theta: float) -> np.ndarray:  # float32 [r/2]
+        return np.float32(1) / _power(theta, self._exponents())
+
+    @classmethod
+    def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
+        """Reads what this type needs besides the `shared` attributes above."""
+        return cls(**shared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Rope):
+    """Position interpolation (Chen et al., 2023, arXiv:2306.15595): positions are divided."""
+
+    factor: float
+
+    def frequencies(self, total: int) -> np.ndarray:
+        """Inverse frequencies, float32 [r/2]."""
+        return super().frequencies(total) / np.float32(self.factor)
+
+    @classmethod
+    def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
+        """Reads `factor`."""
+        return cls(**shared, factor=_factor(config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proportional(Linear):
+    """All of the head is paired, but only the first `fraction` of the pairs turn.
+
+    Exponents are 2i/head_dim, as if the whole head turned; the remaining frequencies are zero.
+    """
+
+    @property
+    def turning_pairs(self) -> int:
+        """How many pairs turn: the first ones."""
+        return int(self.fraction * self.head_dim // 2)
+
+    def frequencies(self, total: int) -> np.ndarray:
+        """Inverse frequencies, float32 [head_dim/2]."""
+        turning = np.arange(0, 2 * self.turning_pairs, 2, dtype=np.float32)
+        exponents = turning / np.float32(self.head_dim)
+        result = np.zeros(self.head_dim // 2, np.float32)
+        result[: self.turning_pairs] = np.float32(1) / _power(self.theta, exponents)
+        return result / np.float32(self.factor)
+
+    @classmethod
+    def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
+        """Reads `factor`, 1 where there is none."""
+        return cls(**shared, factor=_factor(config, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamic(Linear):
+    """NTK-aware scaling that sets in past the trained length and grows with the row's length.
+
+    theta' = theta · (factor·t/T − (factor−1))^(r/(r−2)), with t at least T, the trained length
+    (bloc97 and emozilla, 2023; Peng et al., 2023, arXiv:2309.00071, section 3.3).
+    """
+
+    def frequencies(self, total: int) -> np.ndarray:
+        """Inverse frequencies, float32 [r/2], of a row of `total` tokens."""
+        trained, dim = self.trained_positions, self.exponent_dim
+        stretch = self.factor * max(total, trained) / trained - (self.factor - 1)
+        return self._powers(self.theta * stretch ** (dim / (dim - 2)))
+
+    @classmethod
+    def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
+        """Reads `factor`; needs two pairs at least, for r − 2 divides."""
+        rope = cls(**shared, factor=_factor(config))
+        if rope.exponent_dim <= 2:
+            raise config.error("dynamic rope needs more than two rotated dimensions", "rope_type")
+        return rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3(Linear):
+    """Long wavelengths are divided, short ones stay, a smooth ramp between (Llama 3.1)."""
+
+    low_freq_factor: float
+    high_freq_factor: float
+
+    def frequencies(self, total: int) -> np.ndarray:
+        """Inverse frequencies, float32 [r/2]."""
+        plain = self._powers(self.theta)
+        turns = self.trained_positions * plain / np.float32(2 * math.pi)  # in the trained context
+        ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = np.clip(ramp, 0, 1).astype(np.float32)
+        return (1 - kept) * plain / np.float32(self.factor) + kept * plain
+
+    @classmethod
+    def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
+        """Reads `factor` and the two ends of the ramp."""
+        low = config.number("low_freq_factor")
+        high = config.number("high_freq_factor")
+        if high <= low:
+            what = "the ramp's ends are in the wrong order"
+            raise config.error(what, "high_freq_factor", f"more than low_freq_factor, {low}")
+        shared = _original_positions(config, shared)
+        return cls(**shared, factor=_factor(config), low_freq_factor=low, high_freq_factor=high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn(Linear):
+    """YaRN (Peng et al., 2023, arXiv:2309.00071): interpolation by parts, and warmer attention."""
+
+    beta_fast: float  # pairs that turn more often than this in the trained context stay
+    beta_slow: float  # pairs that turn less often are divided by the factor
+    truncate: bool
+    attention_factor: float
+
+    @property
+    def scale(self) -> float:
+        """What cosine and sine are multiplied by."""
+        return self.attention_factor
+
+    def frequencies(self, total: int) -> np.ndarray:
+        """Inverse frequencies, float32 [r/2]."""
+        positive = _power(self.theta, self._exponents())
+        divided = np.float32(1) / (np.float32(self.factor) * positive)
+        kept = np.float32(1) - self._ramp()
+        return divided * (1 - kept) + np.float32(1) / positive * kept
+
+    def _ramp(self) -> np.ndarray:  # float32 [r/2], 0 where a pair stays, 1 where it is divided
+        low, high = self._pair_turning(self.beta_fast), self._pair_turning(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.exponent_dim - 1)
+        if low == high:
+            high += 0.001  # the reference's guard against a division by zero
+        pairs = np.arange(self.exponent_dim // 2, dtype=np.float32)
+        return np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
+
+    def _pair_turning(self, turns: float) -> float:
+        """The (fractional) pair that makes so many turns within the trained context."""
+        wavelength = self.trained_positions / (turns * 2 * math.pi)
+        return self.exponent_dim * math.log(wavelength) / (2 * math.log(self.theta))
+
+    @classmethod
+    def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
+        """Reads the factor, the ends of the ramp and the attention factor or what gives it."""
+        longest = shared["trained_positions"]
+        shared = _original_positions(config, shared)
+        factor = _factor(config, longest / shared["trained_positions"])
+        rope = cls(
+            **shared,
+            factor=factor,
+            beta_fast=config.number("beta_fast", 32.0) or 32.0,  # 0 means the paper's value
+            beta_slow=config.number("beta_slow", 1.0) or 1.0,
+            truncate=config.flag("truncate", True),
+            attention_factor=_yarn_attention_factor(config, factor),
+        )
+        if rope.exponent_dim % 2:
+            raise config.error("yarn needs an even number of rotated dimensions", "rope_type")
+        return rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRope(Rope):
+    """LongRoPE (Ding et al., 2024, arXiv:2402.13753): a searched divisor for every pair."""
+
+    short_factor: tuple[float, ...]  # rows within the trained context
+    long_factor: tuple[float, ...]  # longer rows
+    attention_factor: float
+
+    @property
+    def scale(self) -> float:
+        """What cosine and sine are multiplied by."""
+        return self.attention_factor
+
+    def frequencies(self, total: int) -> np.ndarray:
+        """Inverse frequencies, float32 [r/2], of a row of `total` tokens."""
+        divisors = self.long_factor if total > self.trained_positions else self.short_factor
+        return np.float32(1) / (
+            np.asarray(divisors, np.float32) * _power(self.theta, self._exponents())
+        )
+
+    @classmethod
+    def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
+        """Reads the two lists of divisors, and the attention factor or what gives it."""
+        longest = shared["trained_positions"]
+        shared = _original_positions(config, shared)
+        trained = shared["trained_positions"]
+        factor = _factor(config, longest / trained)
+        grown = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+        rope = cls(
+            **shared,
+            short_factor=config.numbers("short_factor"),
+            long_factor=config.numbers("long_factor"),
+            attention_factor=config.number("attention_factor", grown),
+        )
+        for key in ("short_factor", "long_factor"):
+            _check_length(config, key, getattr(rope, key), len(rope._exponents()))
+        return rope
+
+
+TYPES: dict[str, type[Rope]] = {
+    "default": Rope,
+    "linear": Linear,
+    "dynamic": Dynamic,
+    "llama3": Llama3,
+    "yarn": Yarn,
+    "longrope": LongRope,
+    "proportional": Proportional,
+}
+
+
+def read(
+    config: Reader,
+    *,
+    head_dim: int,
+    max_positions: int,
+    fraction: float,
+    theta: float = DEFAULT_THETA,
+) -> Rope:
+    """Reads the rotary embedding of a config.
+
+    Args:
+      config: the family's reader.
+      head_dim: size of a head.
+      max_positions: the longest context, as the config states it.
+      fraction: share of the head that is rotated where the config does not say.
+      theta: the base of the wavelengths where the config does not say.
+
+    Raises:
+      ConfigError: an unknown rope type (the known ones are named), a key that the type does not
+        know, or a value that makes no sense.
+    """
+    rope = config.rope()
+    kind = TYPES[rope.choice("rope_type", TYPES, "default")]
+    shared: dict[str, Any] = {
+        "theta": rope.number("rope_theta", theta),
+        "head_dim": head_dim,
+        "fraction": rope.number("partial_rotary_factor", fraction),
+        "trained_positions": max_positions,
+    }
+    _check_shared(rope, shared)
+    result = kind.read(rope, shared)
+    rope.refuse_rest()
+    _check_usable(rope, result)
+    return result
+
+
+def table(rope: Rope, totals: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Inverse frequencies of a batch, float32 [b, r/2]: row i is made for `totals[i]` tokens."""
+    rows = {total: rope.frequencies(total) for total in {int(total) for total in totals}}
+    return np.stack([rows[int(total)] for total in totals])
+
+
+def _power(theta: float, exponents: np.ndarray) -> np.ndarray:
+    """theta^exponents, rounded once to float32."""
+    return np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
+
+
+def _check_usable(config: Reader, rope: Rope) -> None:
+    """Raises ConfigError if positions cannot be told apart, within or beyond what was trained."""
+    try:
+        with np.errstate(all="ignore"):
+            usable = all(_tells(rope, n * rope.trained_positions) for n in (1, 2))
+    except (ArithmeticError, ValueError):
+        usable = False
+    if not usable:
+        what = "settings of the rotary embedding give angles that are zero or not finite"
+        raise config.error(what, "rope_type", "settings of usual size")
+
+
+def _tells(rope: Rope, total: int) -> bool:
+    """Whether, in a row of `total` tokens, every pair turns, no angle overflows, and no product."""
+    row = rope.frequencies(total)
+    angles = row * np.float32(total)
+    product = np.float32(rope.scale) ** 2  # a query's times a key's
+    turns = (row[: rope.turning_pairs] > 0).all()
+    return bool(turns and np.isfinite(angles).all() and 0 < product < np.inf)
+
+
+def _check_shared(config: Reader, shared: Mapping[str, Any]) -> None:
+    if shared["theta"] <= 1:
+        raise config.error("not a legal value", "rope_theta", "a number above 1")
+    share = min(shared["fraction"], 2.0)  # what is above 1 is refused, however large
+    pairs = math.ceil(int(shared["head_dim"] * share) / 2)
+    if not 2 <= 2 * pairs <= shared["head_dim"]:
+        what = f"the rotated dimensions do not come in pairs within {shared['head_dim']}, the head"
+        raise config.error(what, "partial_rotary_factor", "a share from 0 to 1")
+
+
+def _factor(config: Reader, default: float | None = None) -> float:
+    factor = config.number("factor", default)
+    if factor <= 0:
+        raise config.error("not a legal value", "factor", "a number above 0")
+    return factor
+
+
+def _original_positions(config: Reader, shared: dict[str, Any]) -> dict[str, Any]:
+    """`shared` with the context length before stretching, where the config states one."""
+    longest = shared["trained_positions"]
+    trained = config.integer("original_max_position_embeddings", longest, low=2)  # ln is not 0
+    return {**shared, "trained_positions": trained}
+
+
+def _yarn_attention_factor(config: Reader, factor: float) -> float:
+    """0.1·m·ln(factor) + 1 (section 3.4 of the paper); a ratio of two where both m are given."""
+
+    def grown(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    m, m_all = config.number("mscale", 0.0), config.number("mscale_all_dim", 0.0)
+    inferred = grown(m) / grown(m_all) if m and m_all else grown(1.0)
+    return config.number("attention_factor", inferred)
+
+
+def _check_length(config: Reader, key: str, values: Sequence[float], pairs: int) -> None:
+    if len(values) != pairs or not all(values):
+        raise config.error("not a divisor for every pair", key, f"{pairs} numbers above 0")

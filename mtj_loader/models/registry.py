@@ -1,0 +1,82 @@
+"""Finding a family: one small module each, named by the `model_type` of config.json.
+
+A family's module says what its config means, which parameters it has, and how Haiku modules
+compute it; `Family` below is the whole of what the rest of the package asks of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Protocol, cast
+
+from mtj_loader.errors import ConfigError, MapError
+from mtj_loader.models.config import ModelConfig
+from mtj_loader.models.decoder import CausalTransformer
+from mtj_loader.models.parameter_table import Declared
+from mtj_loader.parameters import ParamSpec
+
+# model_type, which is the module's name here, and the name of the family in weight maps
+# (`mtj_compat`). Closed: nothing else is ever imported, whatever a config says.
+FAMILIES = {
+    "gpt_neox": "neox",
+    "gptj": "j",
+    "gpt_neo": "neo",
+    "opt": "opt",
+    "xglm": "fairseq_lm",
+    "bloom": "bloom",
+    "llama": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "mpt": "mpt",
+    "qwen3": "qwen3",
+}
+
+
+class _ConfigType(Protocol):
+    def read(self, hf: Mapping[str, object], *, file: str) -> ModelConfig: ...
+
+
+class Family(Protocol):
+    """What each `models/<model_type>.py` defines."""
+
+    Config: _ConfigType
+
+    Transformer: Callable[
+        [ModelConfig, Declared], CausalTransformer
+    ]  # to be made inside hk.transform
+
+    def parameters(
+        self, config: ModelConfig, shards: int, transposed_linear: bool
+    ) -> list[ParamSpec]:
+        """Every parameter of a model with this config, over so many shards."""
+        ...
+
+
+def family(model_type: str) -> Family:
+    """The module of a family, by the `model_type` of config.json.
+
+    Raises:
+      ConfigError: no such family; the known ones are named.
+    """
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ConfigError(
+            "unknown model family", key="model_type", expected=f"one of {known}", found=model_type
+        )
+    return cast(Family, importlib.import_module(f"mtj_loader.models.families.{model_type}"))
+
+
+def family_of_compat(mtj_compat: str) -> Family:
+    """The module of a family, by the `mtj_compat` of a weight map.
+
+    Raises:
+      MapError: no such family; the known ones are named.
+    """
+    for model_type, compat in FAMILIES.items():
+        if compat == mtj_compat:
+            return family(model_type)
+    known = ", ".join(FAMILIES.values())
+    raise MapError(
+        "unknown model family", key="mtj_compat", expected=f"one of {known}", found=mtj_compat
+    )

@@ -1,0 +1,56 @@
+"""Which shard counts a model allows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mtj_loader.errors import MeshError
+from mtj_loader.models.config import ModelConfig
+from mtj_loader.models.registry import family
+
+# What the axes of parameters are called in messages.
+_AXIS_NAMES = {
+    "E": "experts",
+    "d": "d_model",
+    "e": "d_embed",
+    "f": "d_ff, the feed-forward width",
+    "g": "key-value heads, neither a multiple nor a divisor",
+    "h": "heads",
+}
+
+
+def usable_shards(config: ModelConfig, limit: int) -> list[int]:
+    """The shard counts, up to `limit`, that divide everything that is split.
+
+    Fewer KV heads than shards may also divide these: neighboring shards then hold the same head.
+    """
+    return [n for n in range(1, limit + 1) if not _undivided(config, n)]
+
+
+def check_shards(config: ModelConfig, shards: int) -> None:
+    """Raises MeshError unless the model can be split into so many shards.
+
+    The message names each dimension that does not divide, and the shard counts that would do.
+    """
+    undivided = _undivided(config, shards)
+    if undivided:
+        sizes = ", ".join(f"{_AXIS_NAMES[axis]} ({size})" for axis, size in undivided.items())
+        usable = usable_shards(config, config.n_heads)  # heads are split in every family
+        raise MeshError(
+            f"{shards} shards do not divide the model: {sizes}",
+            key="mp",
+            expected="one of " + ", ".join(map(str, usable)),
+            found=shards,
+        )
+
+
+def _undivided(config: ModelConfig, shards: int) -> dict[str, int]:
+    """The split axes that so many shards do not divide, and their sizes."""
+    first_layer = replace(config, layers=1)  # all layers have the same shapes
+    specs = family(config.model_type).parameters(first_layer, shards, False)
+    split = {spec.split: spec.split_size() for spec in specs if spec.split is not None}
+    return {axis: size for axis, size in split.items() if size and not _fits(axis, size, shards)}
+
+
+def _fits(axis: str, size: int, shards: int) -> bool:
+    return size % shards == 0 or (axis == "g" and shards % size == 0)

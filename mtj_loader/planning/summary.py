@@ -1,0 +1,181 @@
+"""A plan in words and tables; layers that are alike are folded into one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mtj_loader import display
+from mtj_loader.display import counted, show_bytes
+from mtj_loader.names import blank_indices, fold_names, natural_key, number_set
+from mtj_loader.planning.changes import changes, dtype_changes
+from mtj_loader.planning.tpu_fit import Fit, fits
+
+if TYPE_CHECKING:
+    from mtj_loader.planning.load_plan import LoadPlan, ParamPlan
+
+_SPLIT_AXES = {
+    "E": "experts",
+    "V": "vocabulary",
+    "d": "d_model",
+    "e": "d_embed",
+    "f": "feed-forward",
+    "g": "key-value heads",
+    "h": "heads",
+}
+
+
+def summary(plan: LoadPlan) -> str:
+    """The plan as plain text."""
+    return display.as_text(tables(plan))
+
+
+def tables(plan: LoadPlan) -> RenderableType:
+    """The plan as something that rich can print: facts, two tables, notes."""
+    facts = display.facts(dict(_facts(plan)))
+    return Group(facts, _parameter_table(plan), _fit_table(plan), *_notes(plan))
+
+
+def folded(params: Sequence[ParamPlan]) -> list[list[ParamPlan]]:
+    """Parameters that are alike but for layer and expert numbers, in the order of the model."""
+    groups: dict[object, list[ParamPlan]] = {}
+    for param in params:
+        groups.setdefault(_likeness(param), []).append(param)
+    return sorted(groups.values(), key=lambda group: natural_key(_name(group[0])))
+
+
+def fold_all(names: Sequence[str]) -> list[str]:
+    """Names with their layers folded, in the order of first appearance."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(blank_indices(name), []).append(name)
+    return [fold_names(group) for group in groups.values()]
+
+
+def _likeness(param: ParamPlan) -> tuple[object, ...]:
+    """What the parameters of one row have in common."""
+    records = {(blank_indices(r.name), r.dtype, r.shape): None for r in param.view.records}
+    spec = param.spec
+    return blank_indices(_name(param)), tuple(records), spec.groups, spec.split, param.divisor
+
+
+def _name(param: ParamPlan) -> str:
+    return f"{param.spec.module} {param.spec.param}"
+
+
+def _facts(plan: LoadPlan) -> Iterator[tuple[str, str]]:
+    linear = "[out, in]" if plan.options.transposed_linear else "[in, out]"
+    yield "checkpoint", _checkpoint(plan)
+    yield "model", _model(plan)
+    yield "map", plan.map_file
+    for adapter in plan.adapters:
+        yield "adapter", adapter.location
+    yield "mesh", _mesh(plan)
+    yield "parameters", f"{counted(len(plan.params), 'array')}, linear weights {linear}"
+    for change, count in dtype_changes(plan.params).items():
+        yield "dtype", f"{change} in {counted(count, 'array')}"
+    yield "each device", f"holds {show_bytes(plan.device_bytes)}"
+    yield from _reads(plan)
+
+
+def _checkpoint(plan: LoadPlan) -> str:
+    files = plan.checkpoint.index.files.values()
+    size = show_bytes(sum(stamp.size_bytes for stamp in files))
+    return f"{plan.checkpoint.location}: {counted(len(files), 'file')}, {size}"
+
+
+def _model(plan: LoadPlan) -> str:
+    config = plan.config
+    padded = config.padded_vocabulary(plan.shards)
+    padding = "" if padded == config.vocab_size else f", padded to {padded:,}"
+    sizes = f"{counted(config.layers, 'layer')}, d_model {config.d_model:,}"
+    heads = counted(config.n_heads, "head")
+    return f"{plan.model_type}: {sizes}, {heads}, vocabulary {config.vocab_size:,}{padding}"
+
+
+def _mesh(plan: LoadPlan) -> str:
+    devices = counted(plan.topology.dp * plan.topology.mp, "device")
+    return f"{plan.topology}: {devices} on {counted(len(plan.topology.host_ids), 'host')}"
+
+
+def _reads(plan: LoadPlan) -> Iterator[tuple[str, str]]:
+    """What hosts read and get from others; those that read about as much share a line."""
+    groups: dict[str, list[int]] = {}
+    for host, read_bytes in plan.bytes_of_hosts.items():
+        groups.setdefault(show_bytes(read_bytes), []).append(host)
+    for read, hosts in groups.items():
+        most = show_bytes(max(map(plan.received_bytes, hosts)))
+        more = f", {most} more from other hosts" if plan.is_exchanged else ""
+        if len(hosts) == 1:
+            yield f"host {number_set(hosts)}", f"reads {read}{more}"
+        else:
+            yield f"hosts {number_set(hosts)}", f"read {read} each{more}"
+
+
+def _parameter_table(plan: LoadPlan) -> Table:
+    """Rows in pairs: parameters that are alike, and below them the tensors that they come from."""
+    headers = "parameter\n← tensor", "on each device\nin the file", "split\nchanges", "bytes"
+    table = display.table(*headers)
+    for group in folded(plan.params):
+        table.add_row(*map(Text, _on_device(group, plan.shards)))
+        table.add_row(*map(Text, _in_file(group)), style="dim")
+    return table
+
+
+def _on_device(group: Sequence[ParamPlan], shards: int) -> tuple[str, str, str, str]:
+    first = group[0]
+    return (
+        fold_names([_name(param) for param in group]),
+        f"{list(first.shard_shape)} {first.dtype.name}",
+        _split(first.spec.split, shards),
+        show_bytes(len(group) * first.shard_bytes),
+    )
+
+
+def _in_file(group: Sequence[ParamPlan]) -> tuple[str, str, str, str]:
+    records = [record for param in group for record in param.view.records]
+    names = fold_all([record.name for record in records]) or ["no tensor"]
+    return (
+        "\n".join(f"← {name}" for name in names),
+        "\n".join(dict.fromkeys(f"{list(r.shape)} {r.dtype}" for r in group[0].view.records)),
+        str(changes(group[0])) if records else "zeros",
+        show_bytes(sum(record.size_bytes for record in records)),
+    )
+
+
+def _split(axis: str | None, shards: int) -> str:
+    if shards == 1:
+        return "whole"
+    return "a copy in each" if axis is None else f"{_SPLIT_AXES.get(axis, axis)} / {shards}"
+
+
+def _fit_table(plan: LoadPlan) -> Table:
+    """Which TPUs the model fits, each with the mesh that makes the most of it."""
+    table = display.table("TPU", "mesh", "parameters on each device", "fits", "tokens of KV cache")
+    for fit in fits(plan):
+        held, memory = show_bytes(fit.device_bytes), show_bytes(fit.slice.hbm_bytes)
+        mesh = f"dp={fit.dp}, mp={fit.mp}"
+        tokens = f"{fit.cache_tokens:,}"
+        table.add_row(fit.slice.name, mesh, f"{held} of {memory}", _verdict(fit), tokens)
+    return table
+
+
+def _verdict(fit: Fit) -> str:
+    if fit.fits:
+        return "yes"
+    if fit.free_bytes < 0:
+        return f"no, {show_bytes(-fit.free_bytes)} too large"
+    return f"no, less than {fit.least_tokens:,} tokens"
+
+
+def _notes(plan: LoadPlan) -> Iterator[Text]:
+    for pair in plan.comparisons:
+        yield Text(f"tied: {pair.copy.name} has to equal {pair.original.name}; compared in loading")
+    for name in fold_all(plan.skipped):
+        yield Text(f"not needed: {name}")
+    for warning in plan.warnings:
+        yield Text(f"warning: {warning}", style="yellow")

@@ -1,0 +1,272 @@
+"""Several hosts from the command line: joining, who prints, and how a parent sees its child end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mtj_loader.cli import supervise, tpu
+from mtj_loader.cli.cluster import Cluster
+from mtj_loader.cli.options import Machine
+from mtj_loader.distributed.join import Place, join
+from mtj_loader.errors import HostError, UsageError
+
+ROOT = Path(__file__).parents[2]
+CLI = [sys.executable, "-m", "mtj_loader.cli"]
+WAIT_SECONDS = 60  # for a process that ends, on a busy machine
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def place(port: int, index: int, count: int = 2) -> list[str]:
+    where = f"--coordinator=127.0.0.1:{port}"
+    return [where, f"--processes={count}", f"--process-id={index}", "--cpu-devices=2"]
+
+
+@contextmanager
+def started(*programs: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Starts processes, each the head of a group of its own; none of a group is left."""
+    running = [
+        subprocess.Popen(
+            program,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for program in programs
+    ]
+    try:
+        yield running
+    finally:
+        for process in running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate(timeout=WAIT_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.support import neox  # noqa: PLC0415
+
+    return neox.write(tmp_path_factory.mktemp("checkpoint"), max_position_embeddings=4096)
+
+
+def test_process_0_prints_and_writes_for_all_and_every_host_verifies(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    load = [*CLI, "load", str(checkpoint), "--mesh=mp=4", "--verify", "--json"]
+    load += [f"--digests={tmp_path / 'digests.json'}"]
+    with started(*([*load, *place(port, index)] for index in range(2))) as (first, second):
+        output, _ = first.communicate(timeout=WAIT_SECONDS)
+        nothing, notes = second.communicate(timeout=WAIT_SECONDS)
+    document = json.loads(output)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert nothing == ""
+    assert "verifying" not in notes
+    hosts = document["report"]["hosts"]
+    assert [host["host"] for host in hosts] == [0, 1]
+    assert document["report"]["bytes_read"] == hosts[0]["bytes_read"] > 0
+    everywhere = 4 * document["report"]["device_bytes"]
+    assert document["verified_bytes"] == everywhere
+    assert document["digests"] == json.loads((tmp_path / "digests.json").read_text())
+    of = document["digests"]["of"].values()
+    assert {tuple(digests) for digests in of} == {("0", "1", "2", "3")}
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_load(checkpoint: Path) -> None:
+    port = free_port()
+    load = [*CLI, "load", str(checkpoint), "--mesh=mp=4", "--report=/no/such/folder/x.json"]
+    with started(*([*load, *place(port, index)] for index in range(2))) as hosts:
+        said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in hosts]
+    assert [process.returncode for process in hosts] == [4, 4]
+    assert "error: cannot write the file\n  file: /no/such/folder/x.json" in said[0]
+    assert "error: host 0 failed in 'files': cannot write the file" in said[1]
+
+
+def test_hosts_that_continue_different_prompts_say_so(checkpoint: Path) -> None:
+    port = free_port()
+    generate = [*CLI, "generate", str(checkpoint), "--mesh=mp=4"]
+    prompts = ["--ids=1 2 3"], ["--ids=1 2 4", "--seed=7"]
+    with started(
+        *([*generate, *own, *place(port, index)] for index, own in enumerate(prompts))
+    ) as hosts:
+        said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in hosts]
+    for process, words in zip(hosts, said, strict=True):
+        assert process.returncode == 2
+        assert "error: the hosts are not about to generate the same\n  found: prompts: " in words
+        assert "seed: 7 on host 1, 0 on host 0" in words
+
+
+def test_when_process_0_is_killed_both_parents_say_how_it_ended(checkpoint: Path) -> None:
+    port = free_port()
+    generate = [*CLI, "generate", str(checkpoint), "--ids=1 2 3", "--max-new-tokens=4000"]
+    generate += ["--mesh=mp=4"]
+    with started(*([*generate, *place(port, index)] for index in range(2))) as (first, second):
+        assert first.stdout is not None
+        assert first.stdout.read(1)  # text is made now
+        (work,) = children(first.pid)
+        (other,) = children(second.pid)
+        os.kill(work, signal.SIGKILL)
+        said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (4, 4)
+    assert f"error: host 0: process {work} was ended by SIGKILL" in said[0]
+    aborted = (
+        f"error: host 1: process {other} was ended by SIGABRT\n  found: JAX ends every host so"
+    )
+    lost = "error: the connection to host 0 is lost"  # if Python code still came to say it
+    assert aborted in said[1] or lost in said[1]
+
+
+def children(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+WORK = """
+import os, sys, time
+from mtj_loader.cli.supervise import supervised
+with supervised(["load", "--coordinator=here:1", "--process-id", "3"]):
+    print(os.getpid(), flush=True)
+    time.sleep({seconds})
+    sys.exit({code})
+"""
+
+
+@contextmanager
+def supervised_work(seconds: float = 60, code: int = 0) -> Iterator[tuple[subprocess.Popen, int]]:
+    """A parent and the process identifier of its child, without JAX."""
+    program = WORK.format(seconds=seconds, code=code)
+    with started([sys.executable, "-c", program]) as (parent,):
+        assert parent.stdout is not None
+        yield parent, int(parent.stdout.readline())
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_exit_code_is_the_childs(code: int) -> None:
+    with supervised_work(seconds=0, code=code) as (parent, child):
+        assert parent.pid != child
+        assert parent.wait(WAIT_SECONDS) == code
+
+
+def test_ctrl_c_reaches_the_child() -> None:
+    with supervised_work() as (parent, child):
+        parent.send_signal(signal.SIGINT)
+        assert parent.wait(WAIT_SECONDS) == 130
+        assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_child_that_a_signal_ends_is_named() -> None:
+    with supervised_work() as (parent, child):
+        parent.send_signal(signal.SIGTERM)
+        _, said = parent.communicate(timeout=WAIT_SECONDS)
+    assert f"host 3: process {child} was ended by SIGTERM" in said
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_without_its_parent_the_child_is_gone(stopped: bool) -> None:
+    with supervised_work() as (parent, child):
+        if stopped:
+            os.kill(child, signal.SIGSTOP)
+        parent.kill()
+        parent.wait(WAIT_SECONDS)
+        deadline = time.monotonic() + WAIT_SECONDS
+        while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not Path(f"/proc/{child}").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["load", "x", "--coordinator", "a:1"], True),
+        (["generate", "x", "--coordinator=a:1"], True),
+        (["load", "x"], False),
+        (["inspect", "x"], False),
+        ([], False),
+    ],
+)
+def test_who_is_supervised(arguments: list[str], expected: bool) -> None:
+    assert supervise.is_one_of_many(arguments) is expected
+
+
+@pytest.mark.parametrize(("command", "expected"), [("load", True), ("plan", False)])
+def test_on_a_tpu_machine_what_uses_devices_is_supervised(
+    monkeypatch: pytest.MonkeyPatch, command: str, expected: bool
+) -> None:
+    monkeypatch.setattr(supervise, "on_cloud_tpu", lambda: True)
+    assert supervise.is_one_of_many([command, "x"]) is expected
+
+
+def test_this_machine_has_no_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert not tpu.on_cloud_tpu()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"processes": 2, "process_id": 0}, "no --coordinator"),
+        ({"coordinator": "a:1"}, "no --processes, --process-id"),
+    ],
+)
+def test_options_that_are_missing_are_named(given: dict, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Cluster(**given).join(Machine())
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "processes", "process_id", "said"),
+    [
+        ("a:1", 2, 2, "0 to 1, as there are 2 processes"),
+        ("a:1", 0, 0, "no such process"),
+        ("a", 2, 0, "HOST:PORT"),
+        (":80", 2, 0, "HOST:PORT"),
+        ("a:b", 2, 0, "HOST:PORT"),
+        ("a:70000", 2, 0, "HOST:PORT"),
+    ],
+)
+def test_places_that_cannot_be(
+    coordinator: str, processes: int, process_id: int, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        Place(coordinator, processes, process_id)
+
+
+def test_an_address_of_ipv6() -> None:
+    assert Place("[::1]:80", 1, 0).address == ("::1", 80)
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(HostError, match=f"cannot listen on port {port}"):
+            join(Place(f"127.0.0.1:{port}", 2, 0), seconds=1)
+
+
+def test_nobody_answers() -> None:
+    with pytest.raises(HostError, match=r"nobody answers at 127.0.0.1:\d+ for 0.1 s"):
+        join(Place(f"127.0.0.1:{free_port()}", 2, 1), seconds=0.1)
+
+
+def test_not_all_come() -> None:
+    arguments = [*CLI, "load", "x", *place(free_port(), 0), "--host-timeout=2"]
+    with started(arguments) as (process,):
+        _, said = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 4
+    assert said.startswith("error: not all 2 processes came to 127.0.0.1:")

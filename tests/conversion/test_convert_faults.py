@@ -1,0 +1,270 @@
+"""Conversion when something fails: whatever it is and whenever, the target is whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mtj_loader
+from mtj_loader.conversion import convert_tensors
+from mtj_loader.errors import MachineError, StorageError
+from tests.conversion.test_convert import leftovers, refusal, snapshot, write
+from tests.support.checkpoints import safetensors_bytes
+
+ROOT = Path(__file__).parents[2]
+CALLS = ["open", "pwrite", "preadv", "fsync", "mkdir", "rename"]  # of the module os
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "tiny")
+
+
+class Fault:
+    """Makes the n-th call of any of CALLS fail, in whatever thread it is made."""
+
+    def __init__(self, monkeypatch, n: int, error: BaseException) -> None:
+        self.left, self.error, self.lock = n, error, threading.Lock()
+        for name in CALLS:
+            monkeypatch.setattr(os, name, self.guarded(getattr(os, name)))
+
+    def guarded(self, call):
+        def run(*arguments, **options):
+            with self.lock:
+                self.left -= 1
+                fails = self.left == 0
+            if fails:
+                raise self.error
+            return call(*arguments, **options)
+
+        return run
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr
+)
+def test_any_call_may_fail(source, monkeypatch, error, overwrite):
+    """Every call of the system in turn: Ctrl-C, and a full disk."""
+    out, kind, options = source.with_name("out"), type(error), {"overwrite": overwrite}
+    expected = snapshot(Path(mtj_loader.convert(source, out, dtype="float16").out))
+    old = write(source.with_name("old"))
+    for n in itertools.count(1):
+        mtj_loader.convert(old, out, dtype="float32", overwrite=True)
+        before = snapshot(out)
+        if not overwrite:
+            out.rename(source.with_name("elsewhere"))
+        with monkeypatch.context() as patch:
+            fault = Fault(patch, n, error)
+            failed = fails(lambda: mtj_loader.convert(source, out, dtype="float16", **options))
+        done = out.exists() and snapshot(out) == expected  # also if it came after the rename
+        untouched = snapshot(out) == before if overwrite else not out.exists()
+        assert done or (failed and untouched)
+        assert failed in (None, KeyboardInterrupt if kind is KeyboardInterrupt else StorageError)
+        left = {name for name in leftovers(source.parent) if name.startswith(".")}
+        assert all(name.endswith(".old") and snapshot(out) == expected for name in left)
+        if fault.left > 0:
+            break
+        clean(source.parent)
+    assert n > 20
+
+
+def fails(function) -> type | None:
+    """What a function raises of what it may raise here."""
+    try:
+        function()
+    except (KeyboardInterrupt, MachineError) as error:
+        return type(error)
+    return None
+
+
+def clean(folder: Path) -> None:
+    for name in leftovers(folder):
+        if name not in ("tiny", "old", "out"):
+            subprocess.run(["rm", "-r", str(folder / name)], check=True)
+
+
+def test_full_disk_in_plain_words(source, monkeypatch):
+    def pwrite(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    message = refusal(StorageError, source, dtype="float16")
+    assert message.startswith("cannot write\n")
+    assert "found: No space left on device\n" in message
+    assert "make room, or name another disk" in message
+    assert leftovers(source.parent) == ["tiny"]
+
+
+def test_no_thread_outlives_a_failure(source, monkeypatch):
+    def slow(*arguments):
+        time.sleep(0.2)
+        raise StorageError("cannot write")
+
+    monkeypatch.setattr(convert_tensors, "write_at", slow)
+    before = {*threading.enumerate()}
+    refusal(StorageError, source, dtype="float16")
+    assert {*threading.enumerate()} <= before
+
+
+def test_short_writes_are_continued(source, monkeypatch):
+    whole = mtj_loader.convert(source, source.with_name("whole"), dtype="float16")
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:5], at))
+    parts = mtj_loader.convert(source, source.with_name("parts"), dtype="float16")
+    assert snapshot(Path(whole.out)) == snapshot(Path(parts.out))
+
+
+def test_everything_is_on_the_disk_before_the_rename(source, monkeypatch):
+    """fsync of every file, then of their folder, then the name, then the name on the disk."""
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def logged_fsync(descriptor):
+        events.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        fsync(descriptor)
+
+    def logged_rename(old, new):
+        events.append(("rename", str(old)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "rename", logged_rename)
+    report = mtj_loader.convert(source, dtype="float16")
+    *files, folder, rename_, parent = events
+    assert {Path(path).name for _, path in files} == set(snapshot(Path(report.out)))
+    assert folder == ("fsync", rename_[1])
+    assert rename_[0] == "rename"
+    assert parent == ("fsync", str(source.parent))
+
+
+# Signals, to the command line in a process of its own.
+
+SLOW = """
+import os, sys, time
+from mtj_loader.cli import main
+from mtj_loader.conversion import {module} as module
+before = module.{function}
+def slow(*arguments, **options):
+    os.write(1, b"ready\\n")  # at once, from any thread
+    time.sleep(0.5)
+    return before(*arguments, **options)
+module.{function} = slow
+main(sys.argv[1:])
+"""
+MOMENTS = {
+    "copying": ("execute", "copy_file"),
+    "headers": ("execute", "_write_other_files"),
+    "tensors": ("stream", "write_at"),
+    "checking": ("execute", "check_unchanged"),
+    "syncing": ("folder", "_sync"),
+}
+
+
+def start(source: Path, moment: str, *arguments: str) -> subprocess.Popen[str]:
+    module, function = MOMENTS[moment]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", SLOW.format(module=module, function=function),
+         "convert", str(source), "--dtype", "float16", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_signals_leave_nothing(source, moment, number, code):
+    (source / "README.md").write_text("text")
+    process = start(source, moment)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert stderr == ("interrupted\n" if code == 130 else "terminated\n")
+    assert leftovers(source.parent) == ["tiny"]
+
+
+def test_many_ctrl_c_leave_nothing(source):
+    process = start(source, "tensors")
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    process.communicate(timeout=30)
+    assert process.returncode in (130, -signal.SIGINT)  # the last came when it was ending
+    assert leftovers(source.parent) == ["tiny"]
+
+
+def test_ctrl_c_keeps_what_would_be_overwritten(source):
+    out = Path(mtj_loader.convert(source, dtype="float16").out)
+    before = snapshot(out)
+    process = start(source, "syncing", "--overwrite")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert snapshot(out) == before
+    assert leftovers(source.parent) == ["tiny", "tiny-float16"]
+
+
+def test_killed_process_leaves_no_target(source):
+    process = start(source, "syncing")
+    process.kill()
+    process.communicate(timeout=30)
+    left = [name for name in leftovers(source.parent) if name != "tiny"]
+    assert len(left) == 1
+    assert left[0].startswith(".tiny-float16.")
+    assert left[0].endswith(".partial")
+
+
+# Memory.
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """300 MB of tensors, in far less than the least `host_memory`, 64 MiB."""
+    source = write(tmp_path / "s")
+    elements = 150_000_000
+    entry = {"dtype": "BF16", "shape": [elements], "data_offsets": [0, 2 * elements]}
+    with (source / "model.safetensors").open("wb") as file:
+        file.write(safetensors_bytes({"w": entry}))
+        file.truncate(file.tell() + 2 * elements)  # zeros that take no room
+    script = (
+        "import resource, sys, mtj_loader\n"
+        "mtj_loader.convert\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "report = mtj_loader.convert(sys.argv[1], dtype='float16', progress=False)\n"
+        "print(peak() - before)\n"
+    )
+    grown = subprocess.run(
+        [sys.executable, "-c", script, str(source)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert int(grown) * 1024 < 64 << 20
+
+
+def test_open_files_do_not_pile_up(tmp_path, monkeypatch):
+    source = write(tmp_path / "s", {f"h.{i}.w": np.ones(3, np.float32) for i in range(300)})
+    monkeypatch.setattr(convert_tensors, "CHUNK_BYTES", 4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))
+    try:
+        mtj_loader.convert(source, dtype="float16", max_shard_size=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

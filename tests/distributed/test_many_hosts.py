@@ -1,0 +1,363 @@
+"""What hosts say to each other, with threads for hosts and a dictionary for JAX's store."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jax.errors import JaxRuntimeError
+
+import mtj_loader
+from mtj_loader.distributed import hosts as hosts_module
+from mtj_loader.distributed import key_value_store, many_hosts
+from mtj_loader.distributed.agreement import disagreement, plan_facts
+from mtj_loader.distributed.host_failure import of_error, of_lateness
+from mtj_loader.distributed.hosts import ALONE, tell_others, together, wait_for_arrays
+from mtj_loader.distributed.key_value_store import Store, call_with_timeout
+from mtj_loader.distributed.many_hosts import ManyHosts
+from mtj_loader.distributed.shared_headers import open_for_all, pack, unpack
+from mtj_loader.errors import CheckpointError, HostError, MemoryLimitError, MeshError, UsageError
+from mtj_loader.formats.checkpoint import open_checkpoint
+from tests.support import neox
+
+LONG = 60.0
+
+
+class Client:
+    """JAX's client as far as it is used, over a dictionary that threads share."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.changed = threading.Condition()
+
+    def blocking_key_value_get_bytes(self, key: str, milliseconds: int) -> bytes:
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
+                raise JaxRuntimeError("DEADLINE_EXCEEDED: nobody wrote it")
+            return self.values[key]
+
+    def key_value_set_bytes(self, key: str, value: bytes, overwrite: bool = False) -> None:
+        assert len(value) < 4 << 20, "gRPC takes no more"
+        with self.changed:
+            if key in self.values and not overwrite:
+                raise JaxRuntimeError("ALREADY_EXISTS: somebody wrote it")
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def key_value_delete(self, folder: str) -> None:
+        for key in [key for key in self.values if key.startswith(f"{folder}/")]:
+            del self.values[key]
+
+    def key_value_dir_get_bytes(self, folder: str) -> list[tuple[str, bytes]]:
+        return [(k, v) for k, v in self.values.items() if k.startswith(f"{folder}/")]
+
+
+def on_each(
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    work: Callable[[ManyHosts], object],
+    late_seconds: float = LONG,
+    *,
+    client: Client | None = None,
+    number: int = 0,
+) -> list[Any]:
+    """Runs something on several hosts at once: what each returns, or the error it raises."""
+    monkeypatch.setattr(many_hosts, "_numbers", itertools.repeat(number))
+    monkeypatch.setattr(many_hosts.jax, "devices", list)
+    client = client or Client()
+
+    def run(index: int) -> object:
+        hosts = ManyHosts(Store(client, index, count), late_seconds)
+        try:
+            with hosts.session():
+                return work(hosts)
+        except BaseException as error:  # noqa: BLE001 -- it is the outcome
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_values_are_gathered_in_the_order_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = on_each(monkeypatch, 3, lambda hosts: hosts.gather("x", b"of %d" % hosts.index))
+    assert made == [[b"of 0", b"of 1", b"of 2"]] * 3
+
+
+def test_what_the_load_before_wrote_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client()
+    for number in range(3):
+        on_each(monkeypatch, 2, lambda hosts: hosts.gather("x", b"y"), client=client, number=number)
+    assert {key.split("/")[1] for key in client.values} == {"2"}
+
+
+def test_who_waits_gives_up_with_the_first_that_waited_in_vain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Silent(Client):
+        def key_value_set_bytes(self, key: str, value: bytes, overwrite: bool = False) -> None:
+            silent.wait(LONG)
+
+    silent, shared = threading.Event(), Store(Silent(), 1, 2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(shared.overwrite, "a", b"")  # for 10 s, it believes
+        while not [t for t in threading.enumerate() if t.name == "mtj_loader_aside"]:
+            time.sleep(0.001)
+        monkeypatch.setattr(key_value_store, "ANSWER_SECONDS", 0.1)
+        with pytest.raises(HostError, match=r"host 0 has not answered for 0\.1 s"):
+            shared.overwrite("b", b"")
+        with pytest.raises(HostError, match="host 0 has not answered"):
+            waiting.result(timeout=5)
+    silent.set()
+
+
+def test_only_the_first_makes_what_all_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = np.random.default_rng(0).bytes(5 << 20)  # nothing compresses it
+    makers: list[int] = []
+
+    def work(hosts: ManyHosts) -> bytes:
+        return hosts.broadcast("x", lambda: (makers.append(hosts.index), large)[1])
+
+    assert on_each(monkeypatch, 2, work) == [large, large]
+    assert makers == [0]
+
+
+def test_the_error_of_one_is_the_error_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(hosts: ManyHosts) -> None:
+        with hosts.phase("read"):
+            if hosts.index == 1:
+                raise CheckpointError("the file is truncated", file="a")
+
+    first, second, third = on_each(monkeypatch, 3, work)
+    assert str(first) == str(third) == "host 1 failed in 'read': the file is truncated\n  file: a"
+    assert isinstance(second, CheckpointError)
+    assert (first.host, first.exit_code) == (1, 3)
+
+
+def test_who_works_stops_when_another_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(hosts: ManyHosts) -> None:
+        with hosts.phase("read"):
+            if hosts.index == 0:
+                raise MemoryLimitError("out of memory")
+            while True:
+                hosts.check()
+                time.sleep(0.01)
+
+    first, second = on_each(monkeypatch, 2, work)
+    assert isinstance(first, MemoryLimitError)
+    assert str(second) == "host 0 failed in 'read': out of memory"
+
+
+def test_who_is_late_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(hosts: ManyHosts) -> None:
+        with hosts.phase("read"):
+            while hosts.index in (1, 2):
+                hosts.check()
+                time.sleep(0.01)
+
+    found = on_each(monkeypatch, 4, work, late_seconds=2)
+    said = {str(error).rpartition(" of host")[0] for error in found}
+    assert said == {"hosts 1, 2 did not finish 'read' within 2 s"}
+
+
+def test_who_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many_hosts, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(many_hosts, "_LEAVE_SECONDS", 0.1)
+    beat = ManyHosts._watch
+    monkeypatch.setattr(ManyHosts, "_watch", lambda hosts: hosts.index != 1 and beat(hosts))
+    said = threading.Event()
+
+    def work(hosts: ManyHosts) -> None:
+        hosts._store.overwrite(hosts._key("beat", 1), b"the last")
+        try:
+            with hosts.phase("read"):
+                if hosts.index == 1:
+                    said.wait(60)
+                    raise KeyboardInterrupt
+        finally:
+            said.set()
+
+    first, _ = on_each(monkeypatch, 2, work)
+    assert str(first).startswith("host 1 has not been heard of for 0.5 s: its process died or is")
+
+
+def test_an_error_of_the_runtime_is_blamed_on_the_host_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def work(hosts: ManyHosts) -> None:
+        with hosts.phase("exchange"):
+            if hosts.index == 0:
+                raise JaxRuntimeError("Connection closed by peer")
+            raise KeyboardInterrupt
+
+    first, _ = on_each(monkeypatch, 2, work)
+    assert str(first) == "host 1 was interrupted in 'exchange'"
+    assert first.exit_code == 130
+
+
+def test_who_is_told_to_stop_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(hosts: ManyHosts) -> None:
+        if hosts.index == 1:
+            monkeypatch.setattr(hosts_module, "_under_way", [hosts])
+            tell_others(143)
+            raise SystemExit
+        hosts.barrier("end")
+
+    first, _ = on_each(monkeypatch, 2, work)
+    assert str(first) == "host 1 was told to stop"
+    assert first.exit_code == 143
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (UsageError("no"), "host 2 failed in 'plan': no", 2),
+        (KeyboardInterrupt(), "host 2 was interrupted in 'plan'", 130),
+        (SystemExit(143), "host 2 was ended in 'plan'", 143),
+        (SystemExit("why"), "host 2 was ended in 'plan'", 1),
+        (MemoryError("much"), "host 2 failed in 'plan': MemoryError: much", 4),
+        (KeyError("x"), "host 2 failed in 'plan': KeyError: 'x'", 1),
+    ],
+)
+def test_what_others_say_of_an_error(error: BaseException, said: str, code: int) -> None:
+    failure = of_error(2, "plan", error)
+    assert (failure.what, failure.exit_code) == (said, code)
+
+
+def test_one_late_host() -> None:
+    assert (
+        of_lateness([3], "read", 300, 0).what
+        == "host 3 did not finish 'read' within 300 s of host 0"
+    )
+
+
+def test_a_call_that_never_returns() -> None:
+    with pytest.raises(TimeoutError):
+        call_with_timeout(threading.Event().wait, 0.1)
+    with pytest.raises(ZeroDivisionError):
+        call_with_timeout(lambda: 1 // 0, LONG)
+
+
+def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_value_store, "ANSWER_SECONDS", 0.1)
+    client = Client()
+    monkeypatch.setattr(client, "key_value_set_bytes", lambda *_: threading.Event().wait())
+    with pytest.raises(HostError, match=r"host 0 has not answered for 0.1 s"):
+        Store(client, 1, 2).put("key", b"value")
+
+
+def test_a_store_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client()
+
+    def fail(*_: object) -> None:
+        raise JaxRuntimeError("UNAVAILABLE: failed to connect\nRPC: GetKeyValue")
+
+    monkeypatch.setattr(client, "blocking_key_value_get_bytes", fail)
+    with pytest.raises(HostError, match=r"lost\n  found: UNAVAILABLE: failed to connect$"):
+        Store(client, 1, 2).get("key", 1)
+
+
+def test_alone_nothing_is_waited_for_and_no_thread_is_begun() -> None:
+    before = threading.active_count()
+    with together() as hosts, hosts.phase("read"):
+        hosts.check()
+        hosts.barrier("x")
+        assert hosts is ALONE
+        assert hosts.gather("x", b"1") == [b"1"]
+        assert hosts.broadcast("x", lambda: b"2") == b"2"
+        assert threading.active_count() == before
+
+
+def test_several_processes_that_did_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_value_store.jax, "process_count", lambda: 2)
+    with pytest.raises(UsageError, match="2 processes share these devices"), together():
+        pass
+
+
+def test_waiting_for_devices_looks_at_the_others() -> None:
+    class Never:
+        def is_ready(self) -> bool:
+            return False
+
+    def check() -> None:
+        raise HostError("host 1 is gone")
+
+    with pytest.raises(HostError, match="host 1 is gone"):
+        wait_for_arrays([Never()], check)
+
+
+def test_headers_survive_being_handed_on(tmp_path: Path) -> None:
+    opened = open_checkpoint(neox.write(tmp_path))
+    headers, commit = unpack(pack(opened))
+    assert headers.index == opened.index
+    assert (headers.config, headers.generation_config) == (
+        opened.config,
+        opened.generation_config,
+    )
+    assert commit is None
+    assert unpack(pack(replace(opened, commit="0f" * 20)))[1] == "0f" * 20
+
+
+def test_copies_of_other_times_are_the_same_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folders = [neox.write(tmp_path / name) for name in "ab"]
+    os.utime(folders[1] / "model.safetensors", (1, 1))
+    made = on_each(
+        monkeypatch,
+        2,
+        lambda hosts: open_for_all(
+            hosts, lambda headers, _: open_checkpoint(folders[hosts.index], headers=headers)
+        ),
+    )
+    assert made[0].index.records == made[1].index.records
+    (stamp,) = made[1].index.files.values()
+    assert stamp.version == str(10**9)
+
+
+def test_every_difference_is_told() -> None:
+    facts = [{"map": "a" * 64, "dtype": "x"}, {"map": "a" * 64, "dtype": "y"}, {"map": "b" * 64}]
+    error = disagreement(facts, "load the same")
+    assert error.exit_code == 2
+    assert error.found == "; ".join([
+        "dtype: y on host 1, x on host 0",
+        "dtype: nothing on host 2, x on host 0",
+        f"map: {'b' * 12} on host 2, {'a' * 12} on host 0",
+    ])  # fmt: skip
+
+
+def test_facts_follow_what_a_plan_is_made_from(tmp_path: Path) -> None:
+    mesh = mtj_loader.make_mesh("mp=2")
+    neox.write(tmp_path / "a")
+    one = plan_facts(mtj_loader.plan(tmp_path / "a", mesh), mesh)
+    neox.write(tmp_path / "b")
+    assert plan_facts(mtj_loader.plan(tmp_path / "b", mesh), mesh) == one
+    neox.write(tmp_path / "c", rotary_pct=0.25)
+    other = plan_facts(mtj_loader.plan(tmp_path / "c", mesh, check_finite=True), mesh)
+    assert {name for name in one if one[name] != other[name]} == {"config", "check_finite"}
+
+
+def test_other_weights_in_a_file_of_the_same_size_are_told_apart(tmp_path: Path) -> None:
+    mesh = mtj_loader.make_mesh("mp=2")
+    path = neox.write(tmp_path) / "model.safetensors"
+    one = plan_facts(mtj_loader.plan(tmp_path, mesh), mesh)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    other = plan_facts(mtj_loader.plan(tmp_path, mesh), mesh)
+    assert {n for n in one if one[n] != other[n]} == {"content of model.safetensors"}
+
+
+def test_a_mesh_without_this_host_is_refused(tmp_path: Path, monkeypatch) -> None:
+    plan = mtj_loader.plan(neox.write(tmp_path), mtj_loader.make_mesh("mp=2"))
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    with pytest.raises(MeshError, match="no device of this host"):
+        mtj_loader.load(plan=plan)

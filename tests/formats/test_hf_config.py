@@ -1,0 +1,217 @@
+"""config.json: one spelling for all versions, and strict reading."""
+
+from __future__ import annotations
+
+import pytest
+
+from mtj_loader.errors import ConfigError
+from mtj_loader.formats.hf_config import IGNORED_KEYS, Reader, normalize
+
+
+def normal(**config):
+    return normalize(config, file="config.json")
+
+
+def reader(**config):
+    return Reader(config, "config.json")
+
+
+def test_old_spelling_gains_the_new_one():
+    config = normal(rotary_pct=0.5, rotary_emb_base=500, torch_dtype="float16")
+    assert config["rope_parameters"] == {
+        "rope_type": "default",
+        "rope_theta": 500,
+        "partial_rotary_factor": 0.5,
+    }
+    assert config["dtype"] == "float16"
+    assert config["rope_scaling"] is None
+    assert config["rope_theta"] == 500
+
+
+def test_new_spelling_gains_the_old_one():
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    config = normal(rope_parameters=rope, dtype="bfloat16")
+    assert config["rotary_pct"] == 0.25
+    assert config["rotary_emb_base"] == 1e4
+    assert config["rope_scaling"] == {**rope, "type": "linear"}
+    assert config["torch_dtype"] == "bfloat16"
+
+
+def test_rope_scaling_of_either_age_becomes_rope_parameters():
+    for key in ("type", "rope_type"):
+        config = normal(rope_scaling={key: "dynamic", "factor": 3})
+        assert config["rope_parameters"] == {"rope_type": "dynamic", "factor": 3}
+
+
+def test_normalizing_twice_changes_nothing():
+    config = normal(rotary_pct=0.5, rope_scaling={"type": "linear", "factor": 2.0}, hidden_size=8)
+    assert normalize(config, file="config.json") == config
+
+
+def test_a_config_without_rope_gains_none():
+    config = normal(hidden_size=8, rope_scaling=None)
+    assert config == {"hidden_size": 8, "rope_scaling": None}
+
+
+def test_the_input_is_left_alone():
+    rope = {"rope_theta": 10}
+    config = {"rope_parameters": rope}
+    normalize(config, file="config.json")
+    assert config == {"rope_parameters": {"rope_theta": 10}}
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "values"),
+    [
+        (
+            {"rotary_pct": 0.25, "rope_parameters": {"partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor and rotary_pct",
+            "0.5 and 0.25",
+        ),
+        ({"rope_theta": 1, "rotary_emb_base": 2}, "rope_theta and rotary_emb_base", "1 and 2"),
+        (
+            {"dtype": "float16", "torch_dtype": "float32"},
+            "dtype and torch_dtype",
+            '"float16" and "float32"',
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "yarn"}},
+            "rope_scaling.type and rope_scaling.rope_type",
+            '"linear" and "yarn"',
+        ),
+        (
+            {"rope_theta": 1, "rotary_emb_base": True},
+            "rope_theta and rotary_emb_base",
+            "1 and true",
+        ),
+    ],
+)
+def test_spellings_that_disagree_are_refused(config, names, values):
+    with pytest.raises(ConfigError, match="two spellings of one setting disagree") as caught:
+        normal(**config)
+    assert (caught.value.key, caught.value.found) == (names, values)
+    assert caught.value.file == "config.json"
+
+
+def test_equal_numbers_agree_whatever_their_type():
+    assert normal(rope_theta=10000, rotary_emb_base=10000.0)["rope_theta"] == 10000
+
+
+def test_rope_parameters_must_be_an_object():
+    with pytest.raises(ConfigError, match="not an object") as caught:
+        normal(rope_parameters=[1])
+    assert caught.value.key == "rope_parameters"
+
+
+@pytest.mark.parametrize("value", [True, 0, -1, 2.0, "2", 2**31, 10**400, [2], {}])
+def test_what_is_no_positive_integer(value):
+    with pytest.raises(ConfigError, match="not a legal value") as caught:
+        reader(hidden_size=value).integer("hidden_size")
+    assert caught.value.key == "hidden_size"
+    assert caught.value.expected == "a whole number from 1 to 2147483647"
+
+
+def test_an_enormous_integer_is_described_not_printed():
+    with pytest.raises(ConfigError, match="a whole number of 16610 bits"):
+        reader(hidden_size=10**5000).integer("hidden_size")
+
+
+@pytest.mark.parametrize("value", [False, "1", -0.5, float("nan"), float("inf"), 10**400, [1.0]])
+def test_what_is_no_number(value):
+    with pytest.raises(ConfigError, match="not a legal value") as caught:
+        reader(layer_norm_eps=value).number("layer_norm_eps")
+    assert caught.value.expected == "a finite number of at least 0.0"
+
+
+@pytest.mark.parametrize("value", [0, 1, "true", [True]])
+def test_what_is_no_flag(value):
+    with pytest.raises(ConfigError, match="not a legal value") as caught:
+        reader(tie=value).flag("tie")
+    assert caught.value.expected == "true or false"
+
+
+@pytest.mark.parametrize("value", ["gelu_10", "GELU", 1, ["gelu"]])
+def test_what_is_no_choice(value):
+    with pytest.raises(ConfigError, match="not a legal value") as caught:
+        reader(act=value).choice("act", ["gelu", "relu"])
+    assert caught.value.expected == "one of gelu, relu"
+
+
+@pytest.mark.parametrize("value", [1.0, [1.0, True], [1.0, -1.0], ["1"]])
+def test_what_is_no_list_of_numbers(value):
+    with pytest.raises(ConfigError, match="not a legal value"):
+        reader(factors=value).numbers("factors")
+
+
+def test_good_values():
+    config = reader(a=3, b=3, c=[1, 2.5], d=False, e="relu")
+    assert config.integer("a", high=3) == 3
+    assert config.number("b") == 3.0
+    assert isinstance(config.number("b"), float)
+    assert config.numbers("c") == (1.0, 2.5)
+    assert config.flag("d") is False
+    assert config.choice("e", ["relu"]) == "relu"
+
+
+def test_absent_and_null_take_the_default():
+    config = reader(a=None)
+    for key in ("a", "b"):
+        assert config.integer(key, 7) == 7
+        assert config.flag(key, False) is False
+        assert not config.has(key)
+
+
+@pytest.mark.parametrize("config", [{}, {"a": None}])
+def test_without_a_default_a_setting_is_required(config):
+    with pytest.raises(ConfigError, match="a setting that the model needs is missing") as caught:
+        reader(**config).integer("a")
+    assert caught.value.key == "a"
+
+
+def test_a_key_that_nobody_asked_for_is_refused():
+    config = reader(hidden_size=8, logit_softcap=30.0, use_cache=True)
+    config.integer("hidden_size")
+    with pytest.raises(ConfigError, match="may change what the model computes") as caught:
+        config.refuse_rest()
+    assert (caught.value.key, caught.value.found) == ("logit_softcap", "30.0")
+    config.refuse_rest(harmless=["logit_softcap"])
+
+
+def test_harmless_keys_pass_whatever_they_say():
+    reader(**dict.fromkeys(IGNORED_KEYS, "anything")).refuse_rest()
+
+
+def test_import_names_are_read_past():
+    reader(auto_map={"AutoConfig": "os.system"}).refuse_rest()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "neutral"),
+    [
+        ("quantization_config", {"quant_method": "gptq"}, "null"),
+        ("is_encoder_decoder", True, "false"),
+        ("pruned_heads", {"0": [1]}, "{}"),
+    ],
+)
+def test_settings_that_are_not_supported_are_refused_by_name(key, value, neutral):
+    with pytest.raises(ConfigError, match="a setting that is not supported") as caught:
+        reader(**{key: value}).refuse_rest()
+    assert (caught.value.key, caught.value.expected) == (key, neutral)
+
+
+def test_settings_that_are_not_supported_pass_at_the_value_of_the_reference():
+    reader(quantization_config=None, is_encoder_decoder=False, pruned_heads={}).refuse_rest()
+
+
+def test_errors_inside_rope_parameters_carry_the_path():
+    config = reader(rope_parameters={"factor": "two"})
+    with pytest.raises(ConfigError) as caught:
+        config.rope().number("factor")
+    assert caught.value.key == "rope_parameters.factor"
+    config.refuse_rest()
+
+
+def test_a_long_value_is_cut():
+    with pytest.raises(ConfigError) as caught:
+        reader(a="x" * 1000).flag("a")
+    assert len(str(caught.value.found)) < 100

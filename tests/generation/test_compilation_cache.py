@@ -1,0 +1,116 @@
+"""Compiled programs on disk: where they are kept, and who decides that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+import mtj_loader
+from mtj_loader.generation.compilation_cache import default_folder, keep_compiled
+from tests.support import neox
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """JAX as it is by default, and a user's cache folder; both undone."""
+    before = {name: getattr(jax.config, name) for name in OPTIONS}
+    jax.config.update("jax_enable_compilation_cache", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield tmp_path / "cache/mtj_loader/xla"
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert default_folder() == Path("/caches/mtj_loader/xla")
+    for nothing in ("", "relative"):  # which the specification has ignored
+        monkeypatch.setenv("XDG_CACHE_HOME", nothing)
+        assert default_folder() == Path("/home/somebody/.cache/mtj_loader/xla")
+
+
+def test_programs_are_kept_by_default(cache: Path):
+    assert keep_compiled() == ()
+    assert jax.config.jax_compilation_cache_dir == str(cache)
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert keep_compiled() == ()
+
+
+def test_what_jax_was_told_before_holds(cache: Path, tmp_path: Path):
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
+    assert keep_compiled() == ()
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 7.0
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    assert keep_compiled() == ()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+
+
+def test_the_cache_can_be_off(cache: Path, tmp_path: Path):
+    folder = neox.write(tmp_path / "model")
+    mtj_loader.load(folder, "mp=1", compilation_cache=False)
+    assert jax.config.jax_compilation_cache_dir is None
+    jax.config.update("jax_enable_compilation_cache", False)
+    mtj_loader.load(folder, "mp=1")
+    assert jax.config.jax_compilation_cache_dir is None
+    assert not cache.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_a_warning(cache: Path, tmp_path: Path):
+    (tmp_path / "cache").write_text("a file is in the way")
+    model = mtj_loader.load(neox.write(tmp_path / "model"), "mp=1")
+    (warning,) = model.report.warnings
+    assert warning.startswith("compiled programs are not kept for the next start: ")
+    assert str(tmp_path / "cache") in warning
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    assert keep_compiled() == (
+        f"compiled programs are not kept for the next start: {cache} is not writable",
+    )
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+SCRIPT = """
+import json, sys
+import jax, jax.numpy as jnp
+found = []
+jax.monitoring.register_event_listener(lambda event, **_: found.append(event.split("/")[-1]))
+jax.jit(jnp.sin)(1.0)  # the cache comes after the first compilation
+import mtj_loader
+mtj_loader.load(sys.argv[1], "mp=1")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+model = mtj_loader.load(sys.argv[1], "mp=1", warm_up=[(1, 5)])
+text = model.generate([5, 6], max_new_tokens=4, temperature=0.0)
+print(json.dumps([found.count("cache_hits"), text]))
+"""
+
+
+def test_the_next_start_finds_what_this_one_compiled(tmp_path: Path):
+    folder = neox.write(tmp_path / "model")
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_COMPILATION_CACHE"}
+    environment |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(folder)]
+    (_, text), (hits, again) = (
+        json.loads(subprocess.check_output(command, env=environment, timeout=300)) for _ in "12"
+    )
+    assert hits >= 4  # prefill, step, and the choice of tokens with and without chance
+    assert text == again
+    assert list((tmp_path / "cache/mtj_loader/xla").iterdir())

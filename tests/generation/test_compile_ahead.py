@@ -1,0 +1,359 @@
+"""Compiling while loading: generation finds it, and neither a failure nor an error waits for it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+from typer.testing import CliRunner, Result
+
+import mtj_loader
+from mtj_loader.cli.app import app
+from mtj_loader.distributed.hosts import Hosts
+from mtj_loader.errors import CheckpointError, UsageError
+from mtj_loader.generation import compile_ahead
+from mtj_loader.generation.batch import Shape, make_batch
+from mtj_loader.generation.compile_ahead import Compiled, on_all_hosts, read_shapes, reported
+from mtj_loader.generation.prompts import Prompt, PromptRules
+from mtj_loader.loading.stream import Streamer
+from mtj_loader.models.forward import Forward
+from tests.support import adapters, neox
+
+GOLDENS = Path(__file__).parents[1] / "data/goldens"
+COMPILING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
+GREEDY = {"temperature": 0.0, "max_new_tokens": 4}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return neox.write(tmp_path / "model")
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Whatever is traced, lowered or compiled meanwhile."""
+    found: list[str] = []
+
+    def listen(event: str, _: float, **facts: str | int) -> None:
+        if event.endswith(COMPILING):
+            found.append(f"{event} {facts}")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def load(path: Path, mesh: str, **options) -> mtj_loader.Model:
+    """Loads, and waits until nothing compiles any more."""
+    model = mtj_loader.load(path, mesh, **options)
+    wait(model.compiled.steps.values())
+    return model
+
+
+# What is compiled ahead is what generation runs.
+
+
+def test_generation_compiles_nothing_that_was_warmed_up(folder: Path):
+    model = load(folder, "mp=2", warm_up=[(1, 18, 3)])
+    with compilations() as found:
+        model.generate([5] * 18, max_new_tokens=3)
+        model.generate([5], **GREEDY)
+        assert list(model.stream([5, 6, 7], **GREEDY))
+        assert found == []
+        model.generate([[1], [2]], **GREEDY)  # a batch that nobody asked for
+        assert found != []
+
+
+def test_nor_for_a_batch_that_dp_does_not_divide(folder: Path):
+    model = load(folder, "dp=2,mp=2", warm_up=[(3, 4)])
+    with compilations() as found:
+        model.generate([[1], [2, 3, 4, 5], [6, 7]], max_new_tokens=4, top_k=3, seed=[1, 2, 3])
+    assert found == []
+
+
+def test_a_model_without_rotary_embedding_and_another_dtype():
+    folder = GOLDENS / "bloom"
+    model = load(folder, "mp=1", dtype="float32", warm_up=[(1, 5)])
+    with compilations() as found:
+        model.generate([5, 6], **GREEDY)
+    assert found == []
+
+
+def test_adapters_share_what_is_compiled(folder: Path, tmp_path: Path):
+    factors = adapters.linear("gpt_neox.layers.0.attention.dense", 24, 24)
+    adapter = adapters.write_adapter(tmp_path, factors)
+    merged = load(folder, "mp=2", adapter=adapter, warm_up=[(1, 5)])
+    model = load(folder, "mp=2", warm_up=[(1, 5)])
+    added = model.with_adapter(adapter)
+    with compilations() as found:
+        assert merged.generate([5, 6], **GREEDY) == added.generate([5, 6], **GREEDY)
+        assert model.generate([5, 6], **GREEDY)
+    assert found == []
+
+
+def test_a_larger_shape_gives_the_same_text(folder: Path):
+    cold = load(folder, "mp=2", dtype="float32")
+    warm = load(folder, "mp=2", dtype="float32", warm_up=[(1, 20, 12)])
+    assert warm.warm == (Shape(1, 32, 32),)
+    for sampling in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 3}):
+        expected = cold.generate([3, 1, 4], max_new_tokens=9, **sampling)
+        assert warm.generate([3, 1, 4], max_new_tokens=9, **sampling) == expected
+
+
+def test_the_smallest_warm_shape_that_holds_a_batch_is_taken():
+    warm = [Shape(1, 64, 128), Shape(1, 32, 64), Shape(2, 32, 32)]
+
+    def shape(length: int, new: int, rows: int = 1) -> Shape:
+        prompts = [Prompt((7,) * length, is_text=False)] * rows
+        batch = make_batch(prompts, new, max_positions=512, dp=1, warm=warm)
+        assert batch.totals.tolist() == [length + new] * rows
+        assert (batch.ids[:, :length] == 7).all()
+        assert not batch.ids[:, length:].any()
+        return Shape(*batch.ids.shape, batch.cache_length)
+
+    assert shape(3, 5) == Shape(1, 32, 64)
+    assert shape(32, 32) == Shape(1, 32, 64)
+    assert shape(33, 5) == Shape(1, 64, 128)
+    assert shape(3, 120) == Shape(1, 64, 128)  # its cache is long enough
+    assert shape(3, 126) == Shape(1, 16, 256)  # none is
+    assert shape(65, 5) == Shape(1, 128, 128)  # no prompt is
+    assert shape(3, 5, rows=2) == Shape(2, 32, 32)
+    assert shape(3, 5, rows=3) == Shape(3, 16, 16)  # rows are never added
+
+
+# What can be asked for.
+
+
+def test_what_a_shape_leaves_out_is_as_generate_has_it():
+    rules = PromptRules(vocab_size=29, max_positions=100)
+    assert read_shapes([(1, 5)], rules, dp=1) == (Shape(1, 16, 100),)  # 5 + 64 tokens
+    assert read_shapes([(1, 99)], rules, dp=1) == (Shape(1, 100, 100),)
+    assert read_shapes([(3, 5, 8), [4, 6, 8]], rules, dp=2) == (Shape(4, 16, 16),)
+    assert read_shapes(lambda given: [(1, given.max_positions, 0 + 1)][:0], rules, dp=1) == ()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ([(1, 30, 3)], r"no such prompt fits.*at most 32 tokens.*30 in the prompt \+ 3 new = 33"),
+        ([(1, 32)], r"no such prompt fits.*32 in the prompt \+ 1 new = 33"),
+        ((1, 16), r"could be compiled ahead.*key: warm_up.*\(batch, prompt_length\).*found: 1$"),
+        ([(0, 16)], r"found: \(0, 16\)"),
+        ([(True, 16)], r"found: \(True, 16\)"),
+        ([(1, 2, 3, 4)], r"found: \(1, 2, 3, 4\)"),
+        (16, r"found: 16"),
+        ("1x16", r"found: '1'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, wanted, words: str
+):
+    monkeypatch.setattr(Streamer, "run", lambda _: pytest.fail("weights were read"))
+    with pytest.raises(UsageError, match=f"(?s){words}"):
+        mtj_loader.load(folder, "mp=1", warm_up=wanted)
+
+
+# Beside the load.
+
+
+def test_a_failure_is_told_and_the_model_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise ValueError("out of luck\nand more")
+
+    monkeypatch.setattr(Forward, "lower_prefill", fail)
+    model = mtj_loader.load(folder, "mp=1", warm_up=[(2, 5, 2)])
+    what = "a batch of 2 prompts of up to 16 tokens could not be compiled ahead"
+    assert model.report.warnings == (f"{what}: ValueError: out of luck",)
+    assert (model.warm, len(model.params)) == ((), 15)
+
+
+def test_the_load_does_not_wait_for_what_later_tokens_need(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    released = threading.Event()
+    lower, step, stepped = Forward.lower_step, Forward.step, []
+
+    def trace(*given: object) -> object:
+        released.wait(60)
+        return lower(*given)
+
+    monkeypatch.setattr(Forward, "lower_step", trace)
+    monkeypatch.setattr(
+        Forward, "step", lambda *given: stepped.append(released.is_set()) or step(*given)
+    )
+    model = mtj_loader.load(folder, "mp=1", warm_up=[(1, 5, 4)])
+    assert model.warm == (Shape(1, 16, 16),)
+    tokens = model.stream([5, 6], **GREEDY)
+    first = next(tokens)
+    threading.Timer(0.5, released.set).start()
+    whole = [*first, *(token for piece in tokens for token in piece)]
+    assert stepped == [True] * 3  # the stream waited for it
+    assert whole == model.generate([5, 6], **GREEDY)
+
+
+def test_a_shape_whose_later_tokens_cannot_be_compiled_is_not_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise ValueError("out of luck")
+
+    monkeypatch.setattr(Forward, "lower_step", fail)
+    model = load(folder, "mp=1", warm_up=[(1, 20, 4)])
+    assert model.warm == ()
+    assert model.generate([5], **GREEDY) == mtj_loader.load(folder, "mp=1").generate([5], **GREEDY)
+
+
+def test_on_several_hosts_all_is_waited_for_and_every_failure_is_told():
+    class Both(Hosts):
+        count = 2
+
+        def gather(self, name: str, value: bytes) -> list[bytes]:
+            return [value, json.dumps([[1, 16, 32], [1, 16, 64]]).encode()]
+
+    ready, failed = Future(), Future()
+    ready.set_result(1.0)
+    threading.Timer(0.2, failed.set_exception, [ValueError("out of luck")]).start()
+    here = {Shape(1, 16, 16): ready, Shape(1, 16, 32): ready, Shape(1, 16, 64): failed}
+    compiled = on_all_hosts(Compiled(0.0, 0.0, here, {}), Both())
+    assert compiled.shapes == (Shape(1, 16, 32),)
+    (warning,) = compiled.warnings
+    assert warning.endswith("could not be compiled ahead: ValueError: out of luck")
+
+
+def test_a_failed_load_does_not_wait_for_the_compiler(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    released, compiled = threading.Event(), threading.Event()
+
+    def compile_slowly(_: object) -> float:
+        released.wait(60)
+        compiled.set()
+        return 0.0
+
+    monkeypatch.setattr(compile_ahead, "_compile", compile_slowly)
+    plan = mtj_loader.plan(folder, "mp=1")
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError):
+        mtj_loader.load(plan=plan, warm_up=[(1, 5)])
+    assert not compiled.is_set()
+    released.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith(("mtj_loader_trace", "mtj_loader_compile")):
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+def test_readers_take_turns_with_the_tracer(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    before, meanwhile = sys.getswitchinterval(), []
+
+    lower = Forward.lower_step
+
+    def trace(*given: object) -> object:
+        meanwhile.append(sys.getswitchinterval())
+        return lower(*given)
+
+    monkeypatch.setattr(Forward, "lower_step", trace)
+    load(folder, "mp=1", warm_up=[(1, 5)])
+    assert meanwhile == [pytest.approx(before / 10)]
+    assert sys.getswitchinterval() == before
+
+
+# The report.
+
+
+@pytest.mark.parametrize(
+    ("begun", "ended", "overlap"), [(10.0, 13.0, 2.0), (10.5, 11.0, 0.5), (12.5, 14.0, 0.0)]
+)
+def test_the_overlap_of_load_and_compilation(
+    folder: Path, begun: float, ended: float, overlap: float
+):
+    report = mtj_loader.load(folder, "mp=1").report
+    report = replace(report, seconds=report.seconds | {"load": 2.0})  # from 10 to 12
+    found = reported(report, Compiled(begun, ended, {}, {}), loaded=12.0)
+    assert found.seconds["compile"] == ended - begun
+    assert found.seconds["overlap"] == overlap
+    words = f"load 2.00 s, compile {ended - begun:.2f} s, both at once {overlap:.2f} s"
+    assert str(found).splitlines()[1] == words
+
+
+def test_the_first_token_is_timed_once(folder: Path):
+    model = mtj_loader.load(folder, "mp=1")
+    assert model.report.seconds["compile"] == model.report.seconds["overlap"] == 0
+    assert "\n" not in str(model.report)
+    assert "first_token" not in model.report.seconds
+    model.generate([5], **GREEDY)
+    first = model.report.seconds["first_token"]
+    assert first > model.report.seconds["load"]
+    assert model.report.start_up.endswith(f"; first token after {first:.2f} s")
+    model.generate([5], **GREEDY)
+    assert model.report.seconds["first_token"] == first
+
+
+# The command line.
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+    """The shapes that are compiled for, as they come."""
+    found: list[Shape] = []
+    made = compile_ahead.Programs
+    monkeypatch.setattr(
+        compile_ahead, "Programs", lambda *given: found.append(given[-1]) or made(*given)
+    )
+    return found
+
+
+def test_load_compiles_what_it_is_told_to(folder: Path, asked: list[Shape]):
+    result = run(
+        "load", folder, "--mesh", "mp=1", "--warm-up", "1x5+3", "--warm-up=2x17+4", "--json"
+    )
+    assert asked == [Shape(1, 16, 16), Shape(2, 32, 32)]
+    seconds = json.loads(result.stdout)["report"]["seconds"]
+    assert 0 < seconds["overlap"] < seconds["compile"]
+
+
+@pytest.mark.parametrize("text", ["5", "1x", "x5", "1x5+", "1X5", "1x5x6", "-1x5"])
+def test_a_shape_that_cannot_be_read(folder: Path, text: str):
+    result = run("load", folder, f"--warm-up={text}")
+    assert result.exit_code == 2
+    assert "not a shape\n  key: --warm-up\n  expected: prompts x tokens" in result.stderr
+    assert f"found: '{text}'" in result.stderr
+
+
+def test_generate_compiles_for_its_prompts(folder: Path, asked: list[Shape]):
+    prompts = ["--ids", "1 2 3", "--ids", " ".join(["4"] * 17), "--max-new-tokens", "3"]
+    result = run("generate", folder, "--mesh", "mp=1", *prompts, "--json")
+    assert asked == [Shape(2, 32, 32)]
+    seconds = json.loads(result.stdout)["seconds"]
+    assert 0 < seconds["compile"] < seconds["first_token"]
+    assert f"first token after {seconds['first_token']:.2f} s" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ids", "1 99"], "not a token id of this model"),
+        (["--ids", "1", "--max-new-tokens", "0"], "max_new_tokens is out of range"),
+        (["--ids", "1", "--top-p", "2"], "top_p is out of range"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_before_anything_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+):
+    monkeypatch.setattr(Streamer, "run", lambda _: pytest.fail("weights were read"))
+    result = run("generate", folder, "--mesh", "mp=1", *arguments)
+    assert (result.exit_code, result.stderr.split("\n")[0]) == (2, f"error: {words}")

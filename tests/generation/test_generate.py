@@ -1,0 +1,367 @@
+"""The decode loop on stand-in models: batches, endings, streams, prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mtj_loader.errors import NonFiniteError, PromptError, TokenizerMissingError, UsageError
+from mtj_loader.generation.batch import bucket, make_batch
+from mtj_loader.generation.decode import _choose
+from mtj_loader.generation.generator import Generator, complete, generate, pieces, stream
+from mtj_loader.generation.prompts import Prompt, PromptRules, check_batch, read_prompts
+from mtj_loader.generation.row_output import Completion
+from mtj_loader.generation.sampling import SamplingParams
+from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
+from tests.support.fake_forward import (
+    FakeConfig,
+    HashForward,
+    ScriptForward,
+    hash_tokens,
+    make_mesh,
+)
+
+FIXTURE = Path(__file__).parents[1] / "data" / "shakespeare-neox"
+VOCAB = 3003
+END = 0  # the fixture's end of text
+TABLE = np.random.default_rng(5).normal(size=(101, VOCAB)).astype(np.float32)
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0)
+
+
+def load_fixture_tokenizer() -> Tokenizer:
+    tokenizer = load_tokenizer({"tokenizer.json": FIXTURE / "tokenizer.json"})
+    assert tokenizer is not None
+    return tokenizer
+
+
+TOKENIZER = load_fixture_tokenizer()
+
+
+def hashing(dp: int = 1, **fields) -> Generator:
+    forward = HashForward(FakeConfig(VOCAB), make_mesh(dp))
+    made = Generator(forward, {"table": TABLE}, TOKENIZER, frozenset(), None)  # pyright: ignore
+    return replace(made, **fields)
+
+
+def saying(*scripts: list[int] | str, **fields) -> Generator:
+    """A model that says these, then end-of-text for ever."""
+    ids = [TOKENIZER.encode(s) if isinstance(s, str) else s for s in scripts]
+    script = np.zeros((len(ids), 40), np.int32)
+    for row, tokens in zip(script, ids, strict=True):
+        row[: len(tokens)] = tokens
+    forward = ScriptForward(FakeConfig(VOCAB))
+    made = Generator(forward, {"script": script}, TOKENIZER, frozenset({END}), None)  # pyright: ignore
+    return replace(made, **fields)
+
+
+def completions(generator: Generator, prompts, params=GREEDY, stop=None) -> list[Completion]:
+    read, _ = read_prompts(prompts, generator.rules, params.max_new_tokens)
+    return complete(generator, read, params, stop)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+def test_prompts_of_unequal_length_give_what_each_gives_alone(dp: int):
+    prompts = [[5], [7, 8, 9] * 11, [1, 2], [3000] * 16, [4, 4, 4]]
+    expected = [hash_tokens(TABLE, prompt, 12) for prompt in prompts]
+    assert generate(hashing(dp), prompts, GREEDY) == expected
+    assert [generate(hashing(dp), prompt, GREEDY) for prompt in prompts] == expected
+
+
+def test_sampled_rows_give_what_each_gives_alone():
+    prompts, seeds = ["Romeo", [7, 8, 9] * 11, "O", "O"], [1, 2, 3, 4]
+    params = SamplingParams(max_new_tokens=12, temperature=1.5, top_k=900, top_p=0.95, seed=seeds)
+    together = generate(hashing(), prompts, params)
+    for prompt, seed, continued in zip(prompts, seeds, together, strict=True):
+        assert generate(hashing(), prompt, replace(params, seed=seed)) == continued
+    assert together[2] != together[3]
+    assert generate(hashing(), ["O", "O", "O", "O"], replace(params, seed=3)) == [together[2]] * 4
+
+
+def test_every_token_is_a_draw_of_its_own():
+    uniform = hashing(params={"table": np.zeros_like(TABLE)})
+    ids = generate(uniform, [5], SamplingParams(max_new_tokens=12, temperature=1))
+    assert len(set(ids)) == 12
+
+
+def test_what_is_given_comes_back():
+    generator, ids = hashing(), TOKENIZER.encode("To be")
+    expected = hash_tokens(TABLE, ids, 12)
+    text = TOKENIZER.decode(expected)
+    assert generate(generator, "To be", GREEDY) == text
+    assert generate(generator, ids, GREEDY) == expected
+    assert generate(generator, tuple(ids), GREEDY) == expected
+    assert generate(generator, np.array(ids), GREEDY) == expected
+    assert generate(generator, jax.numpy.array(ids), GREEDY) == expected
+    assert generate(generator, ["To be"], GREEDY) == [text]
+    assert generate(generator, [ids], GREEDY) == [expected]
+    assert generate(generator, np.array([ids, ids]), GREEDY) == [expected, expected]
+    mixed = ["To be", ids, np.array(ids), tuple(ids)]
+    assert generate(generator, mixed, GREEDY) == [text, expected, expected, expected]
+
+
+def test_without_a_tokenizer_ids_still_work():
+    generator = hashing(tokenizer=None)
+    assert generate(generator, [5], GREEDY) == hash_tokens(TABLE, [5], 12)
+    assert completions(generator, [5])[0].text is None
+    with pytest.raises(TokenizerMissingError, match=r"(?s)brings no tokenizer.*prompts\[1\].*ids"):
+        generate(generator, [[5], "To be"], GREEDY)
+    with pytest.raises(TokenizerMissingError, match="stop strings need a tokenizer"):
+        generate(generator, [5], GREEDY, stop="x")
+
+
+# Endings
+
+
+def test_end_of_text_is_no_part_of_the_text():
+    hello = TOKENIZER.encode(" hello there")
+    found = completions(saying(" hello there", [END], " O"), [[1], [2, 2], [3, 3, 3]])
+    assert found == [
+        Completion(" hello there", tuple(hello), "stop", prompt_tokens=1),
+        Completion("", (), "stop", prompt_tokens=2),
+        Completion(" O", tuple(TOKENIZER.encode(" O")), "stop", prompt_tokens=3),
+    ]
+
+
+def test_length_ends_it_too():
+    (found,) = completions(saying(" hello there"), "x", replace(GREEDY, max_new_tokens=1))
+    first = TOKENIZER.encode(" hello there")[0]
+    assert found == Completion(TOKENIZER.decode([first]), (first,), "length", prompt_tokens=1)
+
+
+def test_a_model_without_end_of_text_goes_on_to_its_length():
+    (found,) = completions(saying(" O", eos_ids=frozenset()), "x")
+    assert found.ids == (*TOKENIZER.encode(" O"), *[END] * 11)
+    assert (found.text, found.finish_reason) == (" O", "length")
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "whole_tokens"),
+    [  # S|to|p| here|!| Or| not
+        ("!", "Stop here", 4),
+        ("re!", "Stop he", 3),
+        (["zz", "p h"], "Sto", 2),
+        ("op", "St", 1),
+        ("Stop", "", 0),
+        ("no such thing", "Stop here! Or not", 7),
+        (None, "Stop here! Or not", 7),
+    ],
+)
+def test_stop_strings(stop, text: str, whole_tokens: int):
+    generator, ids = saying("Stop here! Or not"), TOKENIZER.encode("Stop here! Or not")
+    (found,) = completions(generator, "x", stop=stop)
+    assert found == Completion(text, tuple(ids[:whole_tokens]), "stop", prompt_tokens=1)
+    assert sum(stream(generator, [3], GREEDY, stop), []) == ids[:whole_tokens]  # noqa: RUF017
+
+
+def test_a_stop_string_at_the_last_token_still_counts():
+    count = len(TOKENIZER.encode("Stop here!"))
+    params = replace(GREEDY, max_new_tokens=count)
+    assert completions(saying("Stop here! Or"), "x", params, "!")[0].finish_reason == "stop"
+    (found,) = completions(saying("Stop here! Or"), "x", params, "!!")
+    assert (found.text, found.finish_reason) == ("Stop here!", "length")
+
+
+def steps_run(generator: Generator, prompts, params: SamplingParams) -> int:
+    completions(generator, prompts, params)
+    return generator.forward.calls.count("step")  # pyright: ignore
+
+
+def test_the_device_is_at_most_one_step_ahead():
+    params = replace(GREEDY, max_new_tokens=30)
+    said = len(TOKENIZER.encode(" hello there"))
+    # One for the end-of-text token, and one ahead.
+    assert steps_run(saying(" hello there", " O"), ["x", "y"], params) == said + 1
+    assert steps_run(saying([END]), "x", params) == 0
+    assert steps_run(hashing(), "x", params) == 29  # prefill gave the first
+    assert steps_run(hashing(), "x", replace(GREEDY, max_new_tokens=1)) == 0
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_are_an_error(temperature: float):
+    params = replace(GREEDY, temperature=temperature)
+    parts = pieces(saying([5, -1]), [Prompt((3,), False)], params)
+    assert next(parts).ids == (5,)
+    with pytest.raises(NonFiniteError, match=r"(?s)NaN or infinite.*float32"):
+        next(parts)
+    assert generate(saying([5, END, -1]), [3], params) == [5]  # nobody reads what follows the end
+
+
+# Streams
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_is_the_result_in_pieces(seed: int):
+    params = SamplingParams(max_new_tokens=40, temperature=1.0, seed=seed)  # odd bytes abound
+    text = list(stream(hashing(), "To be", params, stop="ee"))
+    assert all(text)
+    assert "".join(text) == generate(hashing(), "To be", params, stop="ee")
+    ids = list(stream(hashing(), [5, 6], params, stop="ee"))
+    assert all(ids)
+    assert sum(ids, []) == generate(hashing(), [5, 6], params, stop="ee")  # noqa: RUF017
+
+
+def test_nothing_is_streamed_that_may_begin_a_stop_string():
+    generator = saying("One.\nTwo.\n\nThree")
+    parts = list(stream(generator, "x", GREEDY, stop="\n\n"))
+    assert "".join(parts) == "One.\nTwo."
+    assert "\nT" in parts[2] or "\n" not in parts[1]
+    assert not any(part.endswith("\n") for part in parts)
+
+
+def test_characters_are_streamed_whole():
+    generator = saying("a😀你", eos_ids=frozenset({END}))
+    assert list(stream(generator, "x", GREEDY)) == ["a", "😀", "你"]
+    assert list(stream(generator, [3], GREEDY)) == [
+        TOKENIZER.encode(character) for character in "a😀你"
+    ]
+    cut = replace(GREEDY, max_new_tokens=3)
+    assert list(stream(generator, "x", cut)) == ["a", "\ufffd"]
+    assert sum(stream(generator, [3], cut), []) == TOKENIZER.encode("a😀")[:3]  # noqa: RUF017
+
+
+def test_pieces_of_several_rows_come_side_by_side():
+    parts = list(pieces(saying(" O", " hello there"), [Prompt((1,), True)] * 2, GREEDY))
+    assert [part.row for part in parts] == [0, 1, 0, *[1] * (len(parts) - 3)]
+    ends = {part.row: part.finish_reason for part in parts if part.finish_reason}
+    assert ends == {0: "stop", 1: "stop"}
+
+
+def test_a_stream_may_be_closed_early():
+    parts = stream(hashing(), "x", SamplingParams(max_new_tokens=400))
+    next(parts)
+    parts.close()  # pyright: ignore
+
+
+def test_mistakes_are_reported_before_the_first_piece():
+    with pytest.raises(UsageError, match=r"(?s)only one prompt can be streamed.*a list of 2"):
+        stream(hashing(), ["x", "y"], GREEDY)  # pyright: ignore
+    with pytest.raises(UsageError, match="not a stop string"):
+        stream(hashing(), "x", GREEDY, stop="")
+    with pytest.raises(UsageError, match="differ in length"):
+        stream(hashing(), "x", replace(GREEDY, seed=[1, 2]))
+    with pytest.raises(PromptError):
+        stream(hashing(), [], GREEDY)
+
+
+# Prompts
+
+RULES = PromptRules(vocab_size=10, max_positions=8, tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "(?s)an empty list is neither a prompt nor a list of prompts.*empty string"),
+        ((), "an empty list is neither"),
+        ([[1], []], r"(?s)the prompt is empty.*prompts\[1\]"),
+        (["!", 3], "(?s)a list of prompts holds something that is none.*3"),
+        ([3, [4]], "(?s)holds something that is none.*found: 3"),
+        (5, "(?s)not a prompt.*a string, a list of token ids.*int"),
+        (None, "(?s)not a prompt.*NoneType"),
+        (b"ab", "(?s)not a prompt.*bytes"),
+        (np.int32(3), "(?s)not a prompt.*int"),
+        ({"a": 1}, "(?s)not a prompt.*dict"),
+        ([1, 10], r"(?s)not a token id of this model.*prompt\[1\].*integer, 0 to 9.*found: 10"),
+        ([[1], [2, -1]], r"(?s)not a token id.*prompts\[1\]\[1\].*found: -1"),
+        ([True, 1], r"(?s)not a token id.*prompt\[0\].*True"),
+        ([1, 2.0], r"(?s)not a token id.*prompt\[1\].*2.0"),
+        (np.array([1.0]), "not a token id"),
+        ([[[1]]], r"(?s)not a token id.*prompts\[0\]\[0\].*\[1\]"),
+        ("", "(?s)the prompt is empty, and the checkpoint names no bos_token_id"),
+        ("zebra", r"(?s)not a token id of this model.*prompt\[0\]"),
+        ([1, 2, 3, 4, 5], "(?s)do not fit.*at most 8 tokens together.*5 in the prompt . 4 new = 9"),
+        ([[1], [2] * 9], r"(?s)do not fit into the model.*prompts\[1\].*9 in the prompt . 4 new"),
+    ],
+)
+def test_prompts_that_cannot_be_run(given: object, message: str):
+    with pytest.raises(PromptError, match=message):
+        read_prompts(given, RULES, 4)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_prompt_may_fill_the_model():
+    assert read_prompts([1, 2, 3, 4], RULES, 4) == ([Prompt((1, 2, 3, 4), False)], False)
+
+
+def test_an_empty_text_begins_with_the_bos_token():
+    rules = replace(RULES, bos_id=3)
+    assert read_prompts(["", "!"], rules, 4) == ([Prompt((3,), True), Prompt((1,), True)], True)
+    with pytest.raises(PromptError, match=r"(?s)not a token id.*12"):
+        read_prompts("", replace(RULES, bos_id=12), 4)
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "expected"),
+    [(1, 512, 16), (16, 512, 16), (17, 512, 32), (300, 512, 512), (300, 400, 400), (3, 8, 8)],
+)
+def test_buckets(length: int, limit: int, expected: int):
+    assert bucket(length, limit) == expected
+
+
+def test_a_batch_is_padded_on_the_right_and_to_whole_parts_of_dp():
+    prompts = [Prompt((5, 6), False), Prompt((7,) * 17, False), Prompt((8,), False)]
+    batch = make_batch(prompts, max_new_tokens=20, max_positions=60, dp=2)
+    assert batch.ids.shape == (4, 32)
+    assert batch.ids[:3].tolist() == [[5, 6] + [0] * 30, [7] * 17 + [0] * 15, [8] + [0] * 31]
+    assert batch.lengths.tolist() == [2, 17, 1, 2]
+    assert batch.totals.tolist() == [22, 37, 21, 22]
+    assert batch.cache_length == 60
+    assert (batch.ids.dtype, batch.lengths.dtype, batch.totals.dtype) == (np.int32,) * 3
+
+
+def test_prompts_of_one_bucket_have_one_shape():
+    generator = hashing()
+    for prompt in ([5], [6] * 4, "To be"):
+        generate(generator, prompt, replace(GREEDY, max_new_tokens=10))
+    assert [call for call in generator.forward.calls if call != "step"] == [  # pyright: ignore
+        ((1, 16), [11], 16),
+        ((1, 16), [14], 16),
+        ((1, 16), [len(TOKENIZER.encode("To be")) + 10], 16),
+    ]
+
+
+def test_every_step_after_the_first_finds_its_choice_compiled():
+    _choose.clear_cache()
+    for temperature in (0.5, 0.9):
+        params = SamplingParams(max_new_tokens=5, temperature=temperature, top_p=temperature)
+        generate(hashing(), [5], params)
+    assert _choose._cache_size() == 1
+    generate(hashing(), [5], GREEDY)
+    assert _choose._cache_size() == 2
+
+
+# Batches for logits
+
+
+def test_a_batch_of_ids():
+    checked = check_batch([[1, 2], [3, 9]], RULES)
+    assert (checked.tolist(), checked.dtype) == ([[1, 2], [3, 9]], np.int32)
+    assert check_batch(np.array([[7]], np.uint64), RULES).tolist() == [[7]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 2], r"(?s)not a batch of token ids.*integers \[batch, seq\].*int64 \[2\]"),
+        ([[1], [2, 3]], "not a batch of token ids"),
+        ([[1.0]], r"(?s)not a batch of token ids.*float64 \[1, 1\]"),
+        ([[True]], "(?s)not a batch of token ids.*bool"),
+        ([[]], "not a batch of token ids"),
+        ("To be", "not a batch of token ids"),
+        ([[1, 2], [3, 10]], r"(?s)not a token id.*ids\[1, 1\].*0 to 9.*10"),
+        ([[1, -1]], r"(?s)not a token id.*ids\[0, 1\].*-1"),
+        ([[1] * 9], "(?s)do not fit into the model.*at most 8 tokens.*9"),
+    ],
+)
+def test_what_is_no_batch_of_ids(ids: object, message: str):
+    with pytest.raises(PromptError, match=message):
+        check_batch(ids, RULES)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,74 @@
+"""Text of the fixture in float32, against what transformers wrote (tests/oracle/make_greedy.py)."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mtj_loader.formats.token_ids import bos_id, eos_ids
+from mtj_loader.generation.generator import Generator, generate, stream
+from mtj_loader.generation.sampling import SamplingParams
+from mtj_loader.generation.tokenizer import load_tokenizer
+from tests.support.models import DATA, config_of, make_forward, place
+from tests.support.mtj_tree import neox_tree
+
+FIXTURE = DATA / "shakespeare-neox"
+CASES = json.loads((DATA / "shakespeare-greedy.json").read_text(encoding="utf-8"))
+GREEDY = SamplingParams(max_new_tokens=100, temperature=0)
+LOGITS_TOLERANCE = 1e-4  # of two implementations in float32
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    """On a mesh of both axes; five prompts leave a row of padding, one prompt leaves one too."""
+    forward = make_forward(config_of(FIXTURE), dp=2, mp=4)
+    tensors = {}
+    for path in sorted(FIXTURE.glob("*.safetensors")):
+        tensors |= load_file(path)
+    tree = neox_tree(tensors, layers=6, shards=4, transposed_linear=False)
+    configs = [
+        json.loads((FIXTURE / name).read_text())
+        for name in ("config.json", "generation_config.json")
+    ]
+    tokenizer = load_tokenizer({path.name: path for path in FIXTURE.iterdir()}, "gpt_neox")
+    params = place(tree, forward)
+    return Generator(forward, params, tokenizer, eos_ids(*configs), bos_id(*configs))
+
+
+def test_the_oracle_left_no_step_to_chance():
+    assert min(case["smallest_gap"] for case in CASES) > 50 * LOGITS_TOLERANCE
+    assert len({len(case["prompt_ids"]) for case in CASES}) > 3
+
+
+def test_greedy_ids_of_one_batch_are_those_of_transformers(generator: Generator):
+    prompts = [case["prompt_ids"] for case in CASES]
+    assert generate(generator, prompts, GREEDY) == [case["new_ids"] for case in CASES]
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case["prompt"])
+def test_greedy_text_alone_is_that_of_transformers(generator: Generator, case: dict):
+    assert generator.tokenizer is not None
+    expected = generator.tokenizer.decode(case["new_ids"])
+    assert generate(generator, case["prompt"], GREEDY) == expected
+    assert "".join(stream(generator, case["prompt"], GREEDY)) == expected  # pyright: ignore
+
+
+def test_logits_are_those_of_transformers(generator: Generator):
+    """After the prompt, and after all but the last of the new tokens, in one pass over both."""
+    case = CASES[-1]
+    ids = [*case["prompt_ids"], *case["new_ids"][:-1]]
+    logits = generator.forward.logits(generator.params, [ids])[0]
+    for position, name in ((len(case["prompt_ids"]) - 1, "first_logits"), (-1, "last_logits")):
+        found = np.asarray(logits)[position, case["logit_ids"]]
+        np.testing.assert_allclose(found, case[name], rtol=0, atol=LOGITS_TOLERANCE)
+
+
+def test_sampled_text_does_not_depend_on_the_batch(generator: Generator):
+    prompts = [case["prompt"] for case in CASES]
+    params = SamplingParams(max_new_tokens=100, temperature=0.9, top_k=60, top_p=0.9, seed=3)
+    together = generate(generator, prompts, params)
+    assert together[:2] == [generate(generator, prompt, params) for prompt in prompts[:2]]
+    assert len(set(together)) == len(CASES)

@@ -1,0 +1,68 @@
+"""Stop strings that arrive in pieces."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtj_loader.errors import UsageError
+from mtj_loader.generation.stopping import StopMatch, scan, stop_strings
+
+
+def test_forms_of_stop():
+    assert stop_strings(None) == stop_strings([]) == ()
+    assert stop_strings("\n") == ("\n",)
+    assert stop_strings(["a", "b"]) == ("a", "b")
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""], [3], [None]])
+def test_what_is_no_stop_string_is_refused(stop: object):
+    with pytest.raises(UsageError, match=r"(?s)not a stop string.*at least one character"):
+        stop_strings(stop)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("abc", [], StopMatch("abc", "", stopped=False)),
+        ("abXYc", ["XY"], StopMatch("ab", "", stopped=True)),
+        ("abX", ["XY"], StopMatch("ab", "X", stopped=False)),
+        ("abX", ["XYZ", "bXQ"], StopMatch("a", "bX", stopped=False)),  # the longer beginning
+        ("aXaXb", ["XaXc"], StopMatch("aXaXb", "", stopped=False)),
+        ("aXaX", ["XaXc"], StopMatch("a", "XaX", stopped=False)),
+        ("", ["X"], StopMatch("", "", stopped=False)),
+        ("X", ["X"], StopMatch("", "", stopped=True)),
+        ("abcd", ["bcd", "c"], StopMatch("ab", "", stopped=True)),  # "c" is complete first
+        ("abc", ["bc", "c"], StopMatch("a", "", stopped=True)),  # complete together: the longer
+        ("aYbX", ["X", "Y"], StopMatch("a", "", stopped=True)),
+    ],
+)
+def test_scan(text: str, stops: list[str], expected: StopMatch):
+    assert scan(text, stops) == expected
+
+
+def read_in_pieces(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
+    released, held = "", ""
+    for piece in pieces:
+        found = scan(held + piece, stops)
+        released, held = released + found.text, found.held
+        if found.stopped:
+            return released, True
+    return released + held, False
+
+
+@given(
+    st.lists(st.text("ab", max_size=5), max_size=6),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_it_does_not_matter_how_a_text_is_cut(pieces: list[str], stops: list[str]):
+    """The reference reads character by character and looks at the end of what it has."""
+    text, expected, stopped = "".join(pieces), "".join(pieces), False
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            expected, stopped = text[: end - max(map(len, found))], True
+            break
+    assert read_in_pieces(pieces, stops) == (expected, stopped)
+    assert read_in_pieces(list(text), stops) == (expected, stopped)

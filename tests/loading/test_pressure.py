@@ -1,0 +1,417 @@
+"""Signals, and a system that refuses memory, threads or files: one clear error, nothing left."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import mtj_loader
+from mtj_loader.cli.app import app
+from mtj_loader.errors import MachineError, MemoryLimitError, StorageError
+from mtj_loader.loading import buffers
+from mtj_loader.loading.stream import Streamer
+from mtj_loader.planning.load_plan import LoadPlan
+from tests.support import neox
+from tests.support.checkpoints import safetensors_bytes, safetensors_header
+
+ROOT = Path(__file__).parents[2]
+FIXTURE = ROOT / "tests/data/shakespeare-neox"
+
+
+def start(
+    *arguments: object, script: str | None = None, first: str = ":", **files: int
+) -> subprocess.Popen[bytes]:
+    """`mtj-loader …` in a process of its own, or a script that is given these arguments.
+
+    Args:
+      arguments: of either.
+      script: Python.
+      first: what the shell does before: sets limits, ignores signals.
+      files: stdout and stderr, where they are no pipes.
+    """
+    program = ["-m", "mtj_loader.cli"] if script is None else ["-c", script]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        ["sh", "-c", f'{first}; exec "$@"', "sh", sys.executable, *program, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        **(pipes | files),
+    )
+
+
+def limited(limit: str, *arguments: object, script: str | None = None) -> tuple[int, str]:
+    """Exit code and stderr of a process that has a limit from its start."""
+    process = start(*arguments, script=script, first=limit)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr.decode()
+
+
+# Signals to the command line.
+
+# Native code that sees no signal, as a compiler is, for longer than any test waits.
+NATIVE = """
+import hashlib, sys
+import mtj_loader
+from mtj_loader.cli import main
+
+def load(*_, **__):
+    sys.stderr.write("ready\\n")
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
+
+mtj_loader.load = load
+main(sys.argv[1:])
+"""
+
+
+def begin(script: str, first: str = ":") -> subprocess.Popen[bytes]:
+    process = start("load", FIXTURE, script=script, first=first)
+    assert process.stderr is not None
+    assert process.stderr.readline() == b"ready\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [
+        (signal.SIGINT, 130, b"interrupted\n"),
+        (signal.SIGTERM, 143, b"terminated\n"),
+        (signal.SIGHUP, 129, b"the terminal is gone\n"),
+    ],
+)
+def test_signals_end_native_code_at_once(number: int, code: int, word: bytes):
+    process = begin(NATIVE)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (code, word)
+
+
+def test_under_a_limit_the_work_ends_with_its_parent():
+    script = """
+import os, time
+from mtj_loader.cli import limits
+limits.guard()
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+    process = start(script=script, first="ulimit -v 10000000")
+    assert process.stdout is not None
+    child = Path(f"/proc/{int(process.stdout.readline())}")
+    assert int(child.name) != process.pid
+    process.kill()
+    process.communicate(timeout=60)
+    for _ in range(1000):
+        if not child.exists():
+            return
+        time.sleep(0.01)
+    pytest.fail("it is still there")
+
+
+def test_a_signal_that_is_to_be_ignored_is():
+    process = begin(NATIVE, first="trap '' INT")
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.terminate()
+    assert process.communicate(timeout=60) == (b"", b"terminated\n")
+
+
+IMPORTING = """
+import sys
+from mtj_loader.cli import main
+
+class Finder:  # the first import of the commands takes forever
+    def find_spec(self, name, path=None, target=None):
+        if name == "mtj_loader.cli.app":
+            sys.stderr.write("ready\\n")
+            while True:
+                pass
+
+sys.meta_path.insert(0, Finder())
+main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_while_importing():
+    process = begin(IMPORTING)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"", b"interrupted\n")
+    assert process.returncode == 130
+
+
+SLOW = """
+import os, sys, threading, time
+from mtj_loader.storage.local import LocalStorage
+from mtj_loader.cli import main
+
+read = LocalStorage.read_into
+
+def slowly(self, *arguments):
+    if threading.current_thread() is not threading.main_thread():
+        os.write(1, b"ready\\n")  # at once, from any thread
+        time.sleep(60)
+    read(self, *arguments)
+
+LocalStorage.read_into = slowly
+main(sys.argv[1:])
+"""
+
+
+def everything_on(terminal: int) -> str:
+    """What was written to a terminal that nobody holds open any more."""
+    shown = b""
+    with contextlib.suppress(OSError):  # as Linux reports the end of it
+        while part := os.read(terminal, 1 << 12):
+            shown += part
+    os.close(terminal)
+    return shown.decode()
+
+
+def test_a_progress_bar_gives_the_cursor_back():
+    terminal, stderr = pty.openpty()
+    process = start("load", FIXTURE, "--mesh", "mp=1", script=SLOW, stderr=stderr)
+    os.close(stderr)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    shown = everything_on(terminal)
+    assert "\x1b[?25hinterrupted\r\n" in shown
+    assert shown.rindex("\x1b[?25l") < shown.rindex("\x1b[?25h")
+
+
+def test_help_for_a_reader_that_has_enough():
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start("load", "--help", stdout=writer)
+    os.close(writer)
+    assert process.communicate(timeout=60) == (None, b"")
+    assert process.returncode == 0
+
+
+def test_help_on_a_full_disk():
+    code, stderr = limited("exec > /dev/full", "--help")
+    assert code == 4
+    assert stderr.startswith("error: the system refuses\n  found: [Errno 28] No space left")
+
+
+# Ctrl-C in a program that goes on.
+
+
+@pytest.fixture
+def owners(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
+    """The memory of every buffer that is allocated."""
+    found: list[weakref.ref] = []
+    allocate = buffers.allocate
+
+    def noted(size_bytes: int) -> np.ndarray:
+        array = allocate(size_bytes)
+        assert array.base is not None
+        found.append(weakref.ref(array.base))
+        return array
+
+    monkeypatch.setattr(buffers, "allocate", noted)
+    return found
+
+
+def test_ctrl_c_frees_threads_and_memory(monkeypatch: pytest.MonkeyPatch, owners: list):
+    plan = mtj_loader.plan(FIXTURE, "mp=8")
+    read, calls = plan.checkpoint.storage.read_into, []
+
+    def interrupted(path: str, offset_bytes: int, buffer: np.ndarray) -> None:
+        calls.append(offset_bytes)
+        if len(calls) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        read(path, offset_bytes, buffer)
+
+    monkeypatch.setattr(plan.checkpoint.storage, "read_into", interrupted)
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt) as kept:  # as a notebook keeps it
+        mtj_loader.load(plan=plan)
+    assert len(calls) < 60  # of hundreds
+    assert set(threading.enumerate()) <= before
+    assert owners
+    assert all(owner() is None for owner in owners)
+    del kept
+
+
+def test_an_error_frees_memory(monkeypatch: pytest.MonkeyPatch, owners: list):
+    def refuse(self: Streamer) -> None:
+        raise StorageError("at the very end")
+
+    monkeypatch.setattr(Streamer, "_check_finite", refuse)
+    with pytest.raises(StorageError, match="at the very end") as kept:
+        mtj_loader.load(FIXTURE, "mp=8")
+    assert owners
+    assert all(owner() is None for owner in owners)
+    del kept
+
+
+# A system that refuses.
+
+
+def test_a_failed_read_names_file_and_byte(monkeypatch: pytest.MonkeyPatch):
+    preadv, calls = os.preadv, []
+
+    def failing(descriptor: int, views: list, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) == 30:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, views, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    result = CliRunner().invoke(app, ["load", str(FIXTURE), "--mesh", "mp=1"])
+    assert result.exit_code == 4
+    assert result.stderr.startswith("error: a read at byte ")
+    assert f"{calls[29]:,}" in result.stderr
+    assert "safetensors\n  found: Input/output error" in result.stderr
+
+
+def no_mapping(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def no_scratch(*_: object) -> None:
+    raise MemoryError("Unable to allocate 1.00 MiB for an array")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fails", "needed"),
+    [
+        (mmap, "mmap", no_mapping, r"[78],\d{3},\d{3} bytes in one piece"),
+        (Streamer, "_scratch", no_scratch, "Unable to allocate 1.00 MiB for an array"),
+    ],
+    ids=["main thread", "worker"],
+)
+def test_no_memory(
+    where: object, name: str, fails: Callable, needed: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(where, name, fails)
+    words = rf"out of memory on the host\n  expected: {needed}\n  found: .* within "
+    with pytest.raises(MemoryLimitError, match=words):
+        mtj_loader.load(FIXTURE, "mp=8")
+
+
+def convert_it(plan: LoadPlan) -> None:
+    mtj_loader.convert(plan.checkpoint.location, dtype="float16")
+
+
+def load_it(plan: LoadPlan) -> None:
+    mtj_loader.load(plan=plan)
+
+
+@pytest.mark.parametrize("work", [load_it, convert_it])
+def test_no_thread(
+    work: Callable[[LoadPlan], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plan = mtj_loader.plan(neox.write(tmp_path / "model"), "mp=2")
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(MachineError, match="the system refuses another thread"):
+        work(plan)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# Limits of real processes.
+
+
+@pytest.mark.parametrize("limit", [60, 300, 600], ids="{} MiB".format)
+def test_too_little_memory_to_start(limit: int):
+    code, stderr = limited(f"ulimit -v {limit << 10}", "load", FIXTURE, "--mesh", "mp=8")
+    assert code == 4
+    assert stderr.startswith("error: the limit of address space ended the work\n  expected: JAX")
+    assert f"found: {limit << 20:,} bytes (" in stderr
+    assert stderr.endswith("hint: ulimit -v sets the limit\n")
+
+
+LATE = """
+import resource, sys
+import jax
+import mtj_loader
+import mtj_loader.loading.load_params
+
+jax.devices()
+plan = mtj_loader.plan(sys.argv[1], "mp=1")
+mtj_loader.loading.load_params.check_memory = lambda *_: None  # memory is taken after the check
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + int(sys.argv[2]) * 10**6
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    mtj_loader.load(plan=plan)
+except mtj_loader.MemoryLimitError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def test_memory_that_runs_out_while_loading(tmp_path: Path):
+    """Two parameters of 80 MB, and room for one and a half."""
+    rows = 1_666_000
+    tensors = neox.tensors()
+    big = np.broadcast_to(np.float32(0), (rows, 24))
+    tensors |= {"gpt_neox.embed_in.weight": big, "embed_out.weight": big}
+    folder = neox.write(tmp_path, vocab_size=rows)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(safetensors_bytes(safetensors_header(tensors)))
+        file.truncate(file.tell() + sum(array.nbytes for array in tensors.values()))
+    process = start(folder, 120, script=LATE)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0
+    first, needed, found, hint = stderr.decode().splitlines()
+    assert first == "out of memory on the host"
+    assert needed == "  expected: 79,968,000 bytes in one piece"
+    assert found.endswith(" within the limit of its address space (ulimit -v)")
+    assert hint.startswith("  hint: ")
+
+
+def test_a_bug_under_a_limit_is_told_as_it_is(tmp_path: Path):
+    script = "import mtj_loader\nmtj_loader.load = None\n" + "from mtj_loader.cli import main\n"
+    command = "main(['load', 'x'])"
+    log = tmp_path / "log"  # a file that can seek, where the child has a pipe
+    code, _ = limited(f"ulimit -v 4000000; exec 2> {log}", script=script + command)
+    assert code == 1
+    assert log.read_text().startswith("error: not expected: TypeError: 'NoneType'")
+
+
+def test_a_signal_reaches_limited_work():
+    telling = NATIVE.replace("sys.stderr.write", "os.write(1, b'ready\\n') or len").replace(
+        "import hashlib", "import os, hashlib"
+    )
+    process = start("load", FIXTURE, script=telling, first="ulimit -v 10000000")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    assert process.communicate(timeout=60) == (b"", b"terminated\n")
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("ulimit -n 6", "error: cannot "),
+        # Every thread asks for a stack of 100 TB.
+        ("ulimit -s 100000000000", "error: the system refuses a pipe or a thread\n"),
+    ],
+    ids=["files", "threads"],
+)
+def test_too_few_files_and_threads(limit: str, words: str):
+    code, stderr = limited(limit, "load", FIXTURE, "--mesh", "mp=8")
+    assert code == 4
+    assert stderr.startswith(words)

@@ -1,0 +1,278 @@
+"""Hosts that are not there: each one's share by itself, and all shares against the whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+import mtj_loader
+from mtj_loader.cli.app import app
+from mtj_loader.errors import FormatError, MeshError, UsageError, VerifyError
+from mtj_loader.loading.shard_digests import Digests, check_whole, digests, joined, read_digests
+from mtj_loader.loading.simulated_host import load_host, of_host
+from mtj_loader.planning.load_plan import LoadPlan
+from mtj_loader.planning.topology import Topology
+from mtj_loader.storage.local import LocalStorage
+from tests.support import neox
+from tests.support.adapters import linear, write_adapter
+
+ROOT = Path(__file__).parents[2]
+FIXTURE = ROOT / "tests/data/shakespeare-neox"
+
+
+def plan_of(path: Path, mesh: str, hosts: int, **options) -> LoadPlan:
+    return mtj_loader.plan(path, mtj_loader.make_abstract_mesh(mesh, hosts), **options)
+
+
+def share(plan: LoadPlan, host: int) -> Digests:
+    params, _ = load_host(plan, host)
+    return digests(params, plan.shards, plan.topology.shards_of(host))
+
+
+# One host.
+
+
+@pytest.mark.parametrize("transposed_linear", [False, True])
+@pytest.mark.parametrize(("mesh", "hosts"), [("mp=4", 2), ("mp=4", 4), ("dp=2,mp=4", 4)])
+def test_shards_of_a_host_are_those_of_a_whole_load(
+    tmp_path: Path, mesh: str, hosts: int, transposed_linear: bool
+):
+    options = {"transposed_linear": transposed_linear, "progress": False}
+    whole = mtj_loader.load(neox.write(tmp_path), "mp=4", **options).params
+    plan = plan_of(tmp_path, mesh, hosts, transposed_linear=transposed_linear)
+    for host in range(hosts):
+        numbers = list(plan.topology.shards_of(host))
+        params, _ = load_host(plan, host)
+        for module, arrays in whole.items():
+            for name, array in arrays.items():
+                expected = np.asarray(array)[numbers]
+                np.testing.assert_array_equal(np.asarray(params[module][name]), expected)
+
+
+def test_a_host_reads_its_share_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = plan_of(neox.write(tmp_path), "mp=4", 2)
+    read: list[int] = []
+    original = LocalStorage.read_into
+
+    def count(self: LocalStorage, path: str, offset: int, buffer: np.ndarray) -> None:
+        read.append(buffer.nbytes)
+        original(self, path, offset, buffer)
+
+    monkeypatch.setattr(LocalStorage, "read_into", count)
+    _, report = load_host(plan, 1)
+    alone = plan.unshared  # norms are on both hosts, and nobody sends them
+    assert sum(read) == report.bytes_read == report.bytes_needed == alone.host_bytes(1)
+    assert (
+        plan.host_bytes(1)
+        < alone.host_bytes(1)
+        < 0.6 * of_host(plan_of(tmp_path, "mp=4", 1), 0).host_bytes(0)
+    )
+
+
+def test_the_first_host_alone_compares_tied_copies(tmp_path: Path):
+    arrays = neox.tensors()
+    arrays["embed_out.weight"] = arrays["gpt_neox.embed_in.weight"] + 1
+    plan = plan_of(neox.write(tmp_path, arrays, tie_word_embeddings=True), "mp=4", 2)
+    load_host(plan, 1)
+    with pytest.raises(VerifyError, match=r"config\.json ties this tensor"):
+        load_host(plan, 0)
+
+
+def test_a_host_has_its_rows_and_columns():
+    plan = plan_of(FIXTURE, "dp=4,mp=8", 8)
+    mine = of_host(plan, 5)
+    assert plan.topology.shards_of(5) == (4, 5, 6, 7)
+    assert mine.topology == Topology(((0, 0, 0, 0),))
+    assert mine.device_bytes == plan.device_bytes
+    assert mine.host_bytes(0) == plan.unshared.host_bytes(5) > plan.host_bytes(5)
+    two_rows = of_host(plan_of(FIXTURE, "dp=4,mp=2", 2), 1)
+    assert two_rows.topology == Topology(((0, 0), (0, 0)))
+
+
+def test_a_host_that_is_not_in_the_mesh():
+    with pytest.raises(UsageError, match="the mesh has no such host") as error:
+        of_host(plan_of(FIXTURE, "mp=8", 4), 4)
+    assert error.value.expected == "one of {0...3}"
+
+
+def test_devices_that_are_no_rectangle_are_refused():
+    plan = plan_of(FIXTURE, "dp=3,mp=4", 2)  # host 0 has a row and a half
+    with pytest.raises(MeshError, match="the devices of host 0 are no rectangle of the mesh"):
+        of_host(plan, 0)
+
+
+def test_adapters_are_refused(tmp_path: Path):
+    folder = neox.write(tmp_path / "model")
+    factors = linear("gpt_neox.layers.0.attention.dense", 24, 24)
+    adapter = write_adapter(tmp_path / "adapter", factors)
+    with pytest.raises(UsageError, match="a simulated host merges no adapters"):
+        of_host(plan_of(folder, "mp=4", 2, adapter=adapter), 0)
+
+
+# Digests.
+
+
+def test_shares_of_all_hosts_make_up_the_whole():
+    model = mtj_loader.load(FIXTURE, "mp=8", progress=False)
+    whole = digests(model.params, 8)
+    check_whole(whole)
+    plan = plan_of(FIXTURE, "mp=8", 4)
+    parts = {f"host {k}": share(plan, k) for k in range(4)}
+    found = joined(parts)
+    assert found == whole
+    assert found.sha256 == whole.sha256
+    assert joined(parts | {"whole": whole}) == whole
+
+
+def test_digests_are_of_the_bytes_of_shards(tmp_path: Path):
+    model = mtj_loader.load(neox.write(tmp_path), "dp=2,mp=2", progress=False)
+    found = digests(model.params, 2)
+    assert sum(map(len, found.of.values())) == 2 * len(jax.tree.leaves(model.params))
+    changed = jax.tree.map(lambda array: array, model.params)
+    module, name = "causal_transformer_shard/~/layer_1/~/linear_3", "w"
+    changed[module][name] = changed[module][name].at[1, 0, 0].add(1)
+    other = digests(changed, 2)
+    differing = [(n, j) for n in found.of for j in (0, 1) if found.of[n][j] != other.of[n][j]]
+    assert differing == [(f"{module} {name}", 1)]
+    assert found.sha256 != other.sha256
+
+
+def test_order_does_not_matter():
+    one = Digests(2, {"a w": {0: "0a", 1: "1a"}, "b w": {0: "0b"}})
+    other = Digests(2, {"b w": {0: "0b"}, "a w": {1: "1a", 0: "0a"}})
+    assert one.sha256 == other.sha256
+    assert one.sha256 != Digests(2, {"a w": {0: "0a", 1: "1a"}, "b w": {1: "0b"}}).sha256
+
+
+def test_a_share_that_is_missing_is_named():
+    plan = plan_of(FIXTURE, "mp=8", 4)
+    found = joined({f"host {k}": share(plan, k) for k in (0, 1, 3)})
+    with pytest.raises(VerifyError, match="the whole is not there: 76 parameters lack") as error:
+        check_whole(found)
+    assert error.value.found == "all but {4...5}"
+
+
+def test_shards_that_differ_are_named():
+    one, other = Digests(2, {"a w": {0: "0a", 1: "1a"}}), Digests(2, {"a w": {1: "xx"}})
+    with pytest.raises(VerifyError, match="shard 1 of a parameter is not everywhere") as error:
+        joined({"one": one, "other": other})
+    facts = (error.value.file, error.value.key, error.value.expected, error.value.found)
+    assert facts == ("other", "a w", "1a", "xx")
+
+
+def test_other_meshes_and_other_models_do_not_join():
+    one = Digests(2, {"a w": {0: "0a"}})
+    with pytest.raises(UsageError, match="not of one mesh"):
+        joined({"one": one, "other": Digests(4, {"a w": {0: "0a"}})})
+    with pytest.raises(VerifyError, match="other and one do not have the same parameters") as error:
+        joined({"one": one, "other": Digests(2, {"b w": {0: "0a"}, "a w": {0: "0a"}})})
+    assert error.value.key == "b w"
+
+
+def test_digests_are_read_as_they_were_written(tmp_path: Path):
+    found = Digests(2, {"a w": {0: "0a", 1: "1a"}, "b w": {1: "1b"}})
+    path = tmp_path / "digests.json"
+    path.write_text(json.dumps(found.to_dict()))
+    assert read_digests(path) == found
+
+
+@pytest.mark.parametrize(
+    "change", [{"sha256": "0"}, {"of": {"a w": {"x": "0a"}}}, {"shards": "2"}, {"of": {"a w": 0}}]
+)
+def test_other_files_are_no_digests(tmp_path: Path, change: dict):
+    path = tmp_path / "digests.json"
+    path.write_text(json.dumps(Digests(2, {"a w": {0: "0a"}}).to_dict() | change))
+    with pytest.raises(FormatError, match="not what --digests wrote, or changed since"):
+        read_digests(path)
+
+
+# The command line.
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def simulated(*arguments: object) -> str:
+    """In a process of its own: virtual devices come before all else."""
+    command = [sys.executable, "-W", "error", "-m", "mtj_loader.cli", "load", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=120, env=environment
+    )
+    return done.stdout
+
+
+def test_command_loads_a_host_and_joins_it(tmp_path: Path):
+    plan = plan_of(FIXTURE, "mp=4", 2)
+    files = [tmp_path / "0.json", tmp_path / "1.json"]
+    options = ("--mesh", "mp=4", "--simulate-host", "1/2", "--digests", files[1], "--json")
+    document = json.loads(simulated(FIXTURE, *options))
+    assert document["simulated_host"] == {"number": 1, "hosts": 2, "shards": [2, 3]}
+    assert document["mesh"] == {"dp": 1, "mp": 4}
+    assert document["report"]["bytes_read"] == plan.unshared.host_bytes(1)
+    assert document["digests"] == share(plan, 1).to_dict() == json.loads(files[1].read_text())
+    files[0].write_text(json.dumps(share(plan, 0).to_dict()))
+    whole = run("load", FIXTURE, "--mesh", "mp=4", "--digests", tmp_path / "whole.json")
+    assert whole.exit_code == 0
+    result = run("digests", *files, tmp_path / "whole.json")
+    sha256 = read_digests(tmp_path / "whole.json").sha256
+    assert result.stdout == f"3 files: the whole of 76 parameters of 4 shards\nSHA-256 {sha256}\n"
+    found = json.loads(run("digests", *files, "--json").stdout)
+    assert found == {"parameters": 76, "shards": 4, "sha256": sha256}
+    result = run("digests", files[1])
+    assert result.exit_code == 3
+    assert result.stderr.startswith("error: the whole is not there: 76 parameters lack shards\n")
+
+
+def test_command_says_what_it_loaded():
+    words = simulated(FIXTURE, "--mesh", "dp=2,mp=2", "--simulate-host", "0/2").splitlines()
+    host = "host 0 of 2 (2 virtual devices), shards {0...1} of dp=2, mp=2"
+    assert words[0] == f"gpt_neox from {FIXTURE}: {host}"
+    assert words[1].startswith("76 parameters, 7.65 MB read in ")
+    assert re.fullmatch("SHA-256 of its shards: [0-9a-f]{64}", words[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh", "mp=4", "--simulate-host", "4/4"], "cannot read --simulate-host"),
+        (["--mesh", "mp=4", "--simulate-host", "one"], "cannot read --simulate-host"),
+        (["--mesh", "mp=4", "--simulate-host", "0/3"], "the hosts do not divide the devices"),
+        (["--simulate-host", "0/2"], "--simulate-host needs --mesh"),
+        (["--mesh", "mp=4", "--simulate-host", "0/2", "--verify"], "--verify is for whole loads"),
+        (["--simulate-host", "0/2", "--warm-up", "1x8"], "--warm-up is for whole loads"),
+        (["--simulate-host", "0/2", "--processes", "2"], "--processes is for whole loads"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str):
+    result = run("load", FIXTURE, *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {message}")
+
+
+def test_digests_has_an_example_and_misses_files(tmp_path: Path):
+    assert "Example: mtj-loader digests" in run("digests", "--help").stdout
+    result = run("digests", tmp_path / "nothing.json")
+    assert result.exit_code == 3
+    assert result.stderr.startswith("error: the file is missing")
+
+
+def test_documented_keys_are_those_of_the_documents():
+    sections = (ROOT / "docs/json.md").read_text().split("\n## ")
+    section = next(text for text in sections if text.startswith("digests"))
+    rows = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
+    keys = {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
+    of_digests = {f"digests.{key}" for key in Digests(1, {}).to_dict()} - {"digests.of"}
+    simulated_host = {f"simulated_host.{key}" for key in ("number", "hosts", "shards[]")}
+    joined_files = {"parameters", "shards", "sha256"}
+    assert keys == of_digests | {"digests.of.*.*"} | simulated_host | joined_files

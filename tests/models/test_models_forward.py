@@ -1,0 +1,280 @@
+"""The compiled passes: shapes as declared, cache as full forward, precision, no retracing."""
+
+from __future__ import annotations
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtj_loader.models import passes
+from mtj_loader.models.families import gpt_neox
+from mtj_loader.models.layers.parts import LayerNorm
+from mtj_loader.models.parameter_table import Declared
+from tests.oracle.neox_cases import CASES
+from tests.support.models import PARITY, config_of, make_forward, params_of, read_config
+
+HIGHEST = jax.lax.Precision.HIGHEST
+CACHE_TOLERANCE = 2e-5  # float32 sums in another order, for logits of a few units
+
+# Rows of unequal length: prompts [b, t] padded on the right, and what follows them.
+LENGTHS = np.array([7, 3, 5, 1], np.int32)
+STEPS = 4
+
+
+def forward_of(name, **options):
+    folder = PARITY / name
+    forward = make_forward(config_of(folder), **options)
+    return forward, params_of(folder, forward)
+
+
+def random_rows(forward, shape, seed=0):
+    return np.random.default_rng(seed).integers(0, forward.config.vocab_size, shape, np.int32)
+
+
+@pytest.mark.parametrize("name", ["pythia_like", "serial_tied_unbiased"])
+@pytest.mark.parametrize(("dp", "shards"), [(1, 1), (1, 6), (2, 3)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_haiku_has_the_parameters_that_are_declared(name, dp, shards, transposed):
+    config = read_config(CASES[name])
+    forward = make_forward(
+        config, dp=dp, mp=shards, transposed_linear=transposed, dtype=jnp.bfloat16
+    )
+    specs = gpt_neox.parameters(config, shards, transposed)
+    sharding = NamedSharding(forward.mesh, P("mp"))
+    facts = {
+        (module, param): (shape.shape, shape.dtype, shape.sharding)
+        for module, params in forward.param_shapes().items()
+        for param, shape in params.items()
+    }
+    assert facts == {
+        (spec.path, spec.param): (spec.array_shape(shards), jnp.bfloat16, sharding)
+        for spec in specs
+    }
+
+
+def test_absent_biases_and_projection_are_not_declared():
+    config = read_config(CASES["serial_tied_unbiased"])
+    names = {(spec.module, spec.param) for spec in gpt_neox.parameters(config, 1, False)}
+    assert ("layer_0/~/combined_qkv", "b") not in names
+    assert ("layer_0/~/linear_3", "b") not in names
+    assert ("layer_0/~/linear_5", "b") in names
+    assert ("projection_shard/~/linear", "w") not in names
+
+
+def test_transposed_linear_turns_only_linear_weights():
+    config = read_config(CASES["pythia_like"])
+    plain, turned = (
+        {(s.module, s.param): s.array_shape(2) for s in gpt_neox.parameters(config, 2, turn)}
+        for turn in (False, True)
+    )
+    for (module, param), shape in plain.items():
+        linear = param == "w" and not module.startswith("embedding")
+        expected = (shape[0], shape[2], shape[1]) if linear else shape
+        assert turned[module, param] == expected
+
+
+CACHED = [
+    ("neox_20b_like", {"dp": 2, "mp": 4}),
+    ("serial", {"dp": 1, "mp": 3}),
+    ("tied", {"dp": 4, "mp": 2, "transposed_linear": True}),
+    ("rope_yarn", {"dp": 1, "mp": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CACHED)
+def test_cached_steps_are_the_full_forward(name, options):
+    """Every row, at every step, as the full forward has it for that row alone."""
+    forward, params = forward_of(name, **options)
+    rows = random_rows(forward, (len(LENGTHS), LENGTHS.max() + STEPS))
+    prompts = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], rows[:, : LENGTHS.max()], 1)
+    logits, cache = forward.prefill(params, prompts, LENGTHS, LENGTHS + STEPS, 16)
+    full = np.asarray(forward.logits(params, rows))
+    each = np.arange(len(LENGTHS))
+    for n in range(STEPS):
+        assert logits.dtype == jnp.float32
+        np.testing.assert_allclose(logits, full[each, LENGTHS + n - 1], atol=CACHE_TOLERANCE)
+        positions = LENGTHS + n
+        logits, cache = forward.step(params, cache, rows[each, positions], positions)
+
+
+@pytest.mark.parametrize("name", ["rope_dynamic", "rope_longrope"])
+def test_frequencies_are_those_of_each_rows_total(name):
+    """Long and short rows in one batch, each as the full forward of its whole length."""
+    forward, params = forward_of(name, dp=2)
+    totals = np.array([29, 9])  # past the trained length, and within
+    rows = random_rows(forward, (2, 29))
+    logits, cache = forward.prefill(params, rows[:, :8], np.array([8, 8], np.int32), totals, 32)
+    full = [np.asarray(forward.logits(params, rows[[i], :t]))[0] for i, t in enumerate(totals)]
+    np.testing.assert_allclose(logits, [full[0][7], full[1][7]], atol=CACHE_TOLERANCE)
+    logits, _ = forward.step(params, cache, rows[:, 8], np.array([8, 8], np.int32))
+    np.testing.assert_allclose(logits, [full[0][8], full[1][8]], atol=CACHE_TOLERANCE)
+    other = forward.prefill(params, rows[:, :8], np.array([8, 8], np.int32), [9, 9], 32)[0]
+    assert np.abs(other[0] - full[0][7]).max() > 1e-3
+
+
+def test_the_cache_is_placed_with_its_rows_and_heads():
+    forward, params = forward_of("pythia_like", dp=2, mp=2)
+    ids = random_rows(forward, (4, 7))
+    _, cache = forward.prefill(params, ids, LENGTHS, LENGTHS, 16)
+    assert len(cache.keys) == len(cache.values) == 2
+    for array in (*cache.keys, *cache.values):
+        assert array.shape == (4, 16, 6, 8)
+        assert array.sharding == NamedSharding(forward.mesh, P("dp", None, "mp"))
+    assert cache.frequencies.shape == (4, 1)
+    assert cache.frequencies.dtype == jnp.float32
+
+
+def test_a_step_uses_up_its_cache():
+    forward, params = forward_of("pythia_like", dp=2, mp=2)
+    ids = random_rows(forward, (4, 7))
+    _, cache = forward.prefill(params, ids, LENGTHS, LENGTHS, 16)
+    forward.step(params, cache, ids[:, 0], LENGTHS)
+    assert all(array.is_deleted() for array in (*cache.keys, *cache.values))
+
+
+def test_a_token_beyond_the_cache_changes_no_row():
+    """A row that is done goes on stepping beside the others; it must do no harm."""
+    forward, params = forward_of("pythia_like", dp=2, mp=2)
+    ids = random_rows(forward, (4, 7))
+    _, cache = forward.prefill(params, ids, LENGTHS, LENGTHS, 16)
+    before = jax.tree.map(np.asarray, cache)
+    logits, after = forward.step(params, cache, ids[:, 0], np.array([16, 17, 100, 16], np.int32))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, after))
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_any_batch_on_any_mesh(rows):
+    forward, params = forward_of("pythia_like", dp=4, mp=2)
+    alone, own = forward_of("pythia_like")
+    ids = random_rows(forward, (rows, 6))
+    logits = forward.logits(params, ids)
+    assert logits.shape == (rows, 6, 61)
+    np.testing.assert_allclose(logits, alone.logits(own, ids), atol=CACHE_TOLERANCE)
+
+
+def test_padding_of_the_vocabulary_is_in_no_logits():
+    """61 tokens on 6 shards are padded to 66; huge padding rows would win every argmax."""
+    forward, params = forward_of("pythia_like", mp=6)
+    module = "causal_transformer_shard/~/projection_shard/~/linear"
+    w = np.asarray(params[module]["w"]).copy()
+    assert w.shape == (6, 48, 11)
+    w[5, :, 6:] = 1e6
+    broken = {**params, module: {"w": jax.device_put(w, params[module]["w"].sharding)}}
+    ids = random_rows(forward, (2, 5))
+    np.testing.assert_array_equal(forward.logits(broken, ids), forward.logits(params, ids))
+    prefilled, _ = forward.prefill(broken, ids, np.array([5, 5], np.int32), [5, 5], 8)
+    assert prefilled.shape == (2, 61)
+    assert np.abs(prefilled).max() < 1e3
+
+
+def test_every_pass_is_traced_once(monkeypatch):
+    traced = []
+    for name in ("whole", "prefill", "step"):
+        body = getattr(passes, name)
+
+        def counted(*args, body=body, name=name):
+            traced.append(name)
+            return body(*args)
+
+        monkeypatch.setattr(passes, name, counted)
+    config = config_of(PARITY / "pythia_like")
+    forward = make_forward.__wrapped__(config, dp=2, mp=2)  # fresh, nothing is compiled yet
+    params = params_of(PARITY / "pythia_like", forward)
+    traced.clear()  # placing the parameters traced init
+    ids = random_rows(forward, (4, 7))
+    for _ in range(3):
+        forward.logits(params, ids)
+        _, cache = forward.prefill(params, ids, LENGTHS, LENGTHS + 3, 16)
+        for n in range(3):
+            _, cache = forward.step(params, cache, ids[:, n], LENGTHS + n)
+    assert traced == ["whole", "prefill", "step"]
+
+
+@pytest.mark.parametrize("spec", [P(), P("dp")])
+def test_tokens_may_come_from_any_placement(spec):
+    """A sampler's tokens are on devices already, on every one or split over dp."""
+    forward, params = forward_of("pythia_like", dp=2, mp=2)
+    ids = random_rows(forward, (4, 7))
+
+    def two_tokens(ids, lengths, tokens):
+        _, cache = forward.prefill(params, ids, lengths, LENGTHS, 16)
+        return forward.step(params, cache, tokens, lengths)[0]
+
+    on_host = two_tokens(ids, LENGTHS, ids[:, 0])
+    sharding = NamedSharding(forward.mesh, spec)
+    on_devices = two_tokens(*jax.device_put((ids, LENGTHS, ids[:, 0]), sharding))
+    np.testing.assert_array_equal(on_devices, on_host)
+
+
+def equations(jaxpr):
+    """All operations, also those inside jit, shard_map and other calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def named(jaxpr, primitive):
+    return [e for e in equations(jaxpr.jaxpr) if e.primitive.name == primitive]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["neox_20b_like", "tied"])
+def test_products_are_exact_to_float32(name, dtype):
+    forward, params = forward_of(name, mp=2, dtype=dtype)
+    ids = random_rows(forward, (2, 5))
+    lengths = np.array([5, 3], np.int32)
+    _, cache = forward.prefill(params, ids, lengths, lengths, 8)
+    passes_run = [
+        jax.make_jaxpr(lambda p: forward.logits(p, ids))(params),
+        jax.make_jaxpr(lambda p: forward.prefill(p, ids, lengths, lengths, 8))(params),
+        jax.make_jaxpr(forward.step)(params, cache, ids[:, 0], lengths),
+    ]
+    for jaxpr in passes_run:
+        products = named(jaxpr, "dot_general")
+        # qkv, scores, values, out, up, down in each layer, and the projection
+        assert len(products) == 6 * forward.config.layers + 1
+        for product in products:
+            assert {v.aval.dtype for v in product.invars} == {np.dtype(dtype)}
+            assert product.params["precision"] == (HIGHEST, HIGHEST)
+            assert product.params["preferred_element_type"] == jnp.float32
+
+
+def test_bfloat16_is_close_to_float32_of_the_same_weights():
+    """Weights that are bfloat16 already: what differs is the rounding of activations."""
+    folder = PARITY / "pythia_like"
+    half = make_forward(config_of(folder), mp=3, dtype=jnp.bfloat16)
+    params = params_of(folder, half)
+    full = make_forward(config_of(folder), mp=3)
+    same = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    ids = random_rows(full, (3, 20))
+    rounded, exact = half.logits(params, ids), full.logits(same, ids)
+    assert rounded.dtype == jnp.float32
+    # bfloat16 has 8 bits: 2^-9 of values up to a few units, and some twenty roundings
+    assert np.abs(rounded - exact).max() < 0.15
+    assert np.abs(rounded - exact).mean() < 0.02
+
+
+def test_norms_are_float32_in_bfloat16():
+    """A mean of 100 with small differences: bfloat16 statistics would be off by whole units."""
+    shapes = {"norm": {"scale": (48,), "offset": (48,)}}
+    table = Declared(shapes, np.dtype(jnp.bfloat16), transposed_linear=False)
+
+    def normalize(x):
+        return LayerNorm(table, 1e-5, name="norm")(x)
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(100 + rng.normal(size=(5, 48)), jnp.bfloat16)
+    params = {"norm": {"scale": jnp.ones(48, jnp.bfloat16), "offset": jnp.zeros(48, jnp.bfloat16)}}
+    result = hk.transform(normalize).apply(params, None, x)
+    assert result.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(np.asarray(result, np.float64), exact, rtol=2**-8)

@@ -1,0 +1,174 @@
+"""MPT's options that transformers ignores, against a plain reference in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import mtj_loader
+from mtj_loader.errors import CheckpointMismatchError, ConfigError
+from mtj_loader.models.families.mpt import Config
+from tests.support import mpt_reference
+from tests.support.checkpoints import write_checkpoint
+from tests.support.decoder_tree import decoder_tree
+from tests.support.families import TOLERANCE, assert_cached_logits
+from tests.support.models import DATA
+
+ATTENTION: dict[str, Any] = {
+    "alibi": True,
+    "alibi_bias_max": 8,
+    "clip_qkv": None,
+    "qk_ln": False,
+    "softmax_scale": None,
+}
+CONFIG: dict[str, Any] = {
+    "model_type": "mpt",
+    "d_model": 24,
+    "expansion_ratio": 4,
+    "layer_norm_epsilon": 1e-5,
+    "learned_pos_emb": True,
+    "logit_scale": None,
+    "max_seq_len": 20,
+    "n_heads": 6,
+    "n_layers": 2,
+    "no_bias": True,
+    "vocab_size": 61,
+}
+
+
+def config(attention: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    return {**CONFIG, **settings, "attn_config": {**ATTENTION, **(attention or {})}}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "steep_alibi": config({"alibi_bias_max": 4}),
+    "steep_alibi_of_eight_heads": config({"alibi_bias_max": 16}, n_heads=8),
+    "qk_ln": config({"qk_ln": True, "clip_qkv": 0.9}),
+    "qk_ln_with_biases": config({"qk_ln": True}, no_bias=False, layer_norm_epsilon=3e-4),
+    "learned_positions": config({"alibi": False}, n_heads=8),
+    "no_positions": config({"alibi": False}, learned_pos_emb=False, n_heads=4),
+    "biases": config({"softmax_scale": 0.4, "clip_qkv": 0.5}, no_bias=False, n_heads=12),
+    "narrow": config(expansion_ratio=2.5, logit_scale=0.3),
+    "scaled_logits": config(logit_scale="inv_sqrt_d_model", n_heads=2),
+}
+MESHES = {
+    "steep_alibi": "mp=6",
+    "steep_alibi_of_eight_heads": "dp=2,mp=4",
+    "qk_ln": "mp=3",
+    "qk_ln_with_biases": "mp=6",
+    "learned_positions": "mp=8",
+    "no_positions": "dp=2,mp=4",
+    "biases": "mp=4",
+    "narrow": "mp=3",
+    "scaled_logits": "mp=2",
+}
+
+
+def written(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, np.ndarray]]:
+    tensors = mpt_reference.random_tensors(settings, seed=1)
+    return write_checkpoint(folder, {"model.safetensors": tensors}, settings), tensors
+
+
+def random_ids() -> np.ndarray:
+    return np.random.default_rng(2).integers(0, CONFIG["vocab_size"], (4, 12))
+
+
+def test_the_reference_is_transformers_where_that_is_an_oracle() -> None:
+    for name in ("mpt_7b", "clipped"):
+        folder = DATA / "families" / "mpt" / name
+        settings = json.loads((folder / "config.json").read_text())
+        settings = {**CONFIG, **settings, "attn_config": ATTENTION | settings["attn_config"]}
+        ids, expected = np.load(folder / "ids.npy"), np.load(folder / "logits.npy")
+        logits = mpt_reference.logits(settings, load_file(folder / "model.safetensors"), ids)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits(name: str, tmp_path: Path) -> None:
+    folder, tensors = written(tmp_path, CASES[name])
+    turned = len(name) % 2 == 0  # as good as random
+    mesh = MESHES[name]
+    model = mtj_loader.load(folder, mesh, dtype="float32", transposed_linear=turned)
+    ids = random_ids()
+    expected = mpt_reference.logits(CASES[name], tensors, ids)
+    np.testing.assert_allclose(model.logits(ids), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["steep_alibi", "qk_ln_with_biases", "learned_positions"])
+def test_cached_logits(name: str, tmp_path: Path) -> None:
+    folder, tensors = written(tmp_path, CASES[name])
+    ids = random_ids()
+    model = mtj_loader.load(folder, "dp=2,mp=2", dtype="float32")
+    assert_cached_logits(model, ids, mpt_reference.logits(CASES[name], tensors, ids))
+
+
+@pytest.mark.parametrize("name", ["qk_ln_with_biases", "learned_positions"])
+@pytest.mark.parametrize("transposed_linear", [False, True])
+def test_every_weight_is_in_its_place(name: str, transposed_linear: bool, tmp_path: Path) -> None:
+    folder, tensors = written(tmp_path, CASES[name])
+    options: dict[str, Any] = {"transposed_linear": transposed_linear}
+    model = mtj_loader.load(folder, "mp=2", dtype="float32", **options)
+    expected = decoder_tree(CASES[name], tensors, shards=2, **options)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, model.params), expected)
+
+
+def test_a_table_of_positions_beside_alibi_is_refused(tmp_path: Path) -> None:
+    """Published configs say learned_pos_emb: true, and have no such table."""
+    settings = config()
+    tensors = mpt_reference.random_tensors(settings, seed=1)
+    table = {"transformer.wpe.weight": np.zeros((20, 24), np.float32)}
+    write_checkpoint(tmp_path, {"model.safetensors": tensors | table}, settings)
+    with pytest.raises(CheckpointMismatchError, match=r"transformer\.wpe\.weight"):
+        mtj_loader.plan(tmp_path, "mp=1")
+
+
+def read(settings: dict[str, Any]) -> Config:
+    return Config.read(settings, file="config.json")
+
+
+def test_what_a_config_does_not_say_is_as_in_transformers() -> None:
+    found = read({})
+    assert (found.d_model, found.n_heads, found.layers, found.vocab_size) == (2048, 16, 24, 50368)
+    assert (found.d_ff, found.max_positions, found.norm_eps) == (8192, 2048, 1e-5)
+    assert (found.alibi_bias_max, found.clip_qkv, found.softmax_scale) == (8, None, 128**-0.5)
+    assert (found.bias, found.qk_norm, found.learned_positions) == (False, False, False)
+    assert (found.logit_scale, found.tie_word_embeddings) == (1, True)
+
+
+def test_zero_is_no_bound() -> None:
+    assert read(config({"clip_qkv": 0})).clip_qkv is None
+
+
+REFUSED = [
+    (config({"attn_type": "multiquery_attention"}), "attn_config.attn_type", "not supported"),
+    (config({"prefix_lm": True}), "attn_config.prefix_lm", "not supported"),
+    (config({"attn_uses_sequence_id": True}), "attn_config.attn_uses_sequence_id", "supported"),
+    (config({"rope": True}), "attn_config.rope", "not supported"),
+    (config({"kv_n_heads": 2}), "attn_config.kv_n_heads", "not supported"),
+    (config({"sliding_window_size": 512}), "attn_config.sliding_window_size", "not supported"),
+    (config({"softcap": 30}), "attn_config.softcap", "unknown setting"),
+    (config({"clip_qkv": -1}), "attn_config.clip_qkv", "not a legal value"),
+    (config(attn_cfg={}), "attn_cfg", "unknown setting"),
+    (config(norm_type="rmsnorm"), "norm_type", "not a legal value"),
+    (config(logit_scale="sqrt"), "logit_scale", "not a legal value"),
+    (config(expansion_ratio=2.3), "expansion_ratio", "no width of a feed-forward layer"),
+    (config(expansion_ratio=0), "expansion_ratio", "no width of a feed-forward layer"),
+    (config(ffn_config={"ffn_type": "mptglu"}), "ffn_config", "not supported"),
+    ({**CONFIG, "attn_config": "multihead"}, "attn_config", "not an object"),
+    (config(n_heads=5), "d_model", "d_model is not a multiple of n_heads"),
+    (config(hidden_size=32), "d_model and hidden_size", "two spellings of one setting disagree"),
+]
+
+
+@pytest.mark.parametrize(("settings", "key", "wording"), REFUSED)
+def test_refusals(settings: dict[str, Any], key: str, wording: str) -> None:
+    with pytest.raises(ConfigError, match=wording) as caught:
+        read(settings)
+    assert caught.value.key == key
+    assert caught.value.file == "config.json"

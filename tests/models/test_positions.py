@@ -1,0 +1,135 @@
+"""How positions enter: ALiBi slopes, sinusoids, rotary pairs, windows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mtj_loader.models.layers.alibi import alibi, bloom_slopes, mpt_slopes
+from mtj_loader.models.layers.attention import Span, attend, rotate_halves, rotate_pairs
+from mtj_loader.models.layers.positions import sinusoids
+from tests.support.models import make_mesh
+
+PAPER_8 = [2.0**-i for i in range(1, 9)]  # Press et al., section 3
+PAPER_16 = [2.0 ** (-i / 2) for i in range(1, 17)]
+
+BLOOM = {
+    1: [2.0**-8],
+    2: [2.0**-4, 2.0**-8],
+    3: [2.0**-4, 2.0**-8, 2.0**-2],
+    5: [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1],
+    6: [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3],
+    8: PAPER_8,
+    12: PAPER_8 + PAPER_16[:8:2],
+    16: PAPER_16,
+}
+
+
+@pytest.mark.parametrize(("heads", "expected"), BLOOM.items())
+def test_bloom_slopes(heads: int, expected: list[float]):
+    slopes = bloom_slopes(heads)
+    assert slopes.dtype == np.float32
+    np.testing.assert_allclose(slopes, expected, rtol=1e-6)
+
+
+MPT = {
+    (1, 8.0): [2.0**-8],
+    (3, 8.0): [2.0**-4, 2.0**-8, 2.0**-2],
+    (5, 8.0): [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1],
+    (8, 8.0): PAPER_8,
+    (8, 4.0): PAPER_16[:8],
+    (12, 8.0): PAPER_16[1::2] + PAPER_16[:8:2],
+    (6, 16.0): [2.0**-4, 2.0**-8, 2.0**-12, 2.0**-16, 2.0**-2, 2.0**-6],
+}
+
+
+@pytest.mark.parametrize(("heads", "bias_max"), MPT)
+def test_mpt_slopes(heads: int, bias_max: float):
+    slopes = mpt_slopes(heads, bias_max)
+    assert slopes.dtype == np.float32
+    np.testing.assert_allclose(slopes, MPT[heads, bias_max], rtol=1e-6)
+
+
+def span(positions: list[list[int]], keys: int) -> Span:
+    return Span(jnp.asarray(positions, jnp.int32), jnp.arange(keys), None)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 6])
+def test_alibi_is_the_slope_times_the_distance_for_each_shards_heads(shards: int):
+    def local(positions: jax.Array) -> jax.Array:
+        return alibi(bloom_slopes(6), Span(positions, jnp.arange(4), None))
+
+    on_mesh = jax.shard_map(local, mesh=make_mesh(1, shards), in_specs=P(), out_specs=P(None, "mp"))
+    bias = np.asarray(jax.jit(on_mesh)(jnp.array([[0, 2], [3, 1]])))
+    assert bias.shape == (2, 6, 2, 4)
+    for b, t in np.ndindex(2, 2):
+        position = [[0, 2], [3, 1]][b][t]
+        expected = np.outer(BLOOM[6], np.arange(4) - position)
+        np.testing.assert_allclose(bias[b, :, t], expected, rtol=1e-6)
+
+
+def test_a_bias_is_added_to_the_scaled_scores():
+    keys = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)
+    q = jnp.full((1, 1, 1, 1), 2.0)
+    bias = jnp.array([0.5, 0.0, -4.0]).reshape(1, 1, 1, 3)
+    out = attend(q, (keys, keys), jnp.ones((1, 1, 3), bool), 0.25, bias)
+    scores = np.exp([2 * 1 * 0.25 + 0.5, 2 * 2 * 0.25, 2 * 3 * 0.25 - 4])
+    np.testing.assert_allclose(out.item(), scores @ [1, 2, 3] / scores.sum(), rtol=1e-6)
+
+
+def test_a_window_ends_at_the_query():
+    seen = span([[0, 3]], 5).within(2)
+    assert seen.tolist() == [[[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]]
+    wide = span([[0, 3]], 5)
+    assert wide.within(4).tolist() == wide.visible.tolist()
+
+
+def fairseq(rows: int, width: int, padding: int) -> np.ndarray:
+    """The table that fairseq's SinusoidalPositionalEmbedding.get_embedding makes, in float64."""
+    half = width // 2
+    frequencies = 10000.0 ** (-np.arange(half) / (half - 1))
+    angles = np.outer(np.arange(rows), frequencies)
+    table = np.concatenate([np.sin(angles), np.cos(angles), np.zeros((rows, width % 2))], axis=1)
+    table[padding] = 0
+    return table
+
+
+@pytest.mark.parametrize(("width", "padding"), [(12, 1), (13, 2), (4, 30), (64, 7)])
+def test_sinusoids_are_those_of_fairseq(width: int, padding: int):
+    """Position p has row p + 2."""
+    positions = np.array([[0, 1, 2, 3, 4], [5, 28, 29, 30, 31]])
+    found = sinusoids(jnp.asarray(positions), width, padding)
+    assert found.dtype == jnp.float32
+    expected = fairseq(34, width, padding)[positions + 2]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6)  # float32 angles up to 33
+
+
+def test_sinusoids_of_far_positions():
+    """A float32 angle of 2000 radians is off by up to 6e-5."""
+    found = sinusoids(jnp.array([[2000]]), 64, 1)
+    np.testing.assert_allclose(found[0], fairseq(2003, 64, 1)[[2002]], rtol=0, atol=3e-4)
+
+
+def turn(angles: list[float]) -> tuple[jax.Array, jax.Array]:
+    array = jnp.asarray(angles, jnp.float32)[None, None]
+    return jnp.cos(array), jnp.sin(array)
+
+
+def test_rotary_pairs_are_complex_products():
+    """Neighbors (0, 1) and (2, 3) of a head are one complex number each; the rest stays."""
+    x = np.random.default_rng(0).normal(size=(1, 1, 2, 6)).astype(np.float32)
+    found = np.asarray(rotate_pairs(jnp.asarray(x), turn([0.3, 2.0])))
+    turned = (x[..., 0:4:2] + 1j * x[..., 1:4:2]) * np.exp(1j * np.array([0.3, 2.0]))
+    np.testing.assert_allclose(found[..., 0:4:2], turned.real, atol=1e-6)
+    np.testing.assert_allclose(found[..., 1:4:2], turned.imag, atol=1e-6)
+    np.testing.assert_array_equal(found[..., 4:], x[..., 4:])
+
+
+def test_pairs_and_halves_differ_in_the_order_of_dimensions_alone():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, 3, 4)), jnp.float32)
+    order = jnp.array([0, 2, 1, 3])
+    halves = rotate_halves(x[..., order], turn([0.7, 0.1]))
+    np.testing.assert_allclose(rotate_pairs(x, turn([0.7, 0.1])), halves[..., order], atol=1e-6)

@@ -1,0 +1,55 @@
+"""Writes small LoRA adapters as PEFT names them, and merges them by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from tests.support.checkpoints import write_safetensors
+
+CONFIG: dict[str, object] = {
+    "peft_type": "LORA",
+    "r": 3,
+    "lora_alpha": 5,
+    "target_modules": ["query_key_value", "dense"],
+    "task_type": "CAUSAL_LM",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "use_dora": False,
+}
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], **config: object) -> Path:
+    """Writes an adapter; keywords change CONFIG."""
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
+    return folder
+
+
+def linear(module: str, outs: int, ins: int, rank: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
+    """The factors of one linear layer, random."""
+    random = np.random.default_rng(seed)
+    name = f"base_model.model.{module}"
+    return {
+        f"{name}.lora_A.weight": random.normal(size=(rank, ins)).astype(np.float32),
+        f"{name}.lora_B.weight": random.normal(size=(outs, rank)).astype(np.float32),
+    }
+
+
+def merged(
+    weights: Mapping[str, np.ndarray], adapter: Mapping[str, np.ndarray], scale: float
+) -> dict[str, np.ndarray]:
+    """The weights with scale · B · A added, in float64, rounded to float32 once."""
+    result = dict(weights)
+    for name, a in adapter.items():
+        if name.endswith(".lora_A.weight"):
+            b = adapter[name.replace("lora_A", "lora_B")]
+            base = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+            total = result[base].astype(np.float64) + scale * (b.astype(np.float64) @ a)
+            result[base] = total.astype(np.float32)
+    return result

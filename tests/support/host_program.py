@@ -1,0 +1,220 @@
+"""Hosts for tests: one process that forks the hosts of several loads and sees them end.
+
+    python -m tests.support.host_program FOLDER    reads cases.json; writes <case>-<host>.jsonl
+
+Importing JAX takes longer than most of what is tested here, so it is done once. Every host is a
+real process with two virtual devices of its own. Faults are injected here, never by the package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import mtj_loader
+from mtj_loader.distributed import agreement, many_hosts
+from mtj_loader.distributed.many_hosts import ManyHosts
+from mtj_loader.errors import MtjLoaderError
+from mtj_loader.loading.verify import verify
+from mtj_loader.storage.local import LocalStorage
+
+DEVICES = 2  # of each host
+SILENT_SECONDS = 4.0  # where a fault is waited for; less than the package's own
+JOIN_SECONDS = 6.0  # where that fault is that a host does not come
+CASE_SECONDS = 120.0  # who takes longer hangs, and is killed
+_AT_ONCE = 3  # cases; they mostly wait
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Host:
+    """One host of a case.
+
+    Attributes:
+      index, count: which one, of how many.
+      output: where it says what came of each step.
+      reads: [method, file, offset, bytes] of all reads of the step.
+    """
+
+    index: int
+    count: int
+    output: Path
+    reads: list[list[object]] = field(default_factory=list)
+
+    def say(self, **what: object) -> None:
+        """Appends a line to the output."""
+        with self.output.open("a") as file:
+            file.write(json.dumps(what) + "\n")
+
+    def take(self, step: Json) -> None:
+        """One load, and what is asked of the model; or the error that came instead."""
+        self.reads.clear()
+        path, options = step["paths"][self.index], step["options"][self.index]
+        self._arm(step["fault"], Path(path))
+        waits = step["fault"].get("kind") in ("kill", "stop")
+        many_hosts.SILENT_SECONDS = SILENT_SECONDS if waits else CASE_SECONDS
+        late = JOIN_SECONDS if waits and step["fault"]["phase"] == "join" else CASE_SECONDS
+        try:
+            model = mtj_loader.load(path, host_timeout=late, progress=False, **options)
+            reads = list(self.reads)
+            answers = {name: ASKED[name](model) for name in step["ask"]}
+            self.say(report=model.report.to_dict(), reads=reads, **answers)
+        except MtjLoaderError as error:
+            self.say(error=str(error), exit_code=error.exit_code, type=type(error).__name__)
+
+    def _arm(self, fault: Json, path: Path) -> None:
+        """Injects the fault when this host begins the phase; `join` is where the load begins."""
+
+        def begin(phase: str) -> None:
+            if (fault.get("host"), fault.get("phase")) == (self.index, phase):
+                self.say(injected=phase)
+                INJECTED[fault["kind"]](path)
+
+        def phase(hosts: ManyHosts, name: str) -> AbstractContextManager[None]:
+            begin(name)
+            return _phase(hosts, name)
+
+        setattr(ManyHosts, "phase", phase)  # noqa: B010 -- until the next step
+        begin("join")
+
+
+_phase = ManyHosts.phase
+
+ASKED: dict[str, Callable[[mtj_loader.Model], object]] = {
+    "logits": lambda model: np.asarray(model.logits(IDS)).tolist(),
+    "greedy": lambda model: model.generate(IDS, max_new_tokens=6, temperature=0),
+    "sampled": lambda model: model.generate(IDS[:3], max_new_tokens=6, seed=5),
+    "stream": lambda model: [i for ids in model.stream(IDS[0], max_new_tokens=6) for i in ids],
+    "state": lambda model: np.asarray(model.state()["step"].addressable_data(0)).tolist(),
+    "adapted": lambda model: np.asarray(model.with_adapter(ADAPTER).logits(IDS)).tolist(),
+    "verified": lambda model: verify(model.plan, model.params),
+}
+IDS = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]]
+ADAPTER = "adapter"  # beside the cases
+
+INJECTED: dict[str, Callable[[Path], object]] = {
+    "kill": lambda path: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda path: os.kill(os.getpid(), signal.SIGSTOP),
+    "missing": lambda path: (path / "model.safetensors").unlink(),
+    "version": lambda path: setattr(agreement, "version", lambda: "0.0.1"),
+}
+
+
+_reading = threading.local()
+
+
+def _count(host: Host, method: str) -> None:
+    """Has all reads of a kind noted down, but not those that another one is made of."""
+    read = getattr(LocalStorage, method)
+
+    def counted(storage: LocalStorage, path: str, offset: int, what: Any) -> object:
+        if getattr(_reading, "inside", False):
+            return read(storage, path, offset, what)
+        size = what if isinstance(what, int) else memoryview(what).nbytes
+        host.reads.append([method, path, offset, size])
+        _reading.inside = True
+        try:
+            return read(storage, path, offset, what)
+        finally:
+            _reading.inside = False
+
+    setattr(LocalStorage, method, counted)
+
+
+def _be_host(host: Host, port: int, steps: list[Json]) -> None:
+    """All that a host does."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.distributed.initialize(f"127.0.0.1:{port}", host.count, host.index)
+    for method in ("read", "read_into"):
+        _count(host, method)
+    for step in steps:
+        host.take(step)
+
+
+def _fork(host: Host, port: int, steps: list[Json]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with host.output.with_suffix(".log").open("wb") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        _be_host(host, port, steps)
+        code = 0
+    except BaseException:  # noqa: BLE001 -- the process ends here, and no other code may run
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@dataclass
+class Running:
+    """The hosts of a case that have not ended."""
+
+    name: str
+    children: dict[int, int]  # process → host
+    begun: float = field(default_factory=time.monotonic)
+    codes: dict[int, int] = field(default_factory=dict)
+
+    def look(self) -> bool:
+        """Whether all have ended. When all others have, or time is up, the rest are killed."""
+        for child in list(self.children):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                self.codes[self.children.pop(child)] = os.waitstatus_to_exitcode(status)
+        late = time.monotonic() - self.begun > CASE_SECONDS
+        if late or (self.codes and all(map(_is_stopped, self.children))):
+            for child in self.children:
+                os.kill(child, signal.SIGKILL)
+        return not self.children
+
+
+def _is_stopped(child: int) -> bool:
+    return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def main(folder: Path) -> None:
+    """Runs all cases, a few at a time, and writes the exit codes."""
+    os.chdir(folder)
+    waiting: list[Json] = json.loads(Path("cases.json").read_text())
+    running: list[Running] = []
+    codes: dict[str, dict[int, int]] = {}
+    while waiting or running:
+        while waiting and len(running) < _AT_ONCE:
+            running.append(_start(waiting.pop(0)))
+        time.sleep(0.02)
+        for case in [case for case in running if case.look()]:
+            running.remove(case)
+            codes[case.name] = case.codes
+    Path("codes.json").write_text(json.dumps(codes))
+
+
+def _start(case: Json) -> Running:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    name, count = case["name"], case["hosts"]
+    hosts = [Host(index, count, Path(f"{name}-{index}.jsonl")) for index in range(count)]
+    return Running(name, {_fork(host, port, case["steps"]): host.index for host in hosts})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
