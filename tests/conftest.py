@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import pytest
@@ -15,6 +16,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # not into the cache of who runs the tests
+
+# A parent that ignores Ctrl-C (nohup, a job in the background) must not change what tests of it see.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first example of a property pays for imports and compilation.
 settings.register_profile("repository", deadline=None)

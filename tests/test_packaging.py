@@ -40,7 +40,7 @@ def test_package_imports_its_core_dependencies_only():
     found = {name for file in files for name in _imports(file)}
     assert sorted(found - allowed) == []
     for name in optional:
-        assert _imports(ROOT / "mtj_loader" / "checkpoint" / name) <= allowed | {"obstore"}
+        assert _imports(ROOT / "mtj_loader" / "storage" / name) <= allowed | {"obstore"}
 
 
 def _imports(file: Path) -> set[str]:

@@ -126,7 +126,7 @@ def test_header_is_as_the_reference_writes_it(source):
     assert offsets["mask"] == max(offsets.values())
 
 
-@pytest.mark.parametrize("panel_bytes", [8, 24, 1 << 20])
+@pytest.mark.parametrize("chunk_bytes", [8, 24, 1 << 20])
 def test_chunks_make_no_difference(tmp_path, monkeypatch, chunk_bytes):
     """A tensor's last panel and turn may be shorter than the others; losses are summed."""
     source = write(tmp_path / "tiny", TENSORS | {"small": np.full(11, 1e-30, np.float32)})

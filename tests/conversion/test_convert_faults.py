@@ -166,9 +166,9 @@ main(sys.argv[1:])
 MOMENTS = {
     "copying": ("execute", "copy_file"),
     "headers": ("execute", "_write_other_files"),
-    "tensors": ("stream", "write_at"),
+    "tensors": ("convert_tensors", "write_at"),
     "checking": ("execute", "check_unchanged"),
-    "syncing": ("folder", "_sync"),
+    "syncing": ("output_folder", "_sync"),
 }
 
 

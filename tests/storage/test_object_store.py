@@ -430,7 +430,7 @@ def test_without_obstore(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "obstore"]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("object_store", "origins", "hub_origin"):
-        monkeypatch.delitem(sys.modules, f"mtj_loader.checkpoint.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"mtj_loader.storage.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "obstore", None)
     for ask in (
         lambda: remote.open_url("s3://bucket/model"),
