@@ -5,19 +5,35 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
+# Before JAX is imported. Subprocesses of tests inherit all of this.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # subprocesses: the user's cache stays as it is
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_force_host_platform_device_count=8",
+        # Most of the time goes into compiling tiny programs, each run once or twice. These three
+        # make a compilation three to four times faster, and the programs slower.
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    )
+)
+
+import jax
 import pytest
 from hypothesis import settings
 
-# Before JAX starts; subprocesses of tests inherit both.
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the time goes into compiling tiny programs, each run once or twice: optimizing them less
-# saves a third of it.
-_FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
-os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # not into the cache of who runs the tests
+# Workers share what they compile and keep it for the next run; `make clean` removes it.
+jax.config.update("jax_enable_compilation_cache", True)
+jax.config.update(
+    "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# A parent that ignores Ctrl-C (nohup, a job in the background) must not change what tests of it see.
+# Tests of Ctrl-C must not depend on a parent that ignores it (nohup, a background job).
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first example of a property pays for imports and compilation.

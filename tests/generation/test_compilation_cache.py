@@ -26,9 +26,10 @@ OPTIONS = (
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """JAX as it is by default, and a user's cache folder; both undone."""
+    """JAX with its default settings and a user's empty cache folder; both are undone."""
     before = {name: getattr(jax.config, name) for name in OPTIONS}
-    jax.config.update("jax_enable_compilation_cache", True)
+    for name, default in zip(OPTIONS, (None, True, 1.0), strict=True):
+        jax.config.update(name, default)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield tmp_path / "cache/mtj_loader/xla"
     for name, value in before.items():
