@@ -11,9 +11,10 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from mtj_loader.display import parse_bytes
-from mtj_loader.distributed.agreement import agree
-from mtj_loader.distributed.hosts import ALONE, LATE_SECONDS, Hosts, together
-from mtj_loader.distributed.shared_headers import open_for_all
+from mtj_loader.distributed.agreement import check_same_load
+from mtj_loader.distributed.host_group import DEFAULT_TIMEOUT_SECONDS, connect_hosts
+from mtj_loader.distributed.hosts import SINGLE_HOST, Hosts
+from mtj_loader.distributed.shared_headers import open_on_all_hosts
 from mtj_loader.dtypes import DTypeName, parameter_dtype
 from mtj_loader.errors import MeshError, UsageError
 from mtj_loader.formats.checkpoint import Checkpoint, Headers, open_checkpoint
@@ -102,7 +103,7 @@ def plan(
         allow_nonfinite=allow_nonfinite,
     )
     where = revision, token, cache_dir, local_files_only, stream
-    return _make(ALONE, mesh, _Request(path, map, adapter, options, *where))
+    return _make(SINGLE_HOST, mesh, _Request(path, map, adapter, options, *where))
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _make(
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise UsageError("not a checkpoint's path", key="path", found=repr(path))
     map_path = None if request.map is None else Path(request.map)
-    checkpoint = open_for_all(hosts, request.open)
+    checkpoint = open_on_all_hosts(hosts, request.open)
     wanted = _topology(mesh, checkpoint, map_path)
     with no_collections():
         made = make_plan(checkpoint, wanted, options, map_path)
@@ -170,7 +171,7 @@ def load(
     stream: bool = False,
     progress: bool = True,
     plan: LoadPlan | None = None,
-    host_timeout: float = LATE_SECONDS,
+    host_timeout: float = DEFAULT_TIMEOUT_SECONDS,
     warm_up: WarmUpLike = (),
     compilation_cache: bool = True,
 ) -> Model:
@@ -215,7 +216,7 @@ def load(
     begun = time.perf_counter()
     if (path is None) == (plan is None):
         raise UsageError("load takes either a path or a plan")
-    with together(host_timeout) as hosts:
+    with connect_hosts(host_timeout) as hosts:
         with hosts.phase("plan"):
             mesh = _made(mesh)
             if path is not None:
@@ -232,7 +233,7 @@ def load(
                 plan = _make(hosts, mesh, _Request(path, map, adapter, options, *where))
             assert plan is not None
             devices = _devices(mesh, plan)
-            agree(hosts, plan, devices)
+            check_same_load(hosts, plan, devices)
         warnings = keep_compiled() if compilation_cache else ()
         model = _execute(plan, devices, hosts, begun=begun, warm_up=warm_up, progress=progress)
         report = replace(model.report, warnings=(*model.report.warnings, *warnings))

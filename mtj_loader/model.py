@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
-from mtj_loader.distributed.hosts import together
+from mtj_loader.distributed.host_group import connect_hosts
 from mtj_loader.errors import UsageError
 from mtj_loader.formats.token_ids import bos_id, eos_ids
 from mtj_loader.generation import generator as generation
@@ -173,7 +173,7 @@ class Model:
           CheckpointError, MachineError: as `mtj_loader.load`.
           HostError: another host failed.
         """
-        with together() as hosts, hosts.phase("adapter"):
+        with connect_hosts() as hosts, hosts.phase("adapter"):
             plan = add_adapters(self.plan, weighted(adapter))
             with closing_all(*plan.storages):
                 params = adapt_params(self.params, self.plan, plan, self.mesh)
@@ -198,7 +198,7 @@ class Model:
         begun = time.perf_counter()
         changed = {param.spec for param in self.plan.adapted}
         again = replace(unadapted, params=tuple(p for p in unadapted.params if p.spec in changed))
-        with together() as hosts, closing_all(*again.storages):
+        with connect_hosts() as hosts, closing_all(*again.storages):
             fresh, report = load_params(again, self.mesh, hosts=hosts)
         params = {m: arrays | fresh.get(m, {}) for m, arrays in self.params.items()}
         return replace(self, params=params, plan=unadapted, report=report, begun=begun)

@@ -1,4 +1,4 @@
-"""Options of commands that run on several hosts at once."""
+"""Options for commands that run on several hosts at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HOSTS = "Several hosts"
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which processes work together; docs/hosts.md."""
+    """The processes that work together; see docs/hosts.md."""
 
     coordinator: Annotated[
         str | None,
@@ -33,80 +33,83 @@ class Cluster:
     ] = None
     processes: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="How many there are.", rich_help_panel=_HOSTS),
+        typer.Option(metavar="N", min=1, help="The number of processes.", rich_help_panel=_HOSTS),
     ] = None
     process_id: Annotated[
         int | None,
-        typer.Option(metavar="I", min=0, help="Which one this is.", rich_help_panel=_HOSTS),
+        typer.Option(
+            metavar="I", min=0, help="This process, counted from 0.", rich_help_panel=_HOSTS
+        ),
     ] = None
     host_timeout: Annotated[
         float,
         typer.Option(
             metavar="SECONDS",
             min=1,
-            help="How long to wait for hosts that are late.",
+            help="How long to wait for hosts that are alive.",
             rich_help_panel=_HOSTS,
         ),
     ] = 300
 
     def join(self, machine: Machine) -> dict[str, float]:
-        """Makes this host's devices and meets the other hosts.
+        """Prepares this host's devices and connects to the other hosts.
 
         Args:
           machine: the options of this host.
 
         Returns:
-          What `mtj_loader.load` takes of these options.
+          The options that `mtj_loader.load` takes.
 
         Raises:
-          UsageError: the options do not go together, or JAX has its devices already.
-          HostError: the others did not come.
+          UsageError: the options are incomplete, or JAX has started its devices already.
+          HostError: the others did not connect in time.
         """
         machine.prepare()
         given = self.coordinator, self.processes, self.process_id
         if given == (None, None, None):
             if machine.cpu_devices is None and on_cloud_tpu():
                 self._join_pod()
-        elif given != (None, 1, None):  # one process is just this one, on a pod too
+        elif given != (None, 1, None):  # a single process joins no others, even on a pod
             self._join_others()
         return {"host_timeout": self.host_timeout}
 
-    def named(self) -> dict[str, str | int | None]:
-        """The three options that name a process, as the command line spells them."""
+    def identity(self) -> dict[str, str | int | None]:
+        """The three options that identify this process, by their command line names."""
         return {
             "--coordinator": self.coordinator,
             "--processes": self.processes,
             "--process-id": self.process_id,
         }
 
-    def together(self) -> AbstractContextManager[Hosts]:
-        """Work on all hosts that hears of the others, as `mtj_loader.load` does."""
-        from mtj_loader.distributed.hosts import together  # noqa: PLC0415 -- brings JAX
+    def connect(self) -> AbstractContextManager[Hosts]:
+        """Connects the hosts, so that each learns about failures of the others."""
+        from mtj_loader.distributed.host_group import connect_hosts  # noqa: PLC0415 -- imports JAX
 
-        return together(self.host_timeout)
+        return connect_hosts(self.host_timeout)
 
     def _join_pod(self) -> None:
-        from mtj_loader.distributed.join import join_pod  # noqa: PLC0415 -- brings JAX
+        from mtj_loader.distributed.join import join_pod  # noqa: PLC0415 -- imports JAX
 
         join_pod(self.host_timeout)
         _prepare()
 
     def _join_others(self) -> None:
         if self.coordinator is None or self.processes is None or self.process_id is None:
-            missing = ", ".join(name for name, value in self.named().items() if value is None)
-            raise UsageError("several hosts need three options", found=f"no {missing}")
-        from mtj_loader.distributed.join import Place, join  # noqa: PLC0415 -- brings JAX
+            missing = ", ".join(name for name, value in self.identity().items() if value is None)
+            raise UsageError("several hosts need all three options", found=f"no {missing}")
+        from mtj_loader.distributed.join import ProcessConfig, join_processes  # noqa: PLC0415 -- imports JAX
 
-        join(Place(self.coordinator, self.processes, self.process_id), self.host_timeout)
+        config = ProcessConfig(self.coordinator, self.processes, self.process_id)
+        join_processes(config, self.host_timeout)
         _prepare()
 
 
 def _prepare() -> None:
-    """Results are printed once, and who is stopped tells the others."""
-    from mtj_loader.cli import signals  # noqa: PLC0415 -- with JAX, as what follows
-    from mtj_loader.distributed.hosts import tell_others  # noqa: PLC0415
-    from mtj_loader.distributed.key_value_store import shared_store  # noqa: PLC0415
+    """Has only process 0 print results, and a terminated process report to the others."""
+    from mtj_loader.cli import signals  # noqa: PLC0415 -- imports JAX, as the next ones
+    from mtj_loader.distributed.host_group import report_termination  # noqa: PLC0415
+    from mtj_loader.distributed.jax_runtime import find_runtime  # noqa: PLC0415
 
-    store = shared_store()  # jax.process_index() would wait for all hosts' devices
-    print_apart(muted=store is not None and store.index != 0)
-    signals.before_end(tell_others)
+    runtime = find_runtime()  # jax.process_index() would wait for all hosts' devices
+    print_apart(muted=runtime is not None and runtime.process_id != 0)
+    signals.call_before_exit(report_termination)

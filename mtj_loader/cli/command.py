@@ -1,4 +1,4 @@
-"""Makes commands of functions: groups of options, and what every failure says and exits with."""
+"""Turns functions into commands: groups of options, error messages and exit codes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Makes a function fit for `typer.Typer.command`.
+    """Adapts a function for `typer.Typer.command`.
 
-    A parameter whose type is a dataclass becomes an option for each of its fields, so that commands
-    share options without repeating them. `--debug` is added, and errors become exit codes.
+    A parameter whose type is a dataclass becomes one option for each of its fields, so that
+    commands share options without repeating them. Adds `--debug`; turns errors into exit codes.
     """
     hints = get_type_hints(function, include_extras=True)
     hints.pop("return", None)
@@ -45,66 +45,66 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 def _parameters(
     function: Callable[..., None], hints: dict[str, Any]
 ) -> Iterator[inspect.Parameter]:
-    """The function's parameters, with the fields of a dataclass in its place."""
+    """The function's parameters, with the fields of a dataclass in place of it."""
     for parameter in inspect.signature(function).parameters.values():
         hint = hints[parameter.name]
         if is_dataclass(hint):
-            of_fields = get_type_hints(hint, include_extras=True)
+            field_hints = get_type_hints(hint, include_extras=True)
             for field in fields(hint):
-                yield _keyword(field.name, of_fields[field.name], field.default)
+                yield _keyword(field.name, field_hints[field.name], field.default)
         else:
             yield _keyword(parameter.name, hint, parameter.default)
     yield _keyword("debug", Debug, False)
 
 
 def _keyword(name: str, annotation: object, default: object) -> inspect.Parameter:
-    kind = inspect.Parameter.KEYWORD_ONLY  # any order of those with and without a default
+    kind = inspect.Parameter.KEYWORD_ONLY  # allows any order of parameters with and without default
     return inspect.Parameter(name, kind, annotation=annotation, default=default)
 
 
 @contextmanager
 def exit_codes(*, debug: bool) -> Iterator[None]:
-    """Says in plain words on stderr what went wrong, and exits with the code for it.
+    """Prints errors to stderr in plain words and exits with the matching code.
 
     Raises:
-      typer.Exit: with the code.
+      typer.Exit: with the exit code.
     """
     try:
         yield
         sys.stdout.flush()
     except MtjLoaderError as error:
-        raise _failed(f"error: {error}", error.exit_code, debug) from error
+        raise _fail(f"error: {error}", error.exit_code, debug) from error
     except MemoryError as error:
-        what = "error: out of memory on this machine"
-        raise _failed(what, MachineError.exit_code, debug) from error
-    except (typer.Exit, ImportError):  # a broken installation, or `limits` knows why
+        message = "error: out of memory on this machine"
+        raise _fail(message, MachineError.exit_code, debug) from error
+    except (typer.Exit, ImportError):  # a broken installation, or a memory limit (see supervise)
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_left():
+        if isinstance(error, BrokenPipeError) and _reader_closed():
             return
-        hint = "" if debug else "\n  hint: --debug shows where"
-        what = f"error: not expected: {type(error).__name__}: {error}{hint}"
-        raise _failed(what, UNEXPECTED, debug) from error
+        hint = "" if debug else "\n  hint: --debug shows the traceback"
+        message = f"error: unexpected {type(error).__name__}: {error}{hint}"
+        raise _fail(message, UNEXPECTED, debug) from error
 
 
-def _failed(message: str, code: int, debug: bool) -> typer.Exit:
+def _fail(message: str, code: int, debug: bool) -> typer.Exit:
     if debug:
         traceback.print_exc()
     print(message, file=sys.stderr)
     return typer.Exit(code)
 
 
-def _reader_left() -> bool:
-    """Whether the reader of our output, such as `head`, has all that it wants and went away.
+def _reader_closed() -> bool:
+    """Whether the reader of our output, such as `head`, has closed the pipe.
 
-    What is still buffered for it goes nowhere then, so that Python does not complain at its end.
+    Remaining output is then discarded, so that Python does not report an error at exit.
     """
     try:
         stdout = sys.stdout.fileno()
-    except io.UnsupportedOperation:  # no file is behind it
+    except io.UnsupportedOperation:  # not a file
         return False
     poll = select.poll()
-    poll.register(stdout, 0)  # 0: errors alone, which a pipe without a reader has
+    poll.register(stdout, 0)  # 0: only errors, such as a pipe without a reader
     if not poll.poll(0):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)

@@ -63,7 +63,7 @@ def convert(
 
     Example: [bold]mtj-loader convert mosaicml/mpt-7b-instruct --dtype float16[/bold]
     """
-    signals.end_in_order()  # through the removal of what is half written
+    signals.raise_on_signal()  # through the removal of what is half written
     report = convert_checkpoint(
         path,
         out,

@@ -132,7 +132,7 @@ def generate(
     _agree(given, sampling, cluster)
     model = load_model(path, loading, source, machine, options)
     note(describe(model))
-    with cluster.together() as hosts, hosts.phase("generate"):
+    with cluster.connect() as hosts, hosts.phase("generate"):
         _print_continued(model, given, sampling, as_json=as_json)
     note(f"first token after {model.report.seconds['first_token']:.2f} s")
 
@@ -143,10 +143,10 @@ def _agree(given: list[Prompt], sampling: Sampling, cluster: Cluster) -> None:
     Raises:
       HostError: one differs.
     """
-    from mtj_loader.distributed.agreement import agree_to_generate  # noqa: PLC0415 -- brings JAX
+    from mtj_loader.distributed.agreement import check_same_generation  # noqa: PLC0415 -- brings JAX
 
-    with cluster.together() as hosts:
-        agree_to_generate(hosts, given, asdict(sampling))
+    with cluster.connect() as hosts:
+        check_same_generation(hosts, given, asdict(sampling))
 
 
 def _print_continued(

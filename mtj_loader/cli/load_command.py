@@ -69,7 +69,7 @@ def load(
     """
     if simulate_host is None:
         options = start_up.options() | cluster.join(machine)
-        with cluster.together() as hosts, hosts.phase("files"):
+        with cluster.connect() as hosts, hosts.phase("files"):
             _check_writable(report, digests)
         model = load_model(path, loading, source, machine, options)
         verified_bytes = _verify(model, cluster) if verify else None
@@ -77,7 +77,7 @@ def load(
         if digests is not None:
             document["digests"] = _digests(model, cluster)
     else:
-        whole = {"--verify": verify, "--warm-up": start_up.warm_up, **cluster.named()}
+        whole = {"--verify": verify, "--warm-up": start_up.warm_up, **cluster.identity()}
         _refuse([option for option, value in whole.items() if value])
         _check_writable(report, digests)
         document, words = simulate(path, loading, source, machine, simulate_host)
@@ -138,7 +138,7 @@ def _verify(model: Model, cluster: Cluster) -> int:
     from mtj_loader.loading.verify import verify  # noqa: PLC0415 -- brings JAX
 
     note("verifying: reading everything again")
-    with cluster.together() as hosts, hosts.phase("verify"), closing_all(*model.plan.storages):
+    with cluster.connect() as hosts, hosts.phase("verify"), closing_all(*model.plan.storages):
         verified_bytes = verify(model.plan, model.params)
         return sum(map(int, hosts.gather("verified", b"%d" % verified_bytes)))
 
@@ -147,7 +147,7 @@ def _digests(model: Model, cluster: Cluster) -> dict[str, object]:
     """Those of all hosts; what several hold must be the same."""
     from mtj_loader.loading.shard_digests import digests, from_dict, joined  # noqa: PLC0415 -- brings JAX
 
-    with cluster.together() as hosts, hosts.phase("digests"):
+    with cluster.connect() as hosts, hosts.phase("digests"):
         mine = digests(model.params, model.plan.shards).to_dict()
         each = map(json.loads, hosts.gather("digests", json.dumps(mine).encode()))
         return joined({f"host {i}": from_dict(one) for i, one in enumerate(each)}).to_dict()

@@ -1,4 +1,4 @@
-"""The process around the commands: its signals, its streams, its limits, its exit code."""
+"""The entry point: signals, output streams, memory limits and exit codes of the process."""
 
 from __future__ import annotations
 
@@ -6,36 +6,38 @@ import io
 import sys
 from collections.abc import Sequence
 
-from mtj_loader.cli import limits, signals, supervise
+from mtj_loader.cli import signals, supervise
 from mtj_loader.errors import MachineError, MtjLoaderError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits; `arguments` are those of the process by default."""
     try:
-        with supervise.supervised(arguments):
-            limits.guard()
-            signals.watch()
+        with supervise.supervise_host(arguments):
+            supervise.supervise_memory_limit()
+            signals.exit_on_signal()
             _run(arguments)
     except signals.Stopped as stopped:
-        print(stopped.word, file=sys.stderr)
+        print(stopped.message, file=sys.stderr)
         raise
     except MtjLoaderError as error:
         _fail(error)
-    except OSError as error:  # no more files for what is imported, or no room for the help
-        _fail(MachineError("the system refuses", found=str(error)))
+    except OSError as error:  # no more open files for imports, or no disk space for the output
+        _fail(MachineError("the operating system reported an error", found=str(error)))
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # rich says 1 where `head` had enough
+        if isinstance(
+            error.__context__, BrokenPipeError
+        ):  # `head` closed the pipe, and rich exits with 1
             sys.exit(0)
         raise
 
 
 def _run(arguments: Sequence[str] | None) -> None:
-    from mtj_loader.cli.app import app  # noqa: PLC0415 -- when signals are watched
+    from mtj_loader.cli.app import app  # noqa: PLC0415 -- after the signal handlers are set
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name or a text is no reason to fail
+            stream.reconfigure(errors="backslashreplace")  # never fail to print
     app(args=arguments, prog_name="mtj-loader")
 
 

@@ -1,8 +1,8 @@
-"""Ctrl-C and its like end the process at once, or in order where there are files to be removed.
+"""Ctrl-C, SIGTERM and SIGHUP: end the process at once, or raise where files must be removed.
 
-Python calls its own handlers between two instructions of the main thread, and so not while that
-compiles, starts a device or waits for one, which may take minutes; and an exception raised amid
-native code is lost or aborts the process. A thread that the signal reaches all the same ends it.
+Python runs its signal handlers between two instructions of the main thread, and so not while that
+thread compiles, starts a device or waits for one, which may take minutes; and an exception raised
+in the middle of native code is lost or aborts the process. A thread handles the signals instead.
 """
 
 from __future__ import annotations
@@ -15,76 +15,76 @@ from types import FrameType
 
 from mtj_loader.errors import MachineError
 
-# What the user reads. Shells report a process that such a signal ended as 128 and its number.
-_WORDS: dict[int, str] = {
+# Printed for the user. Shells report such a process with exit code 128 plus the signal's number.
+_MESSAGES: dict[int, str] = {
     signal.SIGINT: "interrupted",
     signal.SIGTERM: "terminated",
-    signal.SIGHUP: "the terminal is gone",
+    signal.SIGHUP: "the terminal was closed",
 }
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
-_in_order = threading.Event()
-_before: list[Callable[[int], None]] = []
+_raise_instead = threading.Event()
+_exit_callbacks: list[Callable[[int], None]] = []
 
 
 class Stopped(SystemExit):
-    """A signal asked for an end in order; passes every `finally` and every `except Exception`."""
+    """A signal arrived after `raise_on_signal`; `except Exception` does not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.word = _WORDS[number]
+        self.message = _MESSAGES[number]
 
 
-def watch() -> None:
+def exit_on_signal() -> None:
     """From now on a signal ends the process at once.
 
-    One that was to be ignored, as `nohup` and shell scripts have it, still is.
+    A signal that the parent process ignores (`nohup`, shell scripts) stays ignored.
 
     Raises:
-      MachineError: the system gives no more threads or files.
+      MachineError: the system refuses a thread or a pipe.
     """
     try:
         reader, writer = os.pipe()
-        threading.Thread(target=_end, args=(reader,), daemon=True).start()
+        threading.Thread(target=_exit_when_signaled, args=(reader,), daemon=True).start()
     except (OSError, RuntimeError) as error:
         what = "the system refuses a pipe or a thread"
         raise MachineError(
-            what, found=str(error), hint="ulimit -n, -u and -v say what is allowed"
+            what, found=str(error), hint="ulimit -n, -u and -v show the limits"
         ) from error
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in _WORDS:
+    for number in _MESSAGES:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stop)
+            signal.signal(number, _handle)
 
 
-def end_in_order() -> None:
-    """From now on a signal raises Stopped in the main thread instead."""
-    _in_order.set()
+def raise_on_signal() -> None:
+    """From now on a signal raises Stopped in the main thread instead, so that files are removed."""
+    _raise_instead.set()
 
 
-def before_end(call: Callable[[int], None]) -> None:
-    """Has this called, with the exit code, before a signal ends the process; it must be quick."""
-    _before.append(call)
+def call_before_exit(callback: Callable[[int], None]) -> None:
+    """Registers a quick callback, called with the exit code before a signal ends the process."""
+    _exit_callbacks.append(callback)
 
 
-def _stop(number: int, _: FrameType | None) -> None:
-    if _in_order.is_set():
+def _handle(number: int, _: FrameType | None) -> None:
+    if _raise_instead.is_set():
         raise Stopped(number)
 
 
-def _end(reader: int) -> None:
-    """Waits for a signal.
+def _exit_when_signaled(reader: int) -> None:
+    """Waits for a signal and ends the process.
 
     Args:
-      reader: where Python's C code writes the number of each, whatever the main thread does.
+      reader: the pipe to which Python's C code writes the number of each signal.
     """
-    while (number := os.read(reader, 1)[0]) not in _WORDS or _in_order.is_set():
+    while (number := os.read(reader, 1)[0]) not in _MESSAGES or _raise_instead.is_set():
         pass
-    before = _SHOW_CURSOR if os.isatty(2) else ""
-    os.write(2, f"{before}{_WORDS[number]}\n".encode())
+    prefix = _SHOW_CURSOR if os.isatty(2) else ""
+    os.write(2, f"{prefix}{_MESSAGES[number]}\n".encode())
     try:
-        for call in _before:
-            call(128 + number)
+        for callback in _exit_callbacks:
+            callback(128 + number)
     finally:
         os._exit(128 + number)

@@ -1,122 +1,183 @@
-"""On several hosts a small parent watches the process that does the work, and says how it ended.
+"""Small parent processes that report how the process doing the work ended.
 
-When a host dies, JAX's runtime aborts the others where they stand: no Python code runs any more
-that could say so. The parent does, on every host. It holds nothing and does nothing else.
+On several hosts: when a host dies, JAX's runtime aborts the others, and no Python code of theirs
+runs that could report it. Under a limit of the address space: where Python raises an exception,
+the libraries below it abort the process, for example when XLA cannot start a thread. In both cases
+a child does the work; the parent only forwards signals and waits.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
 from mtj_loader.cli.tpu import on_cloud_tpu
-from mtj_loader.errors import INTERRUPTED, UNEXPECTED, HostError
+from mtj_loader.errors import INTERRUPTED, UNEXPECTED, HostError, MemoryLimitError
 
 _COORDINATOR, _PROCESS_ID = "--coordinator", "--process-id"
 _COMMANDS = ("load", "generate")  # those that use devices
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Exit codes of Python after a traceback, and of the dynamic linker if it cannot map a library.
+_ABNORMAL_EXIT_CODES = (UNEXPECTED, 127)
 
 _CAUSES = {
-    signal.SIGABRT: "JAX ends every host so when host 0 died, or when another host did not answer",
-    signal.SIGKILL: "somebody killed it, or the system ran out of memory",
+    signal.SIGABRT: "JAX aborts every host when host 0 dies or another host does not answer",
+    signal.SIGKILL: "it was killed by a user, or by the system when memory ran out",
 }
 
 
 @contextmanager
-def supervised(arguments: Sequence[str] | None = None) -> Iterator[None]:
-    """Where the command line joins other hosts, a child goes on and its parent exits with it.
+def supervise_host(arguments: Sequence[str] | None = None) -> Iterator[None]:
+    """If the command line joins other hosts, continues in a child; its parent exits with it.
 
     Args:
       arguments: of the command line; by default the process's own.
 
     Raises:
-      HostError: in the parent: a signal ended the work.
+      HostError: in the parent: a signal killed the child.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not is_one_of_many(given):
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not joins_other_hosts(arguments):
         yield
         return
-    _become_child(_host(given))
+    _continue_in_child(_host_name(arguments))
     try:
         yield
     except SystemExit as error:
         if error.code:
-            _leave(error.code)
+            _exit_now(error.code)
         raise
 
 
-def _become_child(host: str) -> None:
-    """Returns in the child; the parent forwards signals until it ends, and then exits."""
-    parent = os.getpid()
-    with signals_held():
-        child = os.fork()
-        if child == 0:
-            die_with(parent)
-            return
-        for number in _FORWARDED:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda number, _: os.kill(child, number))
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code >= 0:
-        os._exit(code)  # the child has said and flushed everything
-    if -code == signal.SIGINT:
-        os._exit(INTERRUPTED)
-    raise ended(host, child, signal.Signals(-code))
+def supervise_memory_limit() -> None:
+    """Under a limit of the address space, continues in a child; its parent exits with it.
+
+    Raises:
+      MemoryLimitError: in the parent: the child crashed.
+    """
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit_bytes == resource.RLIM_INFINITY:
+        return
+    reader, writer = os.pipe()
+    child = _fork()
+    if child == 0:
+        os.close(reader)
+        _redirect_stderr(writer)
+        return
+    os.close(writer)
+    with open(reader, "rb") as pipe:  # noqa: PTH123 -- a pipe has no path
+        stderr = pipe.read().decode(errors="replace")
+    code = _wait(child)
+    if code < 0 or (code in _ABNORMAL_EXIT_CODES and not stderr.startswith("error:")):
+        raise _memory_limit_error(limit_bytes, code, stderr)
+    sys.stderr.write(stderr)
+    sys.exit(code)
 
 
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """What comes between a fork and its parent's readiness to forward signals waits for that."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave(code: object) -> NoReturn:
-    """Exits without waiting for the other hosts, as JAX's runtime does at a usual exit."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else UNEXPECTED)
-
-
-def is_one_of_many(arguments: Sequence[str]) -> bool:
-    """Whether a command line joins other hosts: because it says so, or because a TPU pod does."""
+def joins_other_hosts(arguments: Sequence[str]) -> bool:
+    """Whether a command line joins other hosts: by its options, or on a TPU pod by default."""
     if any(one == _COORDINATOR or one.startswith(f"{_COORDINATOR}=") for one in arguments):
         return True
     return any(one in _COMMANDS for one in arguments[:1]) and on_cloud_tpu()
 
 
-def ended(host: str, process: int, number: signal.Signals) -> HostError:
-    """What the parent says of a child that a signal ended."""
+def host_killed(host: str, process: int, number: signal.Signals) -> HostError:
+    """The error of a parent whose child a signal has killed."""
     return HostError(
-        f"{host}: process {process} was ended by {number.name}",
+        f"{host}: process {process} was killed by {number.name}",
         found=_CAUSES.get(number),
-        hint="the other hosts' output says more",
+        hint="see the output of the other hosts",
     )
 
 
-def _host(arguments: Sequence[str]) -> str:
+def _continue_in_child(host: str) -> None:
+    """Returns in the child; the parent waits for it and exits."""
+    child = _fork(forwarded=_SIGNALS)
+    if child == 0:
+        return
+    code = _wait(child)
+    if code >= 0:
+        os._exit(code)  # the child has printed and flushed everything
+    if -code == signal.SIGINT:
+        os._exit(INTERRUPTED)
+    raise host_killed(host, child, signal.Signals(-code))
+
+
+def _fork(forwarded: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGHUP)) -> int:
+    """Forks; the parent forwards signals to the child, and the child dies with its parent.
+
+    A terminal sends Ctrl-C to parent and child, so by default the parent ignores it.
+
+    Returns:
+      As `os.fork`.
+    """
+    parent = os.getpid()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the handlers are set
+    try:
+        child = os.fork()
+        if child == 0:
+            _die_with(parent)
+            return 0
+        for number in _SIGNALS:
+            if number not in forwarded:
+                signal.signal(number, signal.SIG_IGN)
+            elif signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, _: os.kill(child, number))
+        return child
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _wait(child: int) -> int:
+    """The child's exit code once it has ended, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _exit_now(code: object) -> NoReturn:
+    """Exits without waiting for the other hosts, as JAX's runtime does at a normal exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else UNEXPECTED)
+
+
+def _host_name(arguments: Sequence[str]) -> str:
     """This host's name in messages."""
-    spread = [part for one in arguments for part in one.split("=", 1)]
-    after = spread[spread.index(_PROCESS_ID) + 1 :] if _PROCESS_ID in spread else []
+    words = [part for one in arguments for part in one.split("=", 1)]
+    after = words[words.index(_PROCESS_ID) + 1 :] if _PROCESS_ID in words else []
     return f"host {after[0]}" if after else "this host"
 
 
-def die_with(parent: int) -> None:
-    """The system kills this process when its parent is gone, be it stopped or stuck.
+def _die_with(parent: int) -> None:
+    """Has the system kill this process when its parent is gone, even if this process is stuck.
 
-    Only Linux can; TPU machines run nothing else.
+    Only Linux can do this; TPU machines run Linux.
     """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before the system knew
+    if os.getppid() != parent:  # the parent died before the call
         os._exit(HostError.exit_code)
+
+
+def _redirect_stderr(pipe: int) -> None:
+    """Redirects stderr, for libraries too. A new file object: the old one may assume a file."""
+    os.dup2(pipe, 2)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 -- until the process ends
+
+
+def _memory_limit_error(limit_bytes: int, code: int, stderr: str) -> MemoryLimitError:
+    how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+    lines = (line for line in stderr.splitlines() if not line.startswith(("Traceback", " ")))
+    return MemoryLimitError(
+        "the process exceeded the limit of its address space",
+        expected="1 to 2 GB for JAX alone, more with many cores, plus the parameters",
+        found=f"{limit_bytes:,} bytes ({how}: {next(lines, 'no message')})",
+        hint="ulimit -v sets the limit",
+    )

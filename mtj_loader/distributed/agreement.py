@@ -1,4 +1,4 @@
-"""Before a byte is read: all hosts are about to load the same, or all say who differs in what."""
+"""Checks before a load that all hosts are about to load the same; all report which host differs."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.storage.base import RemoteStorage, Storage, StoredFile
 from mtj_loader.version import version
 
-_SAMPLES = 64  # of all files together; training changes nearly every weight
-_MIN_SAMPLES = 2  # of each file: where folders are mounted over a network each takes long
-_SAMPLE_BYTES = 4096  # what a disk reads at least
+_SAMPLES = 64  # over all files; training changes nearly every weight
+_MIN_SAMPLES = 2  # per file; reads are slow where folders are mounted over a network
+_SAMPLE_BYTES = 4096  # the smallest unit that a disk reads
 _DIGITS = 12  # of a SHA-256 in a message: enough to tell two files apart by eye
 
 
-def agree(hosts: Hosts, plan: LoadPlan, mesh: Mesh) -> None:
-    """Makes sure that all hosts are about to do the same.
+def check_same_load(hosts: Hosts, plan: LoadPlan, mesh: Mesh) -> None:
+    """Checks that all hosts are about to load the same.
 
-    Each publishes a SHA-256 of all that its plan follows from, beside the parts of it.
+    Each host publishes a SHA-256 of everything that its plan depends on, and of each part.
 
     Raises:
-      HostError: a host differs; says which, and in what. The same on all hosts.
+      HostError: a host differs; the message names it and what differs. Raised on all hosts.
     """
     if hosts.count > 1:
-        _agree(hosts, plan_facts(plan, mesh), "load the same")
+        _check_same(hosts, plan_facts(plan, mesh), "load")
 
 
-def agree_to_generate(
+def check_same_generation(
     hosts: Hosts, prompts: Sequence[object], sampling: Mapping[str, object]
 ) -> None:
-    """Makes sure that all hosts are about to continue the same prompts in the same way.
+    """Checks that all hosts are about to continue the same prompts with the same settings.
 
     Args:
       hosts: all of them.
@@ -47,21 +47,21 @@ def agree_to_generate(
       sampling: the arguments of `Model.generate`.
 
     Raises:
-      HostError: as `agree`.
+      HostError: a host differs; see `check_same_load`.
     """
     facts = {"prompts": digest(prompts), **{name: repr(value) for name, value in sampling.items()}}
-    _agree(hosts, facts, "generate the same")
+    _check_same(hosts, facts, "generate")
 
 
-def _agree(hosts: Hosts, facts: Mapping[str, str], what: str) -> None:
+def _check_same(hosts: Hosts, facts: Mapping[str, str], action: str) -> None:
     document = json.dumps({"digest": digest(facts), "facts": facts}).encode()
-    published = [json.loads(one) for one in hosts.gather(f"agree to {what}", document)]
+    published = [json.loads(one) for one in hosts.gather(f"agreement to {action}", document)]
     if len({one["digest"] for one in published}) > 1:
-        raise disagreement([one["facts"] for one in published], what)
+        raise disagreement([one["facts"] for one in published], action)
 
 
 def plan_facts(plan: LoadPlan, mesh: Mesh) -> dict[str, str]:
-    """All that a plan follows from, under the names that messages give it."""
+    """Everything that a plan depends on, by the names that messages use."""
     checkpoint = plan.checkpoint
     stamps = checkpoint.index.files.values()
     samples = max(_MIN_SAMPLES, _SAMPLES // len(stamps))
@@ -81,29 +81,29 @@ def plan_facts(plan: LoadPlan, mesh: Mesh) -> dict[str, str]:
 
 
 def digest(value: object) -> str:
-    """SHA-256 of JSON types, whatever the order of keys."""
+    """SHA-256 of a JSON value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def disagreement(facts: Sequence[Mapping[str, str]], what: str) -> HostError:
-    """What every other host has that process 0 does not have, or the other way round."""
+def disagreement(facts: Sequence[Mapping[str, str]], action: str) -> HostError:
+    """The error that lists how the other hosts differ from process 0."""
     first, *others = facts
     found = [
-        f"{name}: {_brief(other.get(name))} on host {host}, {_brief(first.get(name))} on host 0"
+        f"{name}: {_shorten(other.get(name))} on host {host}, {_shorten(first.get(name))} on host 0"
         for host, other in enumerate(others, start=1)
         for name in sorted({*first, *other})
         if first.get(name) != other.get(name)
     ]
     return HostError(
-        f"the hosts are not about to {what}",
+        f"the hosts are not about to {action} the same",
         exit_code=UsageError.exit_code,
         found="; ".join(found),
-        hint="all need the same command, files and versions",
+        hint="all hosts need the same command, files and versions",
     )
 
 
-def _brief(value: str | None) -> str:
+def _shorten(value: str | None) -> str:
     if value is None:
         return "nothing"
     is_digest = len(value) == 2 * hashlib.sha256().digest_size
@@ -111,7 +111,7 @@ def _brief(value: str | None) -> str:
 
 
 def _content(paths: Iterable[Path | StoredFile]) -> str:
-    """SHA-256 of files, one after another."""
+    """SHA-256 over the SHA-256 of each file."""
     total = hashlib.sha256()
     for path in paths:
         try:
@@ -122,9 +122,9 @@ def _content(paths: Iterable[Path | StoredFile]) -> str:
 
 
 def _samples(storage: Storage, stamp: FileVersion, count: int) -> str:
-    """SHA-256 of pieces all over a file: two fine-tunes of one model differ in no header or size.
+    """SHA-256 of samples from all over a file: two fine-tunes may have equal headers and sizes.
 
-    Of an object in a store all hosts see the same, and each answer is compared with its version.
+    For an object in a store, its version: every response about it is compared with that.
     """
     if isinstance(storage, RemoteStorage):
         return stamp.version
@@ -137,7 +137,7 @@ def _samples(storage: Storage, stamp: FileVersion, count: int) -> str:
 
 
 def _adapters(plan: LoadPlan) -> str:
-    """SHA-256 of what the adapters are and how strongly each is added."""
+    """SHA-256 of the adapters and their weights."""
     headers = [
         [
             asdict(adapter.config),

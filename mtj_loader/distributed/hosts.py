@@ -1,38 +1,88 @@
-"""Many hosts, one load: they meet between phases, and what befalls one is said on all.
+"""The interface for the hosts of one load, its implementation for one host, and failure records.
 
-Every host runs the same program. A phase ends for all when it has ended on each; a host that fails
-writes down why, and the others stop and say so; one that dies or is stopped is missed.
+Every host runs the same program. A phase ends on all hosts together. A failure on one host is
+reported on every host. `host_group` has the implementation for several hosts.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import jax
 
-from mtj_loader.distributed.host_failure import Failure
-from mtj_loader.distributed.key_value_store import call_with_timeout, shared_store
-from mtj_loader.errors import HostError, UsageError
+from mtj_loader.errors import INTERRUPTED, UNEXPECTED, HostError, MachineError, MtjLoaderError
 
 T = TypeVar("T")  # a pytree of arrays
 
-LATE_SECONDS = 300.0  # a slow disk or a cold start may cost a host minutes, not more
-_TELL_SECONDS = 0.5  # who is told to stop stops within a second
-_POLL_SECONDS = 0.0002  # how late the end of a device's work may be noticed
 
-_under_way: list[Hosts] = []  # the load of this process, if it is one of several hosts
+@dataclass(frozen=True)
+class Failure:
+    """Why a load ends on all hosts: published by the first host to notice, read by the others.
+
+    Attributes:
+      message: what happened.
+      host: where.
+      exit_code: of the command line on that host.
+    """
+
+    message: str
+    host: int
+    exit_code: int = MachineError.exit_code
+
+    @classmethod
+    def from_error(cls, host: int, phase: str, error: BaseException) -> Failure:
+        """The failure that the other hosts report when one host raises an error."""
+        if isinstance(error, MtjLoaderError):
+            return cls(f"host {host} failed in {phase!r}: {error}", host, error.exit_code)
+        if isinstance(error, KeyboardInterrupt):
+            return cls(f"host {host} was interrupted in {phase!r}", host, INTERRUPTED)
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else UNEXPECTED
+            return cls(f"host {host} exited in {phase!r}", host, code)
+        code = MachineError.exit_code if isinstance(error, MemoryError) else UNEXPECTED
+        message = f"host {host} failed in {phase!r}: {type(error).__name__}: {error}"
+        return cls(message, host, code)
+
+    @classmethod
+    def from_timeout(
+        cls, missing: Sequence[int], phase: str, seconds: float, waiting: int
+    ) -> Failure:
+        """The failure when host `waiting` waited too long for the missing ones."""
+        noun = "host" if len(missing) == 1 else "hosts"
+        names = ", ".join(map(str, missing))
+        message = f"{noun} {names} did not finish {phase!r} within {seconds:g} s of host {waiting}"
+        return cls(message, missing[0])
+
+    @classmethod
+    def from_missed_heartbeats(cls, host: int, seconds: float) -> Failure:
+        """The failure when process 0 receives no more heartbeats from a host."""
+        causes = "its process died or is stopped, or the network is down"
+        return cls(f"no heartbeat from host {host} for {seconds:g} s: {causes}", host)
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Failure:
+        """The failure that `pack` serialized."""
+        return cls(**json.loads(packed))
+
+    def pack(self) -> bytes:
+        """Serializes the failure for `unpack`."""
+        return json.dumps(asdict(self)).encode()
+
+    def error(self) -> HostError:
+        """The exception to raise for it."""
+        return HostError(self.message, host=self.host, exit_code=self.exit_code)
 
 
 class Hosts:
-    """The hosts of one load; here there is just one: nothing to wait for, and nothing to pay.
+    """The hosts of one load. This base class is the implementation for a single host.
 
     Attributes:
-      index: this host; process 0 is the one that reads headers and prints.
-      count: how many there are.
+      index: this host; process 0 reads headers and prints.
+      count: the number of hosts.
     """
 
     index = 0
@@ -43,10 +93,10 @@ class Hosts:
         """A part of the load that ends on all hosts together.
 
         Args:
-          name: as messages have it, and the same on all hosts: `read`.
+          name: the same on all hosts; messages quote it: `read`.
 
         Raises:
-          HostError: another host failed meanwhile, or did not come to the end in time.
+          HostError: another host failed, or did not reach the end in time.
         """
         yield
 
@@ -54,18 +104,18 @@ class Hosts:
         """Waits until all hosts have called this, each once and with the same name.
 
         Raises:
-          HostError: one failed, or did not come in time.
+          HostError: another host failed, or did not reach the barrier in time.
         """
 
     def check(self) -> None:
-        """To be called a few times a second wherever a host waits; costs nothing.
+        """Raises if another host has failed. Cheap; call it a few times a second while waiting.
 
         Raises:
           HostError: another host failed.
         """
 
     def wait_until_ready(self, arrays: T) -> T:
-        """As `jax.block_until_ready`, for what needs other hosts' devices: one may have gone.
+        """As `jax.block_until_ready`, for work that needs other hosts' devices.
 
         Raises:
           HostError: another host failed.
@@ -73,73 +123,24 @@ class Hosts:
         return jax.block_until_ready(arrays)
 
     def gather(self, name: str, value: bytes) -> list[bytes]:
-        """Everybody's value on every host, in the order of the hosts.
+        """Returns the values of all hosts on every host, in the order of the hosts.
 
         Raises:
-          HostError: one failed, or did not come in time.
+          HostError: another host failed, or did not call this in time.
         """
         return [value]
 
     def broadcast(self, name: str, make: Callable[[], bytes]) -> bytes:
-        """What `make` gives on process 0, on every host; the others do not call it.
+        """Returns on every host what `make` returns on process 0; only process 0 calls it.
 
         Raises:
-          HostError: process 0 failed, or did not come in time.
+          HostError: process 0 failed, or did not call this in time.
         """
         return make()
 
     def fail(self, failure: Failure) -> HostError:
-        """Tells the other hosts why the load ends, if nobody did; returns what they know."""
+        """Publishes why the load ends, unless a host has already; returns the published error."""
         return failure.error()
 
 
-ALONE = Hosts()
-
-
-@contextmanager
-def together(late_seconds: float = LATE_SECONDS) -> Iterator[Hosts]:
-    """One load on all hosts of JAX's distributed runtime; every one of them must call this.
-
-    Args:
-      late_seconds: how long to wait for others that are alive.
-
-    Raises:
-      UsageError: there are several processes, and nobody called `jax.distributed.initialize`; or
-        such a time cannot be waited.
-      HostError: another host failed, died or did not come in time.
-    """
-    if not 0 < late_seconds < math.inf:
-        raise UsageError("not a time to wait", key="host_timeout", found=late_seconds)
-    store = shared_store()
-    if store is None:
-        yield ALONE
-        return
-    from mtj_loader.distributed.many_hosts import ManyHosts  # noqa: PLC0415 -- a kind of Hosts
-
-    hosts = ManyHosts(store, late_seconds)
-    _under_way.append(hosts)
-    try:
-        with hosts.session():
-            yield hosts
-    finally:
-        _under_way.remove(hosts)
-
-
-def tell_others(exit_code: int) -> None:
-    """Tells the other hosts of a load under way that a signal ends this one; takes no time."""
-    for hosts in _under_way:
-        failure = Failure(f"host {hosts.index} was told to stop", hosts.index, exit_code)
-        with suppress(TimeoutError):
-            call_with_timeout(
-                lambda hosts=hosts, failure=failure: hosts.fail(failure), _TELL_SECONDS
-            )
-        if hosts.index == 0:  # the others read it in this process, and would not find it any more
-            time.sleep(_TELL_SECONDS)
-
-
-def wait_for_arrays(arrays: T, check: Callable[[], None]) -> T:
-    """Waits for arrays as `jax.block_until_ready` does, calling `check` meanwhile."""
-    while not all(leaf.is_ready() for leaf in jax.tree.leaves(arrays)):
-        check()
-        time.sleep(_POLL_SECONDS)
-    return jax.block_until_ready(arrays)
+SINGLE_HOST = Hosts()

@@ -1,7 +1,7 @@
-"""The key-value store that all processes of JAX's distributed runtime share.
+"""The key-value store shared by all processes of JAX's distributed runtime.
 
-JAX has no public way to it: this is the one place that touches its private client. Values live in
-process 0; every call is bounded in time, also where that process is stopped and never answers.
+Process 0 holds the values. Every call has a time limit, even if that process is stopped and never
+answers.
 """
 
 from __future__ import annotations
@@ -13,29 +13,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
-import jax
 from jax.errors import JaxRuntimeError
 
-from mtj_loader.errors import HostError, UsageError
+from mtj_loader.errors import HostError
 
-ANSWER_SECONDS = 10.0  # a call takes under a millisecond; a host that swaps may take seconds
+ANSWER_TIMEOUT_SECONDS = 10.0  # a call takes under a millisecond; a swapping host may take seconds
 _CHUNK_BYTES = 1 << 20  # gRPC refuses messages of more than 4 MiB
-_LOOK_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 _LENGTH_BYTES = 4  # in front of a value: the number of its chunks
 
 _T = TypeVar("_T")
-Answer = Any  # of a client that has no types
 
 
 @dataclass(frozen=True)
-class Store:
-    """Strings to bytes, the same on all hosts. A key is written once, unless it says otherwise.
+class KeyValueStore:
+    """Maps strings to bytes, the same on all hosts. Keys are written once except by `overwrite`.
 
     Attributes:
-      client: JAX's.
+      client: JAX's client; see `jax_runtime`.
       index: this process.
-      count: how many there are.
-      unanswered: set when a call waited in vain; all others that wait give up too.
+      count: the number of processes.
+      unanswered: set when a call has timed out; all other waiting calls then fail too.
     """
 
     client: Any
@@ -44,23 +42,23 @@ class Store:
     unanswered: threading.Event = field(default_factory=threading.Event)
 
     def put(self, key: str, value: bytes) -> None:
-        """Writes a value of any size; large ones are compressed and cut into chunks."""
+        """Writes a value of any size, compressed and in chunks."""
         packed = zlib.compress(value, 1)
         starts = range(0, len(packed), _CHUNK_BYTES)
         for i, start in enumerate(starts):
             self._call("key_value_set_bytes", f"{key}/{i}", packed[start : start + _CHUNK_BYTES])
         self._call("key_value_set_bytes", key, len(starts).to_bytes(_LENGTH_BYTES, "little"))
 
-    def get(self, key: str, seconds: float) -> bytes | None:
-        """Waits for what `put` wrote; None if it is not there within so many seconds."""
-        count = self.wait_for(key, seconds)
+    def get(self, key: str, timeout_seconds: float) -> bytes | None:
+        """Waits for a value written by `put`; None if there is none before the timeout."""
+        count = self.wait_for(key, timeout_seconds)
         if count is None:
             return None
-        chunks = (self._chunk(f"{key}/{i}") for i in range(int.from_bytes(count, "little")))
+        chunks = (self._get_chunk(f"{key}/{i}") for i in range(int.from_bytes(count, "little")))
         return zlib.decompress(b"".join(chunks))
 
-    def announce(self, key: str, value: bytes) -> bool:
-        """Writes a short value unless somebody wrote one before; says whether it did."""
+    def set_once(self, key: str, value: bytes) -> bool:
+        """Writes a short value unless the key exists; returns whether it was written."""
         try:
             self._call("key_value_set_bytes", key, value)
         except JaxRuntimeError as error:
@@ -70,70 +68,48 @@ class Store:
         return True
 
     def overwrite(self, key: str, value: bytes) -> None:
-        """Writes a short value over the one before."""
+        """Writes a short value, replacing the previous one."""
         self._call("key_value_set_bytes", key, value, True)
 
-    def forget(self, folder: str) -> None:
-        """Removes all keys `folder/…`; who asks for one later waits."""
+    def delete_folder(self, folder: str) -> None:
+        """Removes all keys `folder/…`; later reads of them wait."""
         self._call("key_value_delete", folder)
 
-    def wait_for(self, key: str, seconds: float) -> bytes | None:
-        """Waits for a short value; None if it is not there within so many seconds."""
-        milliseconds = max(1, int(seconds * 1000))  # kept by the client, also if nobody answers
+    def wait_for(self, key: str, timeout_seconds: float) -> bytes | None:
+        """Waits for a short value; None if there is none before the timeout."""
+        milliseconds = max(1, int(timeout_seconds * 1000))  # the client enforces this by itself
         try:
             return self.client.blocking_key_value_get_bytes(key, milliseconds)
         except JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 return None
-            raise _lost(error) from error
+            raise _connection_lost(error) from error
 
-    def listing(self, folder: str) -> dict[str, bytes]:
-        """The short values of all keys `folder/…`."""
+    def list_folder(self, folder: str) -> dict[str, bytes]:
+        """The short values of all keys `folder/…`, by the rest of the key."""
         found = self._call("key_value_dir_get_bytes", folder)
         return {key.removeprefix(f"{folder}/"): bytes(value) for key, value in found}
 
-    def _chunk(self, key: str) -> bytes:
-        value = self.wait_for(key, ANSWER_SECONDS)
+    def _get_chunk(self, key: str) -> bytes:
+        value = self.wait_for(key, ANSWER_TIMEOUT_SECONDS)
         if value is None:
-            raise silent()
+            raise no_answer()
         return value
 
-    def _call(self, method: str, *args: object) -> Answer:
-        deadline = time.monotonic() + ANSWER_SECONDS
+    def _call(self, method: str, *args: object) -> Any:  # noqa: ANN401 -- the client is untyped
+        deadline = time.monotonic() + ANSWER_TIMEOUT_SECONDS
 
         def check() -> None:
             if self.unanswered.is_set() or time.monotonic() > deadline:
                 self.unanswered.set()
-                raise silent()
+                raise no_answer()
 
         try:
             return run_in_thread(lambda: getattr(self.client, method)(*args), check)
         except JaxRuntimeError as error:
             if "ALREADY_EXISTS" in str(error):
                 raise
-            raise _lost(error) from error
-
-
-def shared_store() -> Store | None:
-    """The store of this process's hosts; None where it is alone.
-
-    Raises:
-      UsageError: there are several processes, and nobody called `jax.distributed.initialize`.
-    """
-    if not jax.distributed.is_initialized():
-        if (count := jax.process_count()) > 1:
-            raise UsageError(
-                f"{count} processes share these devices and cannot talk to each other",
-                hint="call jax.distributed.initialize() before anything else asks for devices",
-            )
-        return None
-    from jax._src import distributed  # noqa: PLC0415 -- private, and only needed with others
-
-    # Not jax.process_count(), which starts the devices, and so waits for those of all other hosts.
-    state = distributed.global_state
-    if state.num_processes == 1:
-        return None
-    return Store(state.client, state.process_id, state.num_processes)
+            raise _connection_lost(error) from error
 
 
 def call_with_timeout(call: Callable[[], _T], seconds: float) -> _T:
@@ -141,7 +117,7 @@ def call_with_timeout(call: Callable[[], _T], seconds: float) -> _T:
 
     Raises:
       TimeoutError: it did not return in time.
-      Exception: what the call raised.
+      Exception: whatever the call raised.
     """
     deadline = time.monotonic() + seconds
 
@@ -153,29 +129,29 @@ def call_with_timeout(call: Callable[[], _T], seconds: float) -> _T:
 
 
 def run_in_thread(
-    call: Callable[[], _T], check: Callable[[], None], every: float = _LOOK_SECONDS
+    call: Callable[[], _T], check: Callable[[], None], poll_seconds: float = _POLL_SECONDS
 ) -> _T:
-    """Runs a call that may never return, and looks meanwhile whether it should be waited for.
+    """Runs a call that may never return, and checks periodically whether to keep waiting.
 
     Args:
-      call: runs in a thread of its own, which is left behind if nobody waits for it any more.
-      check: raises if so.
-      every: seconds between two looks.
+      call: runs in its own daemon thread, which is abandoned if `check` raises.
+      check: raises an exception to stop waiting.
+      poll_seconds: time between two calls of `check`.
     """
     outcome: list[Callable[[], _T]] = []
 
     def run() -> None:
         try:
             value = call()
-        except BaseException as error:  # noqa: BLE001 -- raised again where it belongs
+        except BaseException as error:  # noqa: BLE001 -- raised again in the calling thread
             outcome.append(lambda error=error: _raise(error))
         else:
             outcome.append(lambda: value)
 
-    thread = threading.Thread(target=run, daemon=True, name="mtj_loader_aside")
+    thread = threading.Thread(target=run, daemon=True, name="mtj_loader_call")
     thread.start()
     while not outcome:
-        thread.join(every)
+        thread.join(poll_seconds)
         if not outcome:
             check()
     return outcome[0]()
@@ -185,18 +161,19 @@ def _raise(error: BaseException) -> NoReturn:
     raise error
 
 
-def silent() -> HostError:
-    """What is said when the store does not answer."""
+def no_answer() -> HostError:
+    """The error for a store that does not answer."""
     return HostError(
-        f"host 0 has not answered for {ANSWER_SECONDS:g} s: it is stopped, or the network is down",
+        f"host 0 has not answered for {ANSWER_TIMEOUT_SECONDS:g} s: "
+        "it is stopped, or the network is down",
         host=0,
     )
 
 
-def _lost(error: Exception) -> HostError:
+def _connection_lost(error: Exception) -> HostError:
     return HostError("the connection to host 0 is lost", host=0, found=first_line(error))
 
 
 def first_line(error: Exception) -> str:
-    """What JAX's runtime says, without the remote calls behind it."""
+    """The first line of an error of JAX's runtime, without the remote call details after it."""
     return str(error).partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Header, index and config of a checkpoint, read by process 0 and handed to the other hosts."""
+"""Headers, index and config of a checkpoint, read by process 0 and sent to the other hosts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mtj_loader.storage.base import RemoteStorage, Storage
 Open = Callable[[Headers | None, str | None], Checkpoint]
 
 
-def open_for_all(hosts: Hosts, open_here: Open) -> Checkpoint:
-    """Opens a checkpoint whose headers and config process 0 reads, and no other host.
+def open_on_all_hosts(hosts: Hosts, open_here: Open) -> Checkpoint:
+    """Opens a checkpoint; only process 0 reads its headers and config.
 
     Args:
       hosts: of this load.
-      open_here: opens it on this host. It takes the headers, None where they are to be read, and
-        the commit that process 0 found, None for what has no commits.
+      open_here: opens it on this host, given the headers (None to read them) and the commit that
+        process 0 resolved (None if there is none).
 
     Raises:
-      CheckpointError: a file of the checkpoint is missing here, or is not the one of host 0.
+      CheckpointError: a file of the checkpoint is missing here, or differs from host 0's.
       HostError: another host failed.
     """
     checkpoints: list[Checkpoint] = []
@@ -39,12 +39,12 @@ def open_for_all(hosts: Hosts, open_here: Open) -> Checkpoint:
         return checkpoints[0]
     headers, commit = unpack(packed)
     here = open_here(headers, commit)
-    stamps = {name: _own_stamp(here.storage, stamp) for name, stamp in here.index.files.items()}
+    stamps = {name: _local_version(here.storage, stamp) for name, stamp in here.index.files.items()}
     return replace(here, index=replace(here.index, files=stamps))
 
 
 def pack(checkpoint: Checkpoint) -> bytes:
-    """What `unpack` makes Headers of, and the commit behind a Hugging Face id."""
+    """Serializes headers and commit for `unpack`."""
     index = checkpoint.index
     document = {
         "commit": checkpoint.commit,
@@ -58,7 +58,7 @@ def pack(checkpoint: Checkpoint) -> bytes:
 
 
 def unpack(packed: bytes) -> tuple[Headers, str | None]:
-    """The headers and the commit that `pack` wrote."""
+    """The headers and commit that `pack` serialized."""
     document = json.loads(packed)
     records = {one["name"]: _record(one) for one in document["records"]}
     files = {one["path"]: FileVersion(**one) for one in document["files"]}
@@ -68,7 +68,7 @@ def unpack(packed: bytes) -> tuple[Headers, str | None]:
 
 
 def _record(fields: dict[str, Any]) -> TensorRecord:
-    """A record; JSON has lists where it has tuples."""
+    """A record from its JSON fields, which have lists in place of tuples."""
     strides = fields["strides"]
     shapes = {
         "shape": tuple(fields["shape"]),
@@ -77,19 +77,19 @@ def _record(fields: dict[str, Any]) -> TensorRecord:
     return TensorRecord(**fields | shapes)
 
 
-def _own_stamp(storage: Storage, theirs: FileVersion) -> FileVersion:
-    """This host's stamp of a file, which has to be the file that process 0 read the header of.
+def _local_version(storage: Storage, theirs: FileVersion) -> FileVersion:
+    """This host's version of a file, which must be the file whose header process 0 read.
 
-    Copies on local disks were written at different times; in a store all hosts see one object.
+    Copies on local disks have their own modification times; in a store there is one object.
     """
     if isinstance(storage, RemoteStorage):
-        return theirs  # every answer about the object is compared with this
+        return theirs  # every response about the object is compared with this
     if not storage.exists(theirs.path):
-        raise CheckpointError("this host lacks a file that host 0 has", file=theirs.path)
+        raise CheckpointError("a file that host 0 has is missing on this host", file=theirs.path)
     mine = storage.stamp(theirs.path)
     if mine.size_bytes != theirs.size_bytes:
         raise CheckpointError(
-            "this host's copy of a file has another size than host 0's",
+            "this host's copy of a file differs in size from host 0's",
             file=theirs.path,
             expected=f"{theirs.size_bytes:,} bytes",
             found=f"{mine.size_bytes:,} bytes",

@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax
 from jax.sharding import Mesh
 
-from mtj_loader.distributed.hosts import ALONE, Hosts
+from mtj_loader.distributed.hosts import SINGLE_HOST, Hosts
 from mtj_loader.errors import MeshError
 from mtj_loader.loading.buffers import Buffers
 from mtj_loader.loading.compare_copies import compare_carried, compare_tied
@@ -39,7 +39,7 @@ def load_params(
     plan_seconds: float = 0.0,
     progress: Callable[[int], None] = lambda done: None,
     buffers: Buffers | None = None,
-    hosts: Hosts = ALONE,
+    hosts: Hosts = SINGLE_HOST,
 ) -> tuple[Params, LoadReport]:
     """Executes a plan on this host.
 

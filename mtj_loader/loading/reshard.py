@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mtj_loader.distributed.hosts import ALONE, Hosts
+from mtj_loader.distributed.hosts import SINGLE_HOST, Hosts
 from mtj_loader.errors import DeviceError
 from mtj_loader.planning.load_plan import LoadPlan, ParamPlan
 from mtj_loader.planning.read_assignment import ReadAssignment
@@ -45,7 +45,7 @@ def read_sharding(mesh: Mesh, reading: ReadAssignment | None) -> NamedSharding:
 
 
 def reshard(
-    params: dict[str, dict[str, jax.Array]], plan: LoadPlan, mesh: Mesh, hosts: Hosts = ALONE
+    params: dict[str, dict[str, jax.Array]], plan: LoadPlan, mesh: Mesh, hosts: Hosts = SINGLE_HOST
 ) -> None:
     """Makes the parameters of what was read, in place; all hosts take them in the same order.
 
@@ -66,7 +66,9 @@ def reshard(
             module[param.spec.param] = exchanged(param, module[param.spec.param], mesh, hosts)
 
 
-def exchanged(param: ParamPlan, array: jax.Array, mesh: Mesh, hosts: Hosts = ALONE) -> jax.Array:
+def exchanged(
+    param: ParamPlan, array: jax.Array, mesh: Mesh, hosts: Hosts = SINGLE_HOST
+) -> jax.Array:
     """A parameter [n, …], placed `PartitionSpec("mp")`; all hosts call this together.
 
     Args:

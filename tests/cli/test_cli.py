@@ -448,7 +448,7 @@ def test_unexpected_error_names_itself(model: Path, monkeypatch: pytest.MonkeyPa
     result = run("load", model, "--mesh", "mp=1")
     assert result.exit_code == 1
     assert result.stderr == (
-        "error: not expected: RuntimeError: the sky fell\n  hint: --debug shows where\n"
+        "error: unexpected RuntimeError: the sky fell\n  hint: --debug shows the traceback\n"
     )
     assert "in fail\n" in run("load", model, "--mesh", "mp=1", "--debug").stderr
 

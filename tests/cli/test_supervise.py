@@ -18,7 +18,7 @@ import pytest
 from mtj_loader.cli import supervise, tpu
 from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.options import Machine
-from mtj_loader.distributed.join import Place, join
+from mtj_loader.distributed.join import ProcessConfig, join_processes
 from mtj_loader.errors import HostError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -126,9 +126,9 @@ def test_when_process_0_is_killed_both_parents_say_how_it_ended(checkpoint: Path
         os.kill(work, signal.SIGKILL)
         said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in (first, second)]
     assert (first.returncode, second.returncode) == (4, 4)
-    assert f"error: host 0: process {work} was ended by SIGKILL" in said[0]
+    assert f"error: host 0: process {work} was killed by SIGKILL" in said[0]
     aborted = (
-        f"error: host 1: process {other} was ended by SIGABRT\n  found: JAX ends every host so"
+        f"error: host 1: process {other} was killed by SIGABRT\n  found: JAX aborts every host"
     )
     lost = "error: the connection to host 0 is lost"  # if Python code still came to say it
     assert aborted in said[1] or lost in said[1]
@@ -140,8 +140,8 @@ def children(parent: int) -> list[int]:
 
 WORK = """
 import os, sys, time
-from mtj_loader.cli.supervise import supervised
-with supervised(["load", "--coordinator=here:1", "--process-id", "3"]):
+from mtj_loader.cli.supervise import supervise_host
+with supervise_host(["load", "--coordinator=here:1", "--process-id", "3"]):
     print(os.getpid(), flush=True)
     time.sleep({seconds})
     sys.exit({code})
@@ -175,7 +175,7 @@ def test_a_child_that_a_signal_ends_is_named() -> None:
     with supervised_work() as (parent, child):
         parent.send_signal(signal.SIGTERM)
         _, said = parent.communicate(timeout=WAIT_SECONDS)
-    assert f"host 3: process {child} was ended by SIGTERM" in said
+    assert f"host 3: process {child} was killed by SIGTERM" in said
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -202,7 +202,7 @@ def test_without_its_parent_the_child_is_gone(stopped: bool) -> None:
     ],
 )
 def test_who_is_supervised(arguments: list[str], expected: bool) -> None:
-    assert supervise.is_one_of_many(arguments) is expected
+    assert supervise.joins_other_hosts(arguments) is expected
 
 
 @pytest.mark.parametrize(("command", "expected"), [("load", True), ("plan", False)])
@@ -210,7 +210,7 @@ def test_on_a_tpu_machine_what_uses_devices_is_supervised(
     monkeypatch: pytest.MonkeyPatch, command: str, expected: bool
 ) -> None:
     monkeypatch.setattr(supervise, "on_cloud_tpu", lambda: True)
-    assert supervise.is_one_of_many([command, "x"]) is expected
+    assert supervise.joins_other_hosts([command, "x"]) is expected
 
 
 def test_this_machine_has_no_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,8 +233,8 @@ def test_options_that_are_missing_are_named(given: dict, said: str) -> None:
 @pytest.mark.parametrize(
     ("coordinator", "processes", "process_id", "said"),
     [
-        ("a:1", 2, 2, "0 to 1, as there are 2 processes"),
-        ("a:1", 0, 0, "no such process"),
+        ("a:1", 2, 2, "0 to 1, for 2 processes"),
+        ("a:1", 0, 0, "invalid process id"),
         ("a", 2, 0, "HOST:PORT"),
         (":80", 2, 0, "HOST:PORT"),
         ("a:b", 2, 0, "HOST:PORT"),
@@ -245,23 +245,23 @@ def test_places_that_cannot_be(
     coordinator: str, processes: int, process_id: int, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        Place(coordinator, processes, process_id)
+        ProcessConfig(coordinator, processes, process_id)
 
 
 def test_an_address_of_ipv6() -> None:
-    assert Place("[::1]:80", 1, 0).address == ("::1", 80)
+    assert ProcessConfig("[::1]:80", 1, 0).address == ("::1", 80)
 
 
 def test_a_port_that_is_taken() -> None:
     with socket.create_server(("", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(HostError, match=f"cannot listen on port {port}"):
-            join(Place(f"127.0.0.1:{port}", 2, 0), seconds=1)
+            join_processes(ProcessConfig(f"127.0.0.1:{port}", 2, 0), timeout_seconds=1)
 
 
 def test_nobody_answers() -> None:
-    with pytest.raises(HostError, match=r"nobody answers at 127.0.0.1:\d+ for 0.1 s"):
-        join(Place(f"127.0.0.1:{free_port()}", 2, 1), seconds=0.1)
+    with pytest.raises(HostError, match=r"no answer at 127.0.0.1:\d+ for 0.1 s"):
+        join_processes(ProcessConfig(f"127.0.0.1:{free_port()}", 2, 1), timeout_seconds=0.1)
 
 
 def test_not_all_come() -> None:
@@ -269,4 +269,4 @@ def test_not_all_come() -> None:
     with started(arguments) as (process,):
         _, said = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 4
-    assert said.startswith("error: not all 2 processes came to 127.0.0.1:")
+    assert said.startswith("error: not all 2 processes connected to 127.0.0.1:")

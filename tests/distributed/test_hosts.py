@@ -156,7 +156,7 @@ def test_shards_are_verified_where_they_are(
 
 
 UNLIKE = {
-    0: "this host's copy of a file has another size than host 0's",
+    0: "this host's copy of a file differs in size from host 0's",
     1: "dtype: 'float16' on host 1, 'float32' on host 0",
     2: "map: ",
     8: "mtj_loader: 0.0.1 on host 1, ",
@@ -199,7 +199,7 @@ def test_a_host_that_dies_or_is_stopped_is_named(
 ) -> None:
     outcome = outcomes[f"{kind}-{phase}"]
     (said,) = outcome.said[0]
-    late, silent = "host 1 did not finish 'join'", "host 1 has not been heard of"
+    late, silent = "host 1 did not finish 'join'", "no heartbeat from host 1"
     assert said["error"].startswith(late if phase == "join" else silent)
     assert said["exit_code"] == 4
     assert outcome.codes == (0, -9)

@@ -89,7 +89,7 @@ def begin(script: str, first: str = ":") -> subprocess.Popen[bytes]:
     [
         (signal.SIGINT, 130, b"interrupted\n"),
         (signal.SIGTERM, 143, b"terminated\n"),
-        (signal.SIGHUP, 129, b"the terminal is gone\n"),
+        (signal.SIGHUP, 129, b"the terminal was closed\n"),
     ],
 )
 def test_signals_end_native_code_at_once(number: int, code: int, word: bytes):
@@ -102,8 +102,8 @@ def test_signals_end_native_code_at_once(number: int, code: int, word: bytes):
 def test_under_a_limit_the_work_ends_with_its_parent():
     script = """
 import os, time
-from mtj_loader.cli import limits
-limits.guard()
+from mtj_loader.cli import supervise
+supervise.supervise_memory_limit()
 print(os.getpid(), flush=True)
 time.sleep(600)
 """
@@ -206,7 +206,9 @@ def test_help_for_a_reader_that_has_enough():
 def test_help_on_a_full_disk():
     code, stderr = limited("exec > /dev/full", "--help")
     assert code == 4
-    assert stderr.startswith("error: the system refuses\n  found: [Errno 28] No space left")
+    assert stderr.startswith(
+        "error: the operating system reported an error\n  found: [Errno 28] No space left"
+    )
 
 
 # Ctrl-C in a program that goes on.
@@ -337,7 +339,8 @@ def test_no_thread(
 def test_too_little_memory_to_start(limit: int):
     code, stderr = limited(f"ulimit -v {limit << 10}", "load", FIXTURE, "--mesh", "mp=8")
     assert code == 4
-    assert stderr.startswith("error: the limit of address space ended the work\n  expected: JAX")
+    exceeded = "error: the process exceeded the limit of its address space\n  expected: 1 to 2 GB"
+    assert stderr.startswith(exceeded)
     assert f"found: {limit << 20:,} bytes (" in stderr
     assert stderr.endswith("hint: ulimit -v sets the limit\n")
 
@@ -387,7 +390,7 @@ def test_a_bug_under_a_limit_is_told_as_it_is(tmp_path: Path):
     log = tmp_path / "log"  # a file that can seek, where the child has a pipe
     code, _ = limited(f"ulimit -v 4000000; exec 2> {log}", script=script + command)
     assert code == 1
-    assert log.read_text().startswith("error: not expected: TypeError: 'NoneType'")
+    assert log.read_text().startswith("error: unexpected TypeError: 'NoneType'")
 
 
 def test_a_signal_reaches_limited_work():
@@ -407,7 +410,10 @@ def test_a_signal_reaches_limited_work():
     [
         ("ulimit -n 6", "error: cannot "),
         # Every thread asks for a stack of 100 TB.
-        ("ulimit -s 100000000000", "error: the system refuses a pipe or a thread\n"),
+        (
+            "ulimit -s 100000000000",
+            "error: the system refuses a pipe or a thread\n",
+        ),
     ],
     ids=["files", "threads"],
 )

@@ -26,8 +26,8 @@ import jax
 import numpy as np
 
 import mtj_loader
-from mtj_loader.distributed import agreement, many_hosts
-from mtj_loader.distributed.many_hosts import ManyHosts
+from mtj_loader.distributed import agreement, host_group
+from mtj_loader.distributed.host_group import HostGroup
 from mtj_loader.errors import MtjLoaderError
 from mtj_loader.loading.verify import verify
 from mtj_loader.storage.local import LocalStorage
@@ -67,7 +67,7 @@ class Host:
         path, options = step["paths"][self.index], step["options"][self.index]
         self._arm(step["fault"], Path(path))
         waits = step["fault"].get("kind") in ("kill", "stop")
-        many_hosts.SILENT_SECONDS = SILENT_SECONDS if waits else CASE_SECONDS
+        host_group.HEARTBEAT_TIMEOUT_SECONDS = SILENT_SECONDS if waits else CASE_SECONDS
         late = JOIN_SECONDS if waits and step["fault"]["phase"] == "join" else CASE_SECONDS
         try:
             model = mtj_loader.load(path, host_timeout=late, progress=False, **options)
@@ -85,15 +85,15 @@ class Host:
                 self.say(injected=phase)
                 INJECTED[fault["kind"]](path)
 
-        def phase(hosts: ManyHosts, name: str) -> AbstractContextManager[None]:
+        def phase(hosts: HostGroup, name: str) -> AbstractContextManager[None]:
             begin(name)
             return _phase(hosts, name)
 
-        setattr(ManyHosts, "phase", phase)  # noqa: B010 -- until the next step
+        setattr(HostGroup, "phase", phase)  # noqa: B010 -- until the next step
         begin("join")
 
 
-_phase = ManyHosts.phase
+_phase = HostGroup.phase
 
 ASKED: dict[str, Callable[[mtj_loader.Model], object]] = {
     "logits": lambda model: np.asarray(model.logits(IDS)).tolist(),

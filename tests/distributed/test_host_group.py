@@ -15,16 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
+from jaxlib import _jax
 
 import mtj_loader
-from mtj_loader.distributed import hosts as hosts_module
-from mtj_loader.distributed import key_value_store, many_hosts
+from mtj_loader.distributed import host_group, jax_runtime, key_value_store
 from mtj_loader.distributed.agreement import disagreement, plan_facts
-from mtj_loader.distributed.host_failure import of_error, of_lateness
-from mtj_loader.distributed.hosts import ALONE, tell_others, together, wait_for_arrays
-from mtj_loader.distributed.key_value_store import Store, call_with_timeout
-from mtj_loader.distributed.many_hosts import ManyHosts
-from mtj_loader.distributed.shared_headers import open_for_all, pack, unpack
+from mtj_loader.distributed.host_group import (
+    HostGroup,
+    connect_hosts,
+    report_termination,
+    wait_for_arrays,
+)
+from mtj_loader.distributed.hosts import SINGLE_HOST, Failure
+from mtj_loader.distributed.key_value_store import KeyValueStore, call_with_timeout
+from mtj_loader.distributed.shared_headers import open_on_all_hosts, pack, unpack
 from mtj_loader.errors import CheckpointError, HostError, MemoryLimitError, MeshError, UsageError
 from mtj_loader.formats.checkpoint import open_checkpoint
 from tests.support import neox
@@ -64,19 +68,19 @@ class Client:
 def on_each(
     monkeypatch: pytest.MonkeyPatch,
     count: int,
-    work: Callable[[ManyHosts], object],
-    late_seconds: float = LONG,
+    work: Callable[[HostGroup], object],
+    timeout_seconds: float = LONG,
     *,
     client: Client | None = None,
     number: int = 0,
 ) -> list[Any]:
     """Runs something on several hosts at once: what each returns, or the error it raises."""
-    monkeypatch.setattr(many_hosts, "_numbers", itertools.repeat(number))
-    monkeypatch.setattr(many_hosts.jax, "devices", list)
+    monkeypatch.setattr(host_group, "_load_numbers", itertools.repeat(number))
+    monkeypatch.setattr(host_group.jax, "devices", list)
     client = client or Client()
 
     def run(index: int) -> object:
-        hosts = ManyHosts(Store(client, index, count), late_seconds)
+        hosts = HostGroup(KeyValueStore(client, index, count), timeout_seconds)
         try:
             with hosts.session():
                 return work(hosts)
@@ -106,12 +110,12 @@ def test_who_waits_gives_up_with_the_first_that_waited_in_vain(
         def key_value_set_bytes(self, key: str, value: bytes, overwrite: bool = False) -> None:
             silent.wait(LONG)
 
-    silent, shared = threading.Event(), Store(Silent(), 1, 2)
+    silent, shared = threading.Event(), KeyValueStore(Silent(), 1, 2)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(shared.overwrite, "a", b"")  # for 10 s, it believes
-        while not [t for t in threading.enumerate() if t.name == "mtj_loader_aside"]:
+        while not [t for t in threading.enumerate() if t.name == "mtj_loader_call"]:
             time.sleep(0.001)
-        monkeypatch.setattr(key_value_store, "ANSWER_SECONDS", 0.1)
+        monkeypatch.setattr(key_value_store, "ANSWER_TIMEOUT_SECONDS", 0.1)
         with pytest.raises(HostError, match=r"host 0 has not answered for 0\.1 s"):
             shared.overwrite("b", b"")
         with pytest.raises(HostError, match="host 0 has not answered"):
@@ -123,7 +127,7 @@ def test_only_the_first_makes_what_all_get(monkeypatch: pytest.MonkeyPatch) -> N
     large = np.random.default_rng(0).bytes(5 << 20)  # nothing compresses it
     makers: list[int] = []
 
-    def work(hosts: ManyHosts) -> bytes:
+    def work(hosts: HostGroup) -> bytes:
         return hosts.broadcast("x", lambda: (makers.append(hosts.index), large)[1])
 
     assert on_each(monkeypatch, 2, work) == [large, large]
@@ -131,7 +135,7 @@ def test_only_the_first_makes_what_all_get(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_error_of_one_is_the_error_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(hosts: ManyHosts) -> None:
+    def work(hosts: HostGroup) -> None:
         with hosts.phase("read"):
             if hosts.index == 1:
                 raise CheckpointError("the file is truncated", file="a")
@@ -143,7 +147,7 @@ def test_the_error_of_one_is_the_error_of_all(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_who_works_stops_when_another_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(hosts: ManyHosts) -> None:
+    def work(hosts: HostGroup) -> None:
         with hosts.phase("read"):
             if hosts.index == 0:
                 raise MemoryLimitError("out of memory")
@@ -157,26 +161,26 @@ def test_who_works_stops_when_another_fails(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_who_is_late_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(hosts: ManyHosts) -> None:
+    def work(hosts: HostGroup) -> None:
         with hosts.phase("read"):
             while hosts.index in (1, 2):
                 hosts.check()
                 time.sleep(0.01)
 
-    found = on_each(monkeypatch, 4, work, late_seconds=2)
+    found = on_each(monkeypatch, 4, work, timeout_seconds=2)
     said = {str(error).rpartition(" of host")[0] for error in found}
     assert said == {"hosts 1, 2 did not finish 'read' within 2 s"}
 
 
 def test_who_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many_hosts, "SILENT_SECONDS", 0.5)
-    monkeypatch.setattr(many_hosts, "_LEAVE_SECONDS", 0.1)
-    beat = ManyHosts._watch
-    monkeypatch.setattr(ManyHosts, "_watch", lambda hosts: hosts.index != 1 and beat(hosts))
+    monkeypatch.setattr(host_group, "HEARTBEAT_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(host_group, "_LEAVE_SECONDS", 0.1)
+    beat = HostGroup._run_heartbeat
+    monkeypatch.setattr(HostGroup, "_run_heartbeat", lambda hosts: hosts.index != 1 and beat(hosts))
     said = threading.Event()
 
-    def work(hosts: ManyHosts) -> None:
-        hosts._store.overwrite(hosts._key("beat", 1), b"the last")
+    def work(hosts: HostGroup) -> None:
+        hosts._store.overwrite(hosts._key("heartbeat", 1), b"the last")
         try:
             with hosts.phase("read"):
                 if hosts.index == 1:
@@ -186,13 +190,13 @@ def test_who_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             said.set()
 
     first, _ = on_each(monkeypatch, 2, work)
-    assert str(first).startswith("host 1 has not been heard of for 0.5 s: its process died or is")
+    assert str(first).startswith("no heartbeat from host 1 for 0.5 s: its process died or is")
 
 
 def test_an_error_of_the_runtime_is_blamed_on_the_host_that_is_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def work(hosts: ManyHosts) -> None:
+    def work(hosts: HostGroup) -> None:
         with hosts.phase("exchange"):
             if hosts.index == 0:
                 raise JaxRuntimeError("Connection closed by peer")
@@ -204,15 +208,15 @@ def test_an_error_of_the_runtime_is_blamed_on_the_host_that_is_gone(
 
 
 def test_who_is_told_to_stop_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(hosts: ManyHosts) -> None:
+    def work(hosts: HostGroup) -> None:
         if hosts.index == 1:
-            monkeypatch.setattr(hosts_module, "_under_way", [hosts])
-            tell_others(143)
+            monkeypatch.setattr(host_group, "_active", [hosts])
+            report_termination(143)
             raise SystemExit
         hosts.barrier("end")
 
     first, _ = on_each(monkeypatch, 2, work)
-    assert str(first) == "host 1 was told to stop"
+    assert str(first) == "host 1 was terminated"
     assert first.exit_code == 143
 
 
@@ -221,20 +225,20 @@ def test_who_is_told_to_stop_tells_the_others(monkeypatch: pytest.MonkeyPatch) -
     [
         (UsageError("no"), "host 2 failed in 'plan': no", 2),
         (KeyboardInterrupt(), "host 2 was interrupted in 'plan'", 130),
-        (SystemExit(143), "host 2 was ended in 'plan'", 143),
-        (SystemExit("why"), "host 2 was ended in 'plan'", 1),
+        (SystemExit(143), "host 2 exited in 'plan'", 143),
+        (SystemExit("why"), "host 2 exited in 'plan'", 1),
         (MemoryError("much"), "host 2 failed in 'plan': MemoryError: much", 4),
         (KeyError("x"), "host 2 failed in 'plan': KeyError: 'x'", 1),
     ],
 )
 def test_what_others_say_of_an_error(error: BaseException, said: str, code: int) -> None:
-    failure = of_error(2, "plan", error)
-    assert (failure.what, failure.exit_code) == (said, code)
+    failure = Failure.from_error(2, "plan", error)
+    assert (failure.message, failure.exit_code) == (said, code)
 
 
 def test_one_late_host() -> None:
     assert (
-        of_lateness([3], "read", 300, 0).what
+        Failure.from_timeout([3], "read", 300, 0).message
         == "host 3 did not finish 'read' within 300 s of host 0"
     )
 
@@ -247,11 +251,11 @@ def test_a_call_that_never_returns() -> None:
 
 
 def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key_value_store, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(key_value_store, "ANSWER_TIMEOUT_SECONDS", 0.1)
     client = Client()
     monkeypatch.setattr(client, "key_value_set_bytes", lambda *_: threading.Event().wait())
     with pytest.raises(HostError, match=r"host 0 has not answered for 0.1 s"):
-        Store(client, 1, 2).put("key", b"value")
+        KeyValueStore(client, 1, 2).put("key", b"value")
 
 
 def test_a_store_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,23 +266,23 @@ def test_a_store_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(client, "blocking_key_value_get_bytes", fail)
     with pytest.raises(HostError, match=r"lost\n  found: UNAVAILABLE: failed to connect$"):
-        Store(client, 1, 2).get("key", 1)
+        KeyValueStore(client, 1, 2).get("key", 1)
 
 
 def test_alone_nothing_is_waited_for_and_no_thread_is_begun() -> None:
     before = threading.active_count()
-    with together() as hosts, hosts.phase("read"):
+    with connect_hosts() as hosts, hosts.phase("read"):
         hosts.check()
         hosts.barrier("x")
-        assert hosts is ALONE
+        assert hosts is SINGLE_HOST
         assert hosts.gather("x", b"1") == [b"1"]
         assert hosts.broadcast("x", lambda: b"2") == b"2"
         assert threading.active_count() == before
 
 
 def test_several_processes_that_did_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key_value_store.jax, "process_count", lambda: 2)
-    with pytest.raises(UsageError, match="2 processes share these devices"), together():
+    monkeypatch.setattr(jax_runtime.jax, "process_count", lambda: 2)
+    with pytest.raises(UsageError, match="2 processes share these devices"), connect_hosts():
         pass
 
 
@@ -314,7 +318,7 @@ def test_copies_of_other_times_are_the_same_checkpoint(
     made = on_each(
         monkeypatch,
         2,
-        lambda hosts: open_for_all(
+        lambda hosts: open_on_all_hosts(
             hosts, lambda headers, _: open_checkpoint(folders[hosts.index], headers=headers)
         ),
     )
@@ -325,7 +329,7 @@ def test_copies_of_other_times_are_the_same_checkpoint(
 
 def test_every_difference_is_told() -> None:
     facts = [{"map": "a" * 64, "dtype": "x"}, {"map": "a" * 64, "dtype": "y"}, {"map": "b" * 64}]
-    error = disagreement(facts, "load the same")
+    error = disagreement(facts, "load")
     assert error.exit_code == 2
     assert error.found == "; ".join([
         "dtype: y on host 1, x on host 0",
@@ -361,3 +365,19 @@ def test_a_mesh_without_this_host_is_refused(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr("jax.process_index", lambda: 1)
     with pytest.raises(MeshError, match="no device of this host"):
         mtj_loader.load(plan=plan)
+
+
+def test_the_private_names_of_jax_are_where_they_are_expected() -> None:
+    """`jax_runtime` and `key_value_store` use them; a new JAX that moves them fails here."""
+    state = jax_runtime.distributed.global_state
+    assert {"client", "process_id", "num_processes"} <= vars(type(state)).keys() | vars(
+        state
+    ).keys()
+    client = _jax.DistributedRuntimeClient
+    for method in (
+        "blocking_key_value_get_bytes",
+        "key_value_delete",
+        "key_value_dir_get_bytes",
+        "key_value_set_bytes",
+    ):
+        assert callable(getattr(client, method)), method
