@@ -19,13 +19,13 @@ from mtj_loader.dtypes import DTypeName, parameter_dtype
 from mtj_loader.errors import MeshError, UsageError
 from mtj_loader.formats.checkpoint import Checkpoint, Headers, open_checkpoint
 from mtj_loader.formats.token_ids import bos_id
-from mtj_loader.generation.compilation_cache import keep_compiled
+from mtj_loader.generation.compilation_cache import enable_compilation_cache
 from mtj_loader.generation.compile_ahead import (
     WarmUpLike,
-    compiling,
-    on_all_hosts,
+    add_compile_times,
+    compile_in_background,
+    keep_common_shapes,
     read_shapes,
-    reported,
 )
 from mtj_loader.generation.prompts import PromptRules
 from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
@@ -234,7 +234,7 @@ def load(
             assert plan is not None
             devices = _devices(mesh, plan)
             check_same_load(hosts, plan, devices)
-        warnings = keep_compiled() if compilation_cache else ()
+        warnings = enable_compilation_cache() if compilation_cache else ()
         model = _execute(plan, devices, hosts, begun=begun, warm_up=warm_up, progress=progress)
         report = replace(model.report, warnings=(*model.report.warnings, *warnings))
         return replace(model, report=report)
@@ -251,14 +251,14 @@ def _execute(
         forward = Forward(plan.config, mesh, plan.options.transposed_linear, dtype)
         shapes = read_shapes(warm_up, _rules(plan, tokenizer), mesh.shape["dp"])
     needed = plan.host_bytes(jax.process_index())
-    with compiling(forward, plan, shapes) as first_compiled:
+    with compile_in_background(forward, plan, shapes) as first_compiled:
         with closing_all(*plan.storages), progress_bar(needed, shown=progress) as advance:
             params, report = load_params(
                 plan, mesh, plan_seconds=plan_seconds, progress=advance, hosts=hosts
             )
         loaded = time.perf_counter()
-        compiled = on_all_hosts(first_compiled(), hosts)
-    report = reported(report, compiled, loaded)
+        compiled = keep_common_shapes(first_compiled(), hosts)
+    report = add_compile_times(report, compiled, loaded)
     return Model(params, plan.config, mesh, tokenizer, report, plan, forward, compiled, begun)
 
 

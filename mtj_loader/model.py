@@ -21,7 +21,7 @@ from mtj_loader.errors import UsageError
 from mtj_loader.formats.token_ids import bos_id, eos_ids
 from mtj_loader.generation import generator as generation
 from mtj_loader.generation.batch import Shape
-from mtj_loader.generation.compile_ahead import Compiled
+from mtj_loader.generation.compile_ahead import CompiledPrograms
 from mtj_loader.generation.generator import Generator, Stop
 from mtj_loader.generation.prompts import PromptLike, check_batch
 from mtj_loader.generation.sampling import SamplingParams
@@ -63,7 +63,7 @@ class Model:
     report: LoadReport
     plan: LoadPlan
     forward: Forward
-    compiled: Compiled
+    compiled: CompiledPrograms
     begun: float
     base: Model | None = None
 

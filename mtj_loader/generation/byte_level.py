@@ -1,7 +1,7 @@
-"""GPT-2's tokenizer from its two files, vocab.json and merges.txt: byte-level BPE.
+"""GPT-2's byte-level BPE tokenizer from vocab.json and merges.txt.
 
-The rules are those of transformers' GPT2Tokenizer and GPTNeoXTokenizer, which differ in one thing:
-GPT-NeoX first brings the text to Unicode normal form C.
+The rules are those of transformers' GPT2Tokenizer and GPTNeoXTokenizer. They differ in one point:
+GPT-NeoX first normalizes the text to Unicode form C.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _MAX_ID = 2**32 - 1  # the library's ids are unsigned 32-bit integers
 def build(
     vocab: Path | StoredFile, merges: Path | StoredFile, kind: str, settings: Mapping[str, Any]
 ) -> Tokenizer:
-    """Makes the tokenizer.
+    """Builds the tokenizer.
 
     Args:
       vocab: vocab.json: token → id.
-      merges: merges.txt: two tokens per line, in the order of their merging.
-      kind: transformers' class, one of `CLASSES`; any other is taken for GPT-2's.
-      settings: tokenizer_config.json on top of special_tokens_map.json, either may be missing.
+      merges: merges.txt: two tokens per line, in merge order.
+      kind: transformers' class, one of `CLASSES`; any other is treated as GPT-2's.
+      settings: special_tokens_map.json updated by tokenizer_config.json.
 
     Raises:
-      FormatError: a file is damaged, or they do not fit each other.
+      FormatError: a file is damaged, or the files do not match.
     """
     tokenizer = Tokenizer(_model(vocab, merges))
     if kind == "GPTNeoXTokenizer":
@@ -58,7 +58,7 @@ def build(
 
 
 def prefix_space(settings: Mapping[str, Any]) -> bool:
-    """Whether a text that begins without a space is read as if it began with one."""
+    """Whether a space is inserted before a text that begins without one."""
     return settings.get("add_prefix_space") is True
 
 
@@ -68,7 +68,9 @@ def _model(vocab: Path | StoredFile, merges: Path | StoredFile) -> models.BPE:
     except FormatError:
         raise
     except Exception as error:  # the library raises nothing more specific
-        raise FormatError("merges.txt does not fit vocab.json", file=merges, found=error) from error
+        raise FormatError(
+            "merges.txt does not match vocab.json", file=merges, found=error
+        ) from error
 
 
 def _read_vocab(path: Path | StoredFile) -> dict[str, int]:
@@ -95,20 +97,20 @@ def _read_merges(path: Path | StoredFile) -> list[tuple[str, str]]:
             continue
         parts = line.rstrip("\r").split(" ")
         if len(parts) != 2:
-            where = f"line {number}: {line[:60]!r}"  # as much of a stranger's text as helps
+            where = f"line {number}: {line[:60]!r}"  # only the beginning: the file is untrusted
             raise FormatError("not a merge", file=path, expected="two tokens", found=where)
         merges.append((parts[0], parts[1]))
     return merges
 
 
 def _add_tokens(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Marks the tokens that are never split, adding those that the vocabulary lacks."""
+    """Adds the tokens that are never split."""
     for number, value in _numbered_tokens(settings):
         token = _added_token(value, "added_tokens_decoder")
         tokenizer.add_tokens([token])
         found = tokenizer.token_to_id(token.content)
         if found != number:
-            what = "an added token does not get the id that is written for it"
+            what = "an added token does not get its specified id"
             key = f"added_tokens_decoder.{number}"
             raise FormatError(what, file=_SETTINGS, key=key, expected=number, found=found)
     tokenizer.add_special_tokens(_named_tokens(settings))
@@ -117,12 +119,12 @@ def _add_tokens(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
 
 
 def _numbered_tokens(settings: Mapping[str, Any]) -> list[tuple[int, object]]:
-    """`added_tokens_decoder` in the order of its ids, which is the order they are given out in."""
-    written = settings.get("added_tokens_decoder") or {}
-    if not isinstance(written, dict) or not all(key.isdecimal() for key in written):
+    """`added_tokens_decoder` by id, the order in which the library assigns ids."""
+    entries = settings.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict) or not all(key.isdecimal() for key in entries):
         key, expected = "added_tokens_decoder", "an object whose keys are ids"
         raise FormatError("not added tokens", file=_SETTINGS, key=key, expected=expected)
-    return sorted(((int(key), value) for key, value in written.items()), key=lambda item: item[0])
+    return sorted(((int(key), value) for key, value in entries.items()), key=lambda item: item[0])
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> list[AddedToken]:
@@ -136,7 +138,7 @@ def _named_tokens(settings: Mapping[str, Any]) -> list[AddedToken]:
 
 
 def _added_token(value: object, key: str) -> AddedToken:
-    """A token as the files write it: its text, or an object with its `content` and flags."""
+    """Reads a token: its text, or an object with `content` and flags."""
     fields = {"content": value, "special": True} if isinstance(value, str) else value
     if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
         raise FormatError("not a token", file=_SETTINGS, key=key, found=repr(value))
@@ -150,7 +152,7 @@ def _add_bos(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
     bos = _added_token(settings.get("bos_token") or _END_OF_TEXT, "bos_token").content
     number = tokenizer.token_to_id(bos)
     if number is None:
-        what = "the token that every text should begin with is not in the vocabulary"
+        what = "the beginning-of-text token is not in the vocabulary"
         raise FormatError(what, file=_SETTINGS, key="bos_token", found=repr(bos))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[bos, "$A"], special_tokens=[(bos, number)]

@@ -1,4 +1,4 @@
-"""The decode loop: a batch of prompts in, tokens out, one step of the device at a time.
+"""The decoding loop: a batch of prompts in, tokens out, one step at a time.
 
 Axes: b batch, V vocabulary.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
-from mtj_loader.generation.batch import Batch, Shape
+from mtj_loader.generation.batch import PromptBatch, Shape
 from mtj_loader.generation.sampling import Sampler, SamplingParams, make_sampler, sample
 from mtj_loader.models.forward import Forward, Params, Tree
 
@@ -22,14 +22,14 @@ from mtj_loader.models.forward import Forward, Params, Tree
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """Where a batch stands between two steps. A step makes a new one and leaves this as it is.
+    """The state of a batch between two steps; immutable.
 
-    The cache is kept beside it: a step donates the cache, while the host still reads these tokens.
+    The KV cache is separate: a step donates the cache while the host still reads these tokens.
 
     Attributes:
-      tokens: int32 [b], chosen last; they are not in the cache yet.
-      positions: int32 [b], where in their rows they stand.
-      step: int32 [], how many tokens were chosen so far; numbers the draws of the random streams.
+      tokens: int32 [b], the last chosen ones; not in the cache yet.
+      positions: int32 [b], their positions in the rows.
+      step: int32 [], the number of tokens chosen so far; the counter of the random streams.
     """
 
     tokens: jax.Array
@@ -40,7 +40,7 @@ class DecodeState:
 def decode(
     forward: Forward,
     params: Params,
-    batch: Batch,
+    batch: PromptBatch,
     sampler: Sampler | None,
     max_new_tokens: int,
     *,
@@ -48,9 +48,9 @@ def decode(
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every row, int32 [b], `max_new_tokens` times.
 
-    The device works one step ahead of the caller, so that what the caller does with a token costs
-    no time; whoever stops asking early wastes that step. The first token is not kept waiting for
-    the compilation of the next; `before_step` is called between both.
+    The device computes one step ahead of the caller, so that the caller's work on a token overlaps
+    with the next step; stopping early wastes that step. `before_step` is called after the first
+    token, which does not wait for the compilation of the step.
     """
     states = _states(forward, params, batch, sampler, max_new_tokens)
     yield np.asarray(next(states).tokens)
@@ -61,7 +61,7 @@ def decode(
 
 @dataclass(frozen=True)
 class Programs:
-    """All that `decode` runs for a shape, to be compiled before it is needed.
+    """All programs that `decode` runs for a shape, lowered so that they can be compiled ahead.
 
     Attributes:
       forward: the model.
@@ -82,14 +82,14 @@ class Programs:
         return self._choice(None)
 
     def sampled(self) -> Lowered:
-        """The choice of a token by chance."""
-        drawn = make_sampler(SamplingParams(), [0] * self.shape.rows, self._logits.shape[-1])
-        return self._choice(jax.tree.map(partial(_abstract, self._everywhere), drawn))
+        """The choice of a random token."""
+        sampler = make_sampler(SamplingParams(), [0] * self.shape.rows, self._logits.shape[-1])
+        return self._choice(jax.tree.map(partial(_abstract, self._replicated), sampler))
 
     def step(self) -> Lowered:
         """The pass over one more token."""
         _, cache = self._prefill.out_info
-        return self.forward.lower_step(self.params, cache, self._numbers((self.shape.rows,)))
+        return self.forward.lower_step(self.params, cache, self._int32s((self.shape.rows,)))
 
     @cached_property
     def _prefill(self) -> Lowered:
@@ -98,8 +98,8 @@ class Programs:
         )
 
     def _choice(self, sampler: Tree) -> Lowered:
-        numbers = self._numbers((self.shape.rows,))
-        state = DecodeState(numbers, numbers, self._numbers(()))
+        numbers = self._int32s((self.shape.rows,))
+        state = DecodeState(numbers, numbers, self._int32s(()))
         return _choose.lower(self.forward.mesh, self._logits, state, sampler)
 
     @property
@@ -107,11 +107,11 @@ class Programs:
         return self._prefill.out_info[0]
 
     @property
-    def _everywhere(self) -> NamedSharding:
+    def _replicated(self) -> NamedSharding:
         return NamedSharding(self.forward.mesh, PartitionSpec())
 
-    def _numbers(self, shape: tuple[int, ...]) -> Tree:
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self._everywhere)
+    def _int32s(self, shape: tuple[int, ...]) -> Tree:
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self._replicated)
 
 
 def _abstract(sharding: NamedSharding, array: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -119,13 +119,17 @@ def _abstract(sharding: NamedSharding, array: np.ndarray) -> jax.ShapeDtypeStruc
 
 
 def _states(
-    forward: Forward, params: Params, batch: Batch, sampler: Sampler | None, max_new_tokens: int
+    forward: Forward,
+    params: Params,
+    batch: PromptBatch,
+    sampler: Sampler | None,
+    max_new_tokens: int,
 ) -> Iterator[DecodeState]:
-    """The states after each choice; asking for one dispatches its work without waiting for it."""
-    nothing = np.zeros_like(batch.lengths), batch.lengths - 1, np.int32(0)
-    everywhere = NamedSharding(forward.mesh, PartitionSpec())
-    *before, sampler = jax.device_put((*nothing, sampler), everywhere)
-    state = DecodeState(*before)
+    """The state after each choice; each iteration dispatches work without waiting for it."""
+    initial = np.zeros_like(batch.lengths), batch.lengths - 1, np.int32(0)
+    replicated = NamedSharding(forward.mesh, PartitionSpec())
+    *initial, sampler = jax.device_put((*initial, sampler), replicated)
+    state = DecodeState(*initial)
     logits, cache = forward.prefill(
         params, batch.ids, batch.lengths, batch.totals, batch.cache_length
     )
@@ -140,10 +144,10 @@ def _states(
 def _choose(
     mesh: Mesh, logits: jax.Array, state: DecodeState, sampler: Sampler | None
 ) -> DecodeState:
-    """Appends the tokens that the logits [b, V] call for.
+    """Chooses the next tokens from the logits [b, V].
 
-    Compiled apart from the model, so that greedy text and sampled text share the model's step; two
-    dispatches run as fast as one, for nobody waits between them. The result is on every device:
+    A program of its own, so that greedy and sampled decoding share the model's step; two dispatches
+    are as fast as one, since nothing waits between them. The result is on every device, because
     each host reads the tokens.
     """
     tokens = sample(logits, state.step, sampler)
@@ -152,7 +156,7 @@ def _choose(
 
 
 def _one_ahead(states: Iterator[DecodeState]) -> Iterator[DecodeState]:
-    """The same states, each yielded after the next was asked for."""
+    """The same states, each yielded after the next one was requested."""
     previous = next(states, None)
     for state in states:
         if previous is not None:

@@ -1,6 +1,6 @@
-"""Choosing the next token: greedy, or at random with temperature, top-k and top-p.
+"""Samplers: greedy, or random with temperature, top-k and top-p.
 
-Every row draws from a random stream of its own.
+Every row has its own random stream.
 
 Axes: b batch, V vocabulary (unpadded).
 """
@@ -19,24 +19,24 @@ import numpy as np
 
 from mtj_loader.errors import UsageError
 
-NOT_FINITE = -1  # in a token's place: this row's logits were NaN or infinite
+NOT_FINITE = -1  # in place of a token: the row's logits were NaN or infinite
 _MAX_SEED = 2**64 - 1  # two uint32 words make a threefry key
 _FLOAT32 = np.finfo(np.float32)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens, and how many.
+    """Sampling settings and the number of tokens.
 
     Attributes:
-      max_new_tokens: at most so many tokens per prompt.
-      temperature: the logits are divided by it; 0 means greedy: always the likeliest token.
-      top_k: keep the k likeliest tokens (and those tied with the last of them); 0 keeps all.
+      max_new_tokens: the most tokens per prompt.
+      temperature: divides the logits; 0 is greedy: always the most likely token.
+      top_k: keep the k most likely tokens (and ties with the last of them); 0 keeps all.
       top_p: of those, keep the fewest whose probabilities sum to at least this; 1 keeps all.
-      seed: 0 … 2^64 - 1, one for every prompt alike, or a list with one per prompt.
+      seed: 0 … 2^64 - 1, the same for every prompt, or a list with one per prompt.
 
     Raises:
-      UsageError: a value outside its range.
+      UsageError: a value is out of range.
     """
 
     max_new_tokens: int = 64
@@ -55,14 +55,14 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether no random number is drawn."""
+        """Whether the most likely token is always chosen."""
         return self.temperature < float(_FLOAT32.tiny)  # XLA flushes it to zero
 
     def seeds(self, rows: int) -> list[int]:
         """One seed per prompt.
 
         Raises:
-          UsageError: a list of seeds that is not as long as the list of prompts.
+          UsageError: the list of seeds and the list of prompts differ in length.
         """
         if not isinstance(self.seed, Sequence):
             return [int(self.seed)] * rows
@@ -70,7 +70,7 @@ class SamplingParams:
             raise UsageError(
                 "the list of seeds and the list of prompts differ in length",
                 key="seed",
-                expected=f"{rows} seeds, or a single one",
+                expected=f"{rows} seeds, or one integer",
                 found=len(self.seed),
             )
         return [int(seed) for seed in self.seed]
@@ -79,11 +79,11 @@ class SamplingParams:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampler:
-    """SamplingParams as traced data: other values do not compile anything again.
+    """SamplingParams as traced arrays, so that new values need no compilation.
 
     Attributes:
       temperature: float32 [].
-      top_k: int32 []; the vocabulary's size where all are kept.
+      top_k: int32 []; the vocabulary size to keep all.
       top_p: float32 [].
       keys: uint32 [b, 2], one threefry key per row.
     """
@@ -95,7 +95,7 @@ class Sampler:
 
 
 def make_sampler(params: SamplingParams, seeds: Sequence[int], vocab_size: int) -> Sampler | None:
-    """The arrays that `sample` takes; None for greedy, which needs none."""
+    """The arrays that `sample` takes; None for greedy."""
     if params.greedy:
         return None
     top_k = vocab_size if params.top_k == 0 else min(params.top_k, vocab_size)
@@ -111,29 +111,29 @@ def make_sampler(params: SamplingParams, seeds: Sequence[int], vocab_size: int) 
 def sample(logits: jax.Array, step: jax.Array, sampler: Sampler | None) -> jax.Array:
     """Chooses one token per row.
 
-    A row's choice depends on its own logits, its own seed and the number of the step, so that a
-    list of prompts gives what each of them gives alone.
+    The choice for a row depends only on its logits, its seed and the step, so that a batch gives
+    the same results as each prompt alone.
 
     Args:
       logits: float32 [b, V].
-      step: int32 [], how many tokens were chosen before.
-      sampler: None for greedy; of equal logits the one with the smallest id wins.
+      step: int32 [], the number of tokens chosen before.
+      sampler: None for greedy; of equal logits, the smallest id wins.
 
     Returns:
-      int32 [b]; `NOT_FINITE` for a row in which the largest logit is NaN or infinite.
+      int32 [b]; `NOT_FINITE` for a row whose largest logit is NaN or infinite.
     """
-    largest = jnp.max(logits, axis=-1)  # NaN where any logit is
-    scores = logits if sampler is None else _perturbed(logits - largest[:, None], step, sampler)
+    largest = jnp.max(logits, axis=-1)  # NaN if any logit is
+    scores = logits if sampler is None else _add_noise(logits - largest[:, None], step, sampler)
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     return jnp.where(jnp.isfinite(largest), tokens, NOT_FINITE)
 
 
-def keep_likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Sets all but the likeliest tokens to minus infinity: top-k first, then top-p on what is left.
+def filter_top_k_top_p(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Sets unlikely tokens to minus infinity: top-k first, then top-p on the rest.
 
-    As transformers' warpers: tokens tied with the k-th stay; top-p keeps the smallest set whose
-    probabilities sum to at least `top_p`, never less than one token. Where tied tokens straddle
-    the edge of that set, the smaller ids are in it.
+    As in transformers' warpers: ties with the k-th token stay; top-p keeps the smallest set whose
+    probabilities sum to at least `top_p`, and at least one token. Of tied tokens at the edge of
+    that set, those with smaller ids are kept.
 
     Args:
       logits: float32 [b, V].
@@ -148,7 +148,7 @@ def keep_likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax
     sorted_logits = -negated
     kth = jax.lax.dynamic_slice_in_dim(sorted_logits, top_k - 1, 1, axis=1)
     probabilities = jax.nn.softmax(jnp.where(sorted_logits >= kth, sorted_logits, -jnp.inf))
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of all that are likelier
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of all more likely tokens
     kept = (sorted_logits >= kth) & ((before < top_p) | (top_p >= 1))
     last = jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True), 1) - 1
     edge = jnp.take_along_axis(sorted_logits, last, axis=-1)
@@ -157,23 +157,23 @@ def keep_likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax
     return jnp.where(inside, logits, -jnp.inf)
 
 
-def _perturbed(logits: jax.Array, step: jax.Array, sampler: Sampler) -> jax.Array:
-    """Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax.
+def _add_noise(logits: jax.Array, step: jax.Array, sampler: Sampler) -> jax.Array:
+    """Gumbel-max: the argmax of logits plus Gumbel noise is a sample from their softmax.
 
-    `logits` have 0 as their largest, so that dividing by a tiny temperature cannot overflow to NaN.
+    The largest logit must be 0, so that dividing by a tiny temperature cannot give NaN.
     """
     vocab_size = logits.shape[-1]
     restricted = (sampler.top_k < vocab_size) | (sampler.top_p < 1)
-    logits = jax.lax.cond(  # the sort is most of the work; plain temperature does without
+    logits = jax.lax.cond(  # the sort is most of the work; plain temperature needs none
         restricted,
-        lambda x: keep_likeliest(x, sampler.top_k, sampler.top_p),
+        lambda x: filter_top_k_top_p(x, sampler.top_k, sampler.top_p),
         lambda x: x,
         logits / sampler.temperature,
     )
-    return logits + _noise(sampler.keys, step, vocab_size)
+    return logits + _gumbel_noise(sampler.keys, step, vocab_size)
 
 
-def _noise(keys: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
+def _gumbel_noise(keys: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
     """Gumbel noise, float32 [b, V]: one stream per row, one fold per step."""
 
     def row(words: jax.Array) -> jax.Array:

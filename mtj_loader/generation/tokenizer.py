@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the `tokenizers` library, from the files of a checkpoint."""
+"""Tokenizes text with the `tokenizers` library, from the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtj_loader.formats import strict_json
 from mtj_loader.generation import byte_level
 from mtj_loader.storage.base import StoredFile
 
-# The class that transformers takes where tokenizer_config.json names none.
+# The class that transformers uses if tokenizer_config.json names none.
 _DEFAULT_CLASS = {"gpt_neox": "GPTNeoXTokenizer"}
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a single byte
@@ -24,15 +24,15 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a si
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A vocabulary with its rules; gives the ids that transformers' AutoTokenizer gives."""
+    """A tokenizer that returns the same ids as transformers' AutoTokenizer."""
 
     backend: tokenizers.Tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The text's ids, with the tokens that the checkpoint asks to put around a prompt.
+        """The ids of a text, including the special tokens that the checkpoint adds to a prompt.
 
         Raises:
-          PromptError: half a surrogate pair, which is no character.
+          PromptError: the text contains half a surrogate pair.
         """
         try:
             text.encode("utf-8")
@@ -42,14 +42,14 @@ class Tokenizer:
         return self.backend.encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The ids' text; special tokens (end of text, padding) have none.
+        """The text of ids, without special tokens such as end of text and padding.
 
-        Bytes that are no UTF-8 become U+FFFD; ids that the vocabulary does not have are skipped.
+        Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are skipped.
         """
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    def spells_byte(self, token: int) -> bool:
-        """Whether the token is one of SentencePiece's single bytes, `<0xE4>`."""
+    def is_byte(self, token: int) -> bool:
+        """Whether the token is a single byte of SentencePiece, such as `<0xE4>`."""
         name = self.backend.id_to_token(token)
         return name is not None and _BYTE_TOKEN.fullmatch(name) is not None
 
@@ -60,13 +60,13 @@ def load_tokenizer(
     """Reads a checkpoint's tokenizer: tokenizer.json, or else vocab.json with merges.txt.
 
     Args:
-      files: by file name; tokenizer_config.json and special_tokens_map.json are read
-        too where they are there.
-      model_type: of config.json; decides between GPT-2's and GPT-NeoX's rules where
+      files: by file name; tokenizer_config.json and special_tokens_map.json are read too if
+        present.
+      model_type: of config.json; chooses between GPT-2's and GPT-NeoX's rules if
         tokenizer_config.json does not.
 
     Returns:
-      None where the files make no tokenizer: then token ids still work.
+      None if the files contain no tokenizer; token ids still work then.
 
     Raises:
       FormatError: a file is damaged.
@@ -91,14 +91,14 @@ def _optional_json(files: Mapping[str, Path | StoredFile], name: str) -> dict[st
 def _from_json(
     path: Path | StoredFile, kind: str, settings: Mapping[str, Any]
 ) -> tokenizers.Tokenizer:
-    """tokenizer.json is complete, but transformers' own classes set the prefix space themselves."""
+    """Reads tokenizer.json; as in transformers, the class decides about the prefix space."""
     data = path.read_bytes()
     try:
         backend = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises nothing more specific
         raise FormatError("not a tokenizer", file=path, found=error) from error
     backend.no_padding()
-    backend.no_truncation()  # a long prompt is refused later, never cut silently
+    backend.no_truncation()  # a prompt that is too long is rejected later, not truncated
     current = backend.pre_tokenizer
     if kind in byte_level.CLASSES and isinstance(current, pre_tokenizers.ByteLevel):
         current.add_prefix_space = byte_level.prefix_space(settings)

@@ -386,9 +386,9 @@ def test_usage_errors_exit_2(arguments: list[str]):
     [
         ([], "there is no prompt"),
         (["--ids", "one two"], "cannot read token ids"),
-        (["--ids", "1", "--max-new-tokens", "100"], "the prompt and what is to be generated"),
+        (["--ids", "1", "--max-new-tokens", "100"], "the prompt and the new tokens exceed"),
         (["--ids", "29"], "not a token id of this model"),
-        (["--prompt", "text"], "the prompt is text, but the checkpoint brings no tokenizer"),
+        (["--prompt", "text"], "the prompt is text, but the checkpoint has no tokenizer"),
         (["--ids", "1", "--temperature", "-1"], ""),
     ],
 )

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 import mtj_loader
-from mtj_loader.generation.compilation_cache import default_folder, keep_compiled
+from mtj_loader.generation.compilation_cache import default_folder, enable_compilation_cache
 from tests.support import neox
 
 ROOT = Path(__file__).parents[2]
@@ -46,19 +46,19 @@ def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_programs_are_kept_by_default(cache: Path):
-    assert keep_compiled() == ()
+    assert enable_compilation_cache() == ()
     assert jax.config.jax_compilation_cache_dir == str(cache)
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
     assert cache.stat().st_mode & 0o777 == 0o700
-    assert keep_compiled() == ()
+    assert enable_compilation_cache() == ()
 
 
 def test_what_jax_was_told_before_holds(cache: Path, tmp_path: Path):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
-    assert keep_compiled() == ()
+    assert enable_compilation_cache() == ()
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 7.0
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    assert keep_compiled() == ()
+    assert enable_compilation_cache() == ()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
 
 
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(cache: Path, tmp_path: Path):
 
 def test_a_folder_that_cannot_be_written_is_a_warning(cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    assert keep_compiled() == (
+    assert enable_compilation_cache() == (
         f"compiled programs are not kept for the next start: {cache} is not writable",
     )
     assert jax.config.jax_compilation_cache_dir is None

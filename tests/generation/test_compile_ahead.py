@@ -21,7 +21,12 @@ from mtj_loader.distributed.hosts import Hosts
 from mtj_loader.errors import CheckpointError, UsageError
 from mtj_loader.generation import compile_ahead
 from mtj_loader.generation.batch import Shape, make_batch
-from mtj_loader.generation.compile_ahead import Compiled, on_all_hosts, read_shapes, reported
+from mtj_loader.generation.compile_ahead import (
+    CompiledPrograms,
+    add_compile_times,
+    keep_common_shapes,
+    read_shapes,
+)
 from mtj_loader.generation.prompts import Prompt, PromptRules
 from mtj_loader.loading.stream import Streamer
 from mtj_loader.models.forward import Forward
@@ -115,7 +120,7 @@ def test_the_smallest_warm_shape_that_holds_a_batch_is_taken():
 
     def shape(length: int, new: int, rows: int = 1) -> Shape:
         prompts = [Prompt((7,) * length, is_text=False)] * rows
-        batch = make_batch(prompts, new, max_positions=512, dp=1, warm=warm)
+        batch = make_batch(prompts, new, max_positions=512, dp=1, compiled=warm)
         assert batch.totals.tolist() == [length + new] * rows
         assert (batch.ids[:, :length] == 7).all()
         assert not batch.ids[:, length:].any()
@@ -145,9 +150,9 @@ def test_what_a_shape_leaves_out_is_as_generate_has_it():
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        ([(1, 30, 3)], r"no such prompt fits.*at most 32 tokens.*30 in the prompt \+ 3 new = 33"),
-        ([(1, 32)], r"no such prompt fits.*32 in the prompt \+ 1 new = 33"),
-        ((1, 16), r"could be compiled ahead.*key: warm_up.*\(batch, prompt_length\).*found: 1$"),
+        ([(1, 30, 3)], r"exceed the context.*at most 32 tokens.*30 in the prompt \+ 3 new = 33"),
+        ([(1, 32)], r"exceed the context.*32 in the prompt \+ 1 new = 33"),
+        ((1, 16), r"cannot compile ahead.*key: warm_up.*\(batch, prompt_length\).*found: 1$"),
         ([(0, 16)], r"found: \(0, 16\)"),
         ([(True, 16)], r"found: \(True, 16\)"),
         ([(1, 2, 3, 4)], r"found: \(1, 2, 3, 4\)"),
@@ -224,7 +229,7 @@ def test_on_several_hosts_all_is_waited_for_and_every_failure_is_told():
     ready.set_result(1.0)
     threading.Timer(0.2, failed.set_exception, [ValueError("out of luck")]).start()
     here = {Shape(1, 16, 16): ready, Shape(1, 16, 32): ready, Shape(1, 16, 64): failed}
-    compiled = on_all_hosts(Compiled(0.0, 0.0, here, {}), Both())
+    compiled = keep_common_shapes(CompiledPrograms(0.0, 0.0, here, {}), Both())
     assert compiled.shapes == (Shape(1, 16, 32),)
     (warning,) = compiled.warnings
     assert warning.endswith("could not be compiled ahead: ValueError: out of luck")
@@ -279,7 +284,7 @@ def test_the_overlap_of_load_and_compilation(
 ):
     report = mtj_loader.load(folder, "mp=1").report
     report = replace(report, seconds=report.seconds | {"load": 2.0})  # from 10 to 12
-    found = reported(report, Compiled(begun, ended, {}, {}), loaded=12.0)
+    found = add_compile_times(report, CompiledPrograms(begun, ended, {}, {}), load_end=12.0)
     assert found.seconds["compile"] == ended - begun
     assert found.seconds["overlap"] == overlap
     words = f"load 2.00 s, compile {ended - begun:.2f} s, both at once {overlap:.2f} s"

@@ -12,7 +12,7 @@ import pytest
 from mtj_loader.errors import NonFiniteError, PromptError, TokenizerMissingError, UsageError
 from mtj_loader.generation.batch import bucket, make_batch
 from mtj_loader.generation.decode import _choose
-from mtj_loader.generation.generator import Generator, complete, generate, pieces, stream
+from mtj_loader.generation.generator import Generator, complete, generate, stream, stream_rows
 from mtj_loader.generation.prompts import Prompt, PromptRules, check_batch, read_prompts
 from mtj_loader.generation.row_output import Completion
 from mtj_loader.generation.sampling import SamplingParams
@@ -110,7 +110,7 @@ def test_without_a_tokenizer_ids_still_work():
     generator = hashing(tokenizer=None)
     assert generate(generator, [5], GREEDY) == hash_tokens(TABLE, [5], 12)
     assert completions(generator, [5])[0].text is None
-    with pytest.raises(TokenizerMissingError, match=r"(?s)brings no tokenizer.*prompts\[1\].*ids"):
+    with pytest.raises(TokenizerMissingError, match=r"(?s)has no tokenizer.*prompts\[1\].*ids"):
         generate(generator, [[5], "To be"], GREEDY)
     with pytest.raises(TokenizerMissingError, match="stop strings need a tokenizer"):
         generate(generator, [5], GREEDY, stop="x")
@@ -186,7 +186,7 @@ def test_the_device_is_at_most_one_step_ahead():
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_that_are_not_finite_are_an_error(temperature: float):
     params = replace(GREEDY, temperature=temperature)
-    parts = pieces(saying([5, -1]), [Prompt((3,), False)], params)
+    parts = stream_rows(saying([5, -1]), [Prompt((3,), False)], params)
     assert next(parts).ids == (5,)
     with pytest.raises(NonFiniteError, match=r"(?s)NaN or infinite.*float32"):
         next(parts)
@@ -227,7 +227,7 @@ def test_characters_are_streamed_whole():
 
 
 def test_pieces_of_several_rows_come_side_by_side():
-    parts = list(pieces(saying(" O", " hello there"), [Prompt((1,), True)] * 2, GREEDY))
+    parts = list(stream_rows(saying(" O", " hello there"), [Prompt((1,), True)] * 2, GREEDY))
     assert [part.row for part in parts] == [0, 1, 0, *[1] * (len(parts) - 3)]
     ends = {part.row: part.finish_reason for part in parts if part.finish_reason}
     assert ends == {0: "stop", 1: "stop"}
@@ -261,8 +261,8 @@ RULES = PromptRules(vocab_size=10, max_positions=8, tokenizer=TOKENIZER)
         ([], "(?s)an empty list is neither a prompt nor a list of prompts.*empty string"),
         ((), "an empty list is neither"),
         ([[1], []], r"(?s)the prompt is empty.*prompts\[1\]"),
-        (["!", 3], "(?s)a list of prompts holds something that is none.*3"),
-        ([3, [4]], "(?s)holds something that is none.*found: 3"),
+        (["!", 3], "(?s)a list of prompts contains something else.*3"),
+        ([3, [4]], "(?s)contains something else.*found: 3"),
         (5, "(?s)not a prompt.*a string, a list of token ids.*int"),
         (None, "(?s)not a prompt.*NoneType"),
         (b"ab", "(?s)not a prompt.*bytes"),
@@ -274,10 +274,10 @@ RULES = PromptRules(vocab_size=10, max_positions=8, tokenizer=TOKENIZER)
         ([1, 2.0], r"(?s)not a token id.*prompt\[1\].*2.0"),
         (np.array([1.0]), "not a token id"),
         ([[[1]]], r"(?s)not a token id.*prompts\[0\]\[0\].*\[1\]"),
-        ("", "(?s)the prompt is empty, and the checkpoint names no bos_token_id"),
+        ("", "(?s)the prompt is empty, and the checkpoint has no bos_token_id"),
         ("zebra", r"(?s)not a token id of this model.*prompt\[0\]"),
-        ([1, 2, 3, 4, 5], "(?s)do not fit.*at most 8 tokens together.*5 in the prompt . 4 new = 9"),
-        ([[1], [2] * 9], r"(?s)do not fit into the model.*prompts\[1\].*9 in the prompt . 4 new"),
+        ([1, 2, 3, 4, 5], "(?s)exceed.*at most 8 tokens in total.*5 in the prompt . 4 new = 9"),
+        ([[1], [2] * 9], r"(?s)exceed.*prompts\[1\].*9 in the prompt . 4 new"),
     ],
 )
 def test_prompts_that_cannot_be_run(given: object, message: str):
@@ -359,7 +359,7 @@ def test_a_batch_of_ids():
         ("To be", "not a batch of token ids"),
         ([[1, 2], [3, 10]], r"(?s)not a token id.*ids\[1, 1\].*0 to 9.*10"),
         ([[1, -1]], r"(?s)not a token id.*ids\[0, 1\].*-1"),
-        ([[1] * 9], "(?s)do not fit into the model.*at most 8 tokens.*9"),
+        ([[1] * 9], "(?s)exceed.*at most 8 tokens.*9"),
     ],
 )
 def test_what_is_no_batch_of_ids(ids: object, message: str):

@@ -13,13 +13,13 @@ from mtj_loader.errors import UsageError
 from mtj_loader.generation.sampling import (
     NOT_FINITE,
     SamplingParams,
-    keep_likeliest,
+    filter_top_k_top_p,
     make_sampler,
     sample,
 )
 
 INF = np.inf
-keep = jax.jit(keep_likeliest)
+keep = jax.jit(filter_top_k_top_p)
 choose = jax.jit(sample)
 
 
@@ -218,5 +218,5 @@ def test_numpy_numbers_are_numbers():
 def test_one_seed_or_one_per_prompt():
     assert SamplingParams(seed=5).seeds(3) == [5, 5, 5]
     assert SamplingParams(seed=[5, 6]).seeds(2) == [5, 6]
-    with pytest.raises(UsageError, match=r"(?s)differ in length.*3 seeds, or a single one.*2"):
+    with pytest.raises(UsageError, match=r"(?s)differ in length.*3 seeds, or one integer.*2"):
         SamplingParams(seed=[5, 6]).seeds(3)

@@ -7,19 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtj_loader.errors import UsageError
-from mtj_loader.generation.stopping import StopMatch, scan, stop_strings
+from mtj_loader.generation.row_output import StopMatch, find_stop_string, read_stop_strings
 
 
 def test_forms_of_stop():
-    assert stop_strings(None) == stop_strings([]) == ()
-    assert stop_strings("\n") == ("\n",)
-    assert stop_strings(["a", "b"]) == ("a", "b")
+    assert read_stop_strings(None) == read_stop_strings([]) == ()
+    assert read_stop_strings("\n") == ("\n",)
+    assert read_stop_strings(["a", "b"]) == ("a", "b")
 
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], [3], [None]])
 def test_what_is_no_stop_string_is_refused(stop: object):
     with pytest.raises(UsageError, match=r"(?s)not a stop string.*at least one character"):
-        stop_strings(stop)  # pyright: ignore[reportArgumentType]
+        read_stop_strings(stop)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,13 @@ def test_what_is_no_stop_string_is_refused(stop: object):
     ],
 )
 def test_scan(text: str, stops: list[str], expected: StopMatch):
-    assert scan(text, stops) == expected
+    assert find_stop_string(text, stops) == expected
 
 
 def read_in_pieces(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
     released, held = "", ""
     for piece in pieces:
-        found = scan(held + piece, stops)
+        found = find_stop_string(held + piece, stops)
         released, held = released + found.text, found.held
         if found.stopped:
             return released, True

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from mtj_loader.errors import FormatError, PromptError
-from mtj_loader.generation.text_stream import TextStream
+from mtj_loader.generation.row_output import TextStream
 from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
 
 FIXTURE = Path(__file__).parents[1] / "data" / "shakespeare-neox"
@@ -132,7 +132,7 @@ def test_added_tokens_get_the_ids_that_are_written(tmp_path: Path):
     assert tokenizer.encode("<b>   ") == [3004, 3003]
     assert tokenizer.decode([3004, 3003]) == "   "
     added["3006"] = {"content": "<c>"}
-    with pytest.raises(FormatError, match="does not get the id that is written for it") as caught:
+    with pytest.raises(FormatError, match="does not get its specified id") as caught:
         load(write(tmp_path, **names, tokenizer_config_json={"added_tokens_decoder": added}))
     assert (caught.value.expected, caught.value.found) == (3006, 3005)
 
@@ -164,7 +164,7 @@ def test_damaged_tokenizer_json(tmp_path: Path, content: bytes):
         ("vocab_json", '{"a": 4294967296}', "not a token id"),
         ("merges_txt", "b c d\n", "(?s)not a merge.*two tokens.*line 1: 'b c d'"),
         ("merges_txt", "#version: 0.2\nb c\nb\n", "(?s)not a merge.*line 3: 'b'"),
-        ("merges_txt", "b z\n", r"(?s)merges.txt does not fit vocab.json.*`z`"),
+        ("merges_txt", "b z\n", r"(?s)merges.txt does not match vocab.json.*`z`"),
         ("merges_txt", b"\xff", "not UTF-8"),
         ("tokenizer_config_json", '{"bos_token": 3}', "(?s)not a token.*bos_token.*3"),
         ("tokenizer_config_json", '{"added_tokens_decoder": {"x": "a"}}', "not added tokens"),
@@ -251,7 +251,7 @@ def test_a_long_text_is_not_decoded_again_and_again(fixture_tokenizer: Tokenizer
             self.decoded += len(ids)
             return fixture_tokenizer.decode(ids)
 
-        spells_byte = fixture_tokenizer.spells_byte
+        is_byte = fixture_tokenizer.is_byte
 
     ids = fixture_tokenizer.encode("To be, or not to be. " * 100)
     counting = Counting()
