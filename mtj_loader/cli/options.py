@@ -1,167 +1,94 @@
-"""Options that several commands share; the names of the fields are those of `mtj_loader.load`."""
+"""Options that several commands share.
+
+Those of a load are the fields of `mtj_loader.options.Source` and `LoadOptions`; this module only
+says how they are spelled on the command line.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.markup import escape
 
-from mtj_loader.dtypes import DTypeName
 from mtj_loader.errors import UsageError
+from mtj_loader.options import LoadOptions, Source
 
 _LOADING = "What is loaded, and how"
-_HUB = "Where it comes from"
+_SOURCE = "Where it comes from"
 _MACHINE = "This machine"
 
-CheckpointPath = Annotated[
-    str,
-    typer.Argument(
-        metavar="PATH",
-        help="A folder, a .safetensors file, a URL (s3://, gs://, az://, https://), or a Hugging "
-        "Face id.",
-        show_default=False,
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md describes it.")]
+MeshOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="dp=R,mp=N",
+        help="R replicas with N shards each; by default the most shards that fit.",
+        rich_help_panel=_LOADING,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md describes it.")]
 
 
-@dataclass(frozen=True)
-class Source:
-    """Which revision of a Hugging Face repository, and where it is kept."""
-
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, tag or commit of the repository.", rich_help_panel=_HUB),
-    ] = None
-    token: Annotated[
-        str | None,
-        typer.Option(
-            help="For private repositories; the one that is stored on the machine by default.",
-            rich_help_panel=_HUB,
-        ),
-    ] = None
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where downloaded files are kept.", rich_help_panel=_HUB),
-    ] = None
-    local_files_only: Annotated[
-        bool,
-        typer.Option("--local-files-only", help="Never use the network.", rich_help_panel=_HUB),
-    ] = False
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream",
-            help="Read a repository straight from the hub and keep no file, as a URL always is.",
-            rich_help_panel=_HUB,
-        ),
-    ] = False
+def option_hints(group: type) -> dict[str, Any]:
+    """The type of each field of a dataclass, annotated as an option for typer."""
+    hints = get_type_hints(group, include_extras=True)
+    if group not in _PANELS:
+        return hints
+    return {
+        name: _option(name, hint.__origin__, hint.__metadata__[0], _PANELS[group])
+        for name, hint in hints.items()
+    }
 
 
-@dataclass(frozen=True)
-class Loading:
-    """Onto which mesh, and in which form."""
-
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            metavar="dp=R,mp=N",
-            help="R replicas of N shards each; by default the most shards that fit.",
-            rich_help_panel=_LOADING,
-        ),
-    ] = None
-    dtype: Annotated[
-        DTypeName,
-        typer.Option(help="Of the parameters; auto is bfloat16.", rich_help_panel=_LOADING),
-    ] = "auto"
-    transposed_linear: Annotated[
-        bool,
-        typer.Option(
-            "--transposed-linear",
-            help="Keep linear weights in torch's order, \\[out, in]: the fastest to load.",
-            rich_help_panel=_LOADING,
-        ),
-    ] = False
-    expert_parallel: Annotated[
-        bool,
-        typer.Option(
-            "--expert-parallel",
-            help="Deal whole experts over the shards instead of splitting each.",
-            rich_help_panel=_LOADING,
-        ),
-    ] = False
-    map: Annotated[
-        Path | None,
-        typer.Option(
-            help="A weight map to use instead of the family's own.",
-            metavar="FILE",
-            rich_help_panel=_LOADING,
-        ),
-    ] = None
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A LoRA adapter to merge, with a factor if it has one; may be given repeatedly.",
-            metavar="DIR[=WEIGHT]",
-            rich_help_panel=_LOADING,
-        ),
-    ] = None
-    host_memory: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE",
-            help="The most memory in flight between files and devices.",
-            rich_help_panel=_LOADING,
-        ),
-    ] = "1GiB"
-    check_finite: Annotated[
-        bool,
-        typer.Option("--check-finite", help="Look for NaN and infinity.", rich_help_panel=_LOADING),
-    ] = False
-    allow_unmapped: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unmapped",
-            help="Leave out tensors that the map does not know, with a warning.",
-            rich_help_panel=_LOADING,
-        ),
-    ] = False
-    allow_nonfinite: Annotated[
-        bool,
-        typer.Option(
-            "--allow-nonfinite",
-            help="Load NaN and infinity all the same.",
-            rich_help_panel=_LOADING,
-        ),
-    ] = False
-
-    def options(self) -> dict[str, Any]:
-        """As keyword arguments of `mtj_loader.load`."""
-        adapters = [_weighted(text) for text in self.adapter or ()]
-        return asdict(self) | {"adapter": adapters or None}
+def _option(name: str, type_: object, text: str, panel: str) -> object:
+    """A field as an option with a help text."""
+    more: Mapping[str, Any] = _ON_THE_COMMAND_LINE.get(name, {})
+    text = escape(more.get("help", text))
+    if name == "path":
+        argument = typer.Argument(metavar="PATH", help=text, show_default=False)
+        return Annotated[str, argument]
+    flags = (f"--{name.replace('_', '-')}",) if type_ is bool else ()  # without a --no-… form
+    settings = {key: more[key] for key in ("metavar", "parser") if key in more}
+    option = typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
+    return Annotated[more.get("type", type_), option]
 
 
-def _weighted(adapter: str) -> tuple[str, float]:
-    """Reads `DIR=0.5`; a name that merely contains an equals sign is a name."""
-    folder, _, weight = adapter.rpartition("=")
+def _parse_adapter(text: str) -> tuple[str, float]:
+    """Parses `DIR=0.5`; if what follows the equals sign is no number, it belongs to the name."""
+    folder, _, weight = text.rpartition("=")
     try:
-        return (folder, float(weight)) if folder else (adapter, 1.0)
+        return (folder, float(weight)) if folder else (text, 1.0)
     except ValueError:
-        return adapter, 1.0
+        return text, 1.0
+
+
+_PANELS: dict[object, str] = {Source: _SOURCE, LoadOptions: _LOADING}
+_ON_THE_COMMAND_LINE: dict[str, dict[str, Any]] = {
+    "cache_dir": {"type": Path | None},
+    "map": {"type": Path | None, "metavar": "FILE"},
+    "adapter": {
+        "type": list[tuple] | None,
+        "parser": _parse_adapter,
+        "metavar": "DIR[=WEIGHT]",
+        "help": "A LoRA adapter to merge, with a weight if given. Repeatable.",
+    },
+    "host_memory": {"type": str, "metavar": "SIZE"},
+}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The devices, and what is shown while they are filled."""
+    """The devices of this machine, and what is shown while they are filled."""
 
     cpu_devices: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=1,
-            help="Pretend to have N devices, on the CPU: to try a mesh without a TPU.",
+            help="Use N virtual CPU devices, to try a mesh without a TPU.",
             rich_help_panel=_MACHINE,
         ),
     ] = None
@@ -169,24 +96,24 @@ class Machine:
         bool,
         typer.Option(
             "--progress/--no-progress",
-            help="Show a progress bar, where there is a terminal.",
+            help="Show a progress bar in a terminal.",
             rich_help_panel=_MACHINE,
         ),
     ] = True
 
     def prepare(self) -> None:
-        """Makes the virtual devices; to be called before anything asks JAX for its devices.
+        """Creates the virtual devices; call it before anything asks JAX for its devices.
 
         Raises:
-          UsageError: something did already.
+          UsageError: JAX has its devices already.
         """
         if self.cpu_devices is None:
             return
-        import jax  # noqa: PLC0415 -- inspect and --help do without
+        import jax  # noqa: PLC0415 -- inspect and --help run without it
 
         try:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", self.cpu_devices)
         except RuntimeError as error:
-            what = "--cpu-devices comes too late: JAX has its devices already"
+            what = "--cpu-devices has no effect: JAX already has its devices"
             raise UsageError(what) from error
