@@ -64,7 +64,7 @@ def plan(path: PathLike, mesh: MeshLike | None = None, **keywords: Unpack[Keywor
 
     Args:
       path: {path}
-      mesh: a mesh with the axes dp and mp, `make_abstract_mesh(…)` for one that does not exist, or
+      mesh: A mesh with the axes dp and mp, `make_abstract_mesh(…)` for one that does not exist, or
         a string such as "mp=8". None takes the most shards that the devices and the model allow.
       {options}
 
@@ -92,7 +92,7 @@ def load(
 
     Args:
       path: {path}
-      mesh: a mesh with the axes dp and mp, or a string such as "dp=2,mp=4". None takes the most
+      mesh: A mesh with the axes dp and mp, or a string such as "dp=2,mp=4". None takes the most
         shards that the devices and the model allow.
       {options}
       progress: Show a progress bar in a terminal or a notebook.

@@ -11,7 +11,7 @@ import inspect
 import math
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, TypedDict, TypeVar, get_type_hints
 
@@ -187,13 +187,15 @@ def takes_options(function: _F) -> _F:
 
     @functools.wraps(function)
     def call(*args: object, **keywords: object) -> object:
-        signature.bind(*args, **keywords)
+        try:
+            signature.bind(*args, **keywords)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() {error}") from None
         return function(*args, **keywords)
 
     call.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
-    path, *rest = descriptions()
-    call.__doc__ = (function.__doc__ or "").replace("path: {path}", _entries([path]))
-    call.__doc__ = call.__doc__.replace("{options}", _entries(rest))
+    docs = (function.__doc__ or "").replace("path: {path}", _entries(["path"]))
+    call.__doc__ = docs.replace("{options}", _entries(p.name for p in _option_parameters()))
     return call  # pyright: ignore[reportReturnType]
 
 
@@ -208,7 +210,7 @@ def _option_parameters() -> Iterator[inspect.Parameter]:
                 )
 
 
-def _entries(names: Sequence[str]) -> str:
+def _entries(names: Iterable[str]) -> str:
     """Descriptions of options as entries of an `Args:` section, without the first indent."""
     texts = descriptions()
     entries = (
@@ -221,6 +223,6 @@ def _entries(names: Sequence[str]) -> str:
 
 
 def descriptions() -> dict[str, str]:
-    """Option name → what it means, in a sentence; the path comes first."""
+    """Option name → what it means, in a sentence."""
     hints = [get_type_hints(cls, include_extras=True) for cls in (Source, LoadOptions)]
     return {name: hint.__metadata__[0] for each in hints for name, hint in each.items()}

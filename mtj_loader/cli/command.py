@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from mtj_loader.cli.options import option_hints
+from mtj_loader.cli.shared_options import option_hints
 from mtj_loader.errors import UNEXPECTED, MachineError, MtjLoaderError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

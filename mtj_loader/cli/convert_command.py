@@ -13,8 +13,8 @@ from rich.text import Text
 from mtj_loader import display
 from mtj_loader.cli import signals
 from mtj_loader.cli.command import command
-from mtj_loader.cli.options import AsJson
 from mtj_loader.cli.output import print_json, print_table, warn
+from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.conversion.convert_checkpoint import NewDType, OnOverflow
 from mtj_loader.conversion.convert_checkpoint import convert as convert_checkpoint
 from mtj_loader.conversion.convert_report import ConvertReport, TensorReport

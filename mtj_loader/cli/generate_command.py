@@ -14,8 +14,8 @@ import typer
 from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.command import command
 from mtj_loader.cli.load_command import describe, load_model
-from mtj_loader.cli.options import AsJson, Machine, MeshOption
 from mtj_loader.cli.output import note, print_json
+from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
 from mtj_loader.cli.start_up import StartUp
 from mtj_loader.errors import UsageError
 from mtj_loader.options import LoadOptions, Source

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from mtj_loader import display
 from mtj_loader.cli.command import command
-from mtj_loader.cli.options import AsJson
 from mtj_loader.cli.order import layer_of, model_order
 from mtj_loader.cli.output import print_json, print_table, warn
+from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.errors import UsageError
 from mtj_loader.formats.checkpoint import Checkpoint, open_checkpoint

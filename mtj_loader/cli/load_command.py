@@ -12,9 +12,9 @@ import typer
 
 from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.command import command
-from mtj_loader.cli.options import AsJson, Machine, MeshOption
 from mtj_loader.cli.outcome import to_dict
 from mtj_loader.cli.output import is_muted, note, print_json, warn
+from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
 from mtj_loader.cli.simulate_command import simulate
 from mtj_loader.cli.start_up import StartUp
 from mtj_loader.display import counted, show_bytes

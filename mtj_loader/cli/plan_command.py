@@ -8,8 +8,8 @@ import typer
 
 import mtj_loader
 from mtj_loader.cli.command import command
-from mtj_loader.cli.options import AsJson, Machine, MeshOption
 from mtj_loader.cli.output import print_json, print_table
+from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
 from mtj_loader.errors import UsageError
 from mtj_loader.options import LoadOptions, Source
 

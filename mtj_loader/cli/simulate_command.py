@@ -6,9 +6,9 @@ import re
 from dataclasses import replace
 
 import mtj_loader
-from mtj_loader.cli.options import Machine
 from mtj_loader.cli.outcome import to_dict
 from mtj_loader.cli.output import warn
+from mtj_loader.cli.shared_options import Machine
 from mtj_loader.display import counted
 from mtj_loader.errors import UsageError
 from mtj_loader.names import number_set
