@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mtj_loader.names import blank_indices, fold_names
+from mtj_loader.names import blank_indices, fold_names, group_by
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 UNEXPECTED = 1  # exit code for any other exception, as in Python
@@ -194,12 +194,12 @@ def fold_layers(problems: Iterable[Problem]) -> list[Problem]:
 
     `h.0.w`, `h.1.w`, `h.2.w` become `h.{0...2}.w`, in the order of first appearance.
     """
-    groups: dict[object, list[Problem]] = {}
-    for problem in problems:
-        likeness = problem.what, problem.expected, problem.found
-        names = tuple(n and blank_indices(n) for n in (problem.tensor, problem.target))
-        groups.setdefault((likeness, names), []).append(problem)
-    return [_join(group) for group in groups.values()]
+
+    def likeness(problem: Problem) -> tuple[str | None, ...]:
+        names = [name and blank_indices(name) for name in (problem.tensor, problem.target)]
+        return problem.what, problem.expected, problem.found, *names
+
+    return [_join(group) for group in group_by(problems, likeness)]
 
 
 def _join(group: Sequence[Problem]) -> Problem:

@@ -1,14 +1,26 @@
-"""Names of tensors and modules: sorted by number, and folded where layers repeat."""
+"""Names of tensors and modules: sorted by number, grouped and folded where layers repeat."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
 # A layer or expert index: a whole part of a dotted name (so not `norm_1`), or MTJ's `layer_7/`.
 # At most nine digits, because names are untrusted input.
 _NUMBER = "(?:0|[1-9][0-9]{0,8})"
 _INDEX = re.compile(rf"(?<=\.){_NUMBER}(?=\.|$)|(?<=\blayer_){_NUMBER}(?=/)")
+
+
+_T = TypeVar("_T")
+
+
+def group_by(items: Iterable[_T], key: Callable[[_T], Hashable]) -> list[list[_T]]:
+    """Groups of items with equal keys, in the order of first appearance."""
+    groups: dict[Hashable, list[_T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
 
 
 def blank_indices(name: str) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
-import numpy as np
 from jax.sharding import Mesh
 
 from mtj_loader.dtypes import BITS
@@ -15,6 +14,7 @@ from mtj_loader.formats.checkpoint import Checkpoint
 from mtj_loader.lora.adapter import Adapter
 from mtj_loader.lora.low_rank import CarriedCopy, LowRank
 from mtj_loader.models.config import ModelConfig
+from mtj_loader.names import group_by
 from mtj_loader.options import LoadOptions
 from mtj_loader.planning.param_plan import ParamPlan
 from mtj_loader.planning.topology import Topology
@@ -133,10 +133,8 @@ class PlanData:
     @cached_property
     def _kinds(self) -> list[tuple[ParamPlan, int]]:
         """One parameter of each kind that is read alike, and how many; layers are alike."""
-        alike: dict[tuple[int, np.dtype], list[ParamPlan]] = {}
-        for param in self.params:
-            alike.setdefault((id(param.shards), param.source_dtype), []).append(param)
-        return [(params[0], len(params)) for params in alike.values()]
+        kinds = group_by(self.params, lambda param: (id(param.shards), param.source_dtype))
+        return [(params[0], len(params)) for params in kinds]
 
     @property
     def _comparison_bytes(self) -> int:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mtj_loader import display
 from mtj_loader.display import counted, show_bytes
-from mtj_loader.names import blank_indices, fold_names, natural_key, number_set
+from mtj_loader.names import blank_indices, fold_names, group_by, natural_key, number_set
 from mtj_loader.planning.param_plan import ParamPlan, dtype_changes
 from mtj_loader.planning.plan_data import PlanData
 from mtj_loader.planning.tpu_fit import Fit, fits
@@ -32,24 +32,13 @@ def tables(plan: PlanData) -> RenderableType:
     return Group(facts, _parameter_table(plan), _fit_table(plan), *_notes(plan))
 
 
-def folded(params: Sequence[ParamPlan]) -> list[list[ParamPlan]]:
-    """Parameters grouped if they differ only in layer and expert numbers, in model order."""
-    groups: dict[object, list[ParamPlan]] = {}
-    for param in params:
-        groups.setdefault(_likeness(param), []).append(param)
-    return sorted(groups.values(), key=lambda group: natural_key(_name(group[0])))
-
-
-def fold_all(names: Sequence[str]) -> list[str]:
+def _fold_all(names: Sequence[str]) -> list[str]:
     """Names with their layers folded, in the order of first appearance."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(blank_indices(name), []).append(name)
-    return [fold_names(group) for group in groups.values()]
+    return [fold_names(group) for group in group_by(names, blank_indices)]
 
 
 def _likeness(param: ParamPlan) -> tuple[object, ...]:
-    """What all parameters of one row have in common."""
+    """What all parameters of one row have in common: all but their layer and expert numbers."""
     records = {(blank_indices(r.name), r.dtype, r.shape): None for r in param.view.records}
     spec = param.spec
     return blank_indices(_name(param)), tuple(records), spec.groups, spec.split, param.divisor
@@ -96,10 +85,9 @@ def _mesh(plan: PlanData) -> str:
 
 def _reads(plan: PlanData) -> Iterator[tuple[str, str]]:
     """What hosts read and receive; hosts that read about the same share a line."""
-    groups: dict[str, list[int]] = {}
-    for host, read_bytes in plan.bytes_of_hosts.items():
-        groups.setdefault(show_bytes(read_bytes), []).append(host)
-    for read, hosts in groups.items():
+    read_bytes = plan.bytes_of_hosts
+    for hosts in group_by(read_bytes, lambda host: show_bytes(read_bytes[host])):
+        read = show_bytes(read_bytes[hosts[0]])
         most = show_bytes(max(map(plan.received_bytes, hosts)))
         more = f", {most} more from other hosts" if plan.is_exchanged else ""
         if len(hosts) == 1:
@@ -112,7 +100,8 @@ def _parameter_table(plan: PlanData) -> Table:
     """Pairs of rows: parameters that are alike, and below them the tensors that fill them."""
     headers = "parameter\n← tensor", "on each device\nin the file", "split\nchanges", "bytes"
     table = display.table(*headers)
-    for group in folded(plan.params):
+    groups = group_by(plan.params, _likeness)
+    for group in sorted(groups, key=lambda group: natural_key(_name(group[0]))):
         table.add_row(*map(Text, _on_device(group, plan.shards)))
         table.add_row(*map(Text, _in_file(group)), style="dim")
     return table
@@ -130,7 +119,7 @@ def _on_device(group: Sequence[ParamPlan], shards: int) -> tuple[str, str, str, 
 
 def _in_file(group: Sequence[ParamPlan]) -> tuple[str, str, str, str]:
     records = [record for param in group for record in param.view.records]
-    names = fold_all([record.name for record in records]) or ["no tensor"]
+    names = _fold_all([record.name for record in records]) or ["no tensor"]
     return (
         "\n".join(f"← {name}" for name in names),
         "\n".join(dict.fromkeys(f"{list(r.shape)} {r.dtype}" for r in group[0].view.records)),
@@ -168,7 +157,7 @@ def _notes(plan: PlanData) -> Iterator[Text]:
     for pair in plan.comparisons:
         copy, original = pair.copy.name, pair.original.name
         yield Text(f"tied: {copy} must equal {original}; compared while loading")
-    for name in fold_all(plan.skipped):
+    for name in _fold_all(plan.skipped):
         yield Text(f"not needed: {name}")
     for warning in plan.warnings:
         yield Text(f"warning: {warning}", style="yellow")
