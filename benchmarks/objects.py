@@ -35,6 +35,7 @@ from benchmarks.load import CACHE, RESULTS
 from mtj_loader.dtypes import WEIGHT_DTYPES
 from mtj_loader.formats.checkpoint import open_checkpoint
 from mtj_loader.loading.verify import verify
+from mtj_loader.options import Source
 from tests.support.object_server import serve
 
 _FILE_BYTES = 100_000_000  # several files of a small model
@@ -96,7 +97,7 @@ def table(result: dict) -> Table:
 
 def tensor_by_tensor(url: str) -> object:
     """One range after the other on one connection, each put on the devices."""
-    checkpoint = open_checkpoint(url)
+    checkpoint = open_checkpoint(Source(url))
     placed = NamedSharding(mtj_loader.make_mesh("mp=1"), PartitionSpec())
     server, base = _connection(url)
     arrays = []
@@ -112,7 +113,7 @@ def tensor_by_tensor(url: str) -> object:
 
 def download_then_load(url: str) -> object:
     """Every file at once, each on one connection, into a folder; then our load of the folder."""
-    names = [*open_checkpoint(url).index.files]
+    names = [*open_checkpoint(Source(url)).index.files]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(names)) as pool:
         names += ["config.json", "model.safetensors.index.json"]
         list(pool.map(lambda name: _download(url, name, Path(folder)), names))

@@ -96,15 +96,16 @@ def plan_once(case: Case, folder: Path) -> dict[str, dict]:
     """Seconds of each stage, and what came out."""
     import mtj_loader  # noqa: PLC0415 - imports do not count
     from mtj_loader.formats.checkpoint import open_checkpoint  # noqa: PLC0415
-    from mtj_loader.planning.load_plan import LoadOptions  # noqa: PLC0415
-    from mtj_loader.planning.planner import make_plan  # noqa: PLC0415
+    from mtj_loader.options import LoadOptions, Source  # noqa: PLC0415
+    from mtj_loader.planning.planner import make_plan, read_model  # noqa: PLC0415
 
     mesh = mtj_loader.make_abstract_mesh(case.mesh, case.hosts)
     busy, marks = time.process_time(), [time.perf_counter()]
-    checkpoint = open_checkpoint(folder)  # index and headers: read, parsed, checked
+    checkpoint = open_checkpoint(Source(folder))  # index and headers: read, parsed, checked
     marks.append(time.perf_counter())
     options = LoadOptions(expert_parallel=case.expert_parallel)
-    plan = make_plan(checkpoint, mesh, options)  # map, views, the layout of every shard
+    model = read_model(checkpoint)  # config and map
+    plan = make_plan(checkpoint, model, mesh, options)  # views, the layout of every shard
     marks.append(time.perf_counter())
     of_hosts = plan.bytes_of_hosts
     marks.append(time.perf_counter())

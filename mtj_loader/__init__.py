@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints onto JAX device meshes, as Mesh Transformer JAX's Haiku parameters."""
+"""Loads Hugging Face checkpoints onto JAX meshes as Mesh Transformer JAX's Haiku parameters."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ __all__ = [
     "plan",
 ]
 
-# What is imported when first asked for, and its module: most of it needs JAX, which takes a second
-# to import, and half of the command line does without.
+# Names that are imported on first use, and their modules. Most need JAX, which takes a second to
+# import, and half of the commands run without it.
 _LAZY = {
     "ConvertReport": "mtj_loader.conversion.convert_report",
     "LoadPlan": "mtj_loader.planning.load_plan",

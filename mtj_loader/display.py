@@ -1,4 +1,4 @@
-"""What people read: sizes in their units, and tables in plain text or in a terminal's colors."""
+"""Output for people: sizes with units, and tables as plain text or in color."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9,
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30,
 }  # fmt: skip
-_ANY_WIDTH = 100_000  # columns; more than any line has, so nothing is wrapped
+_MAX_WIDTH = 100_000  # columns; no line is longer, so nothing is wrapped
 
 
 def show_bytes(count: float) -> str:
@@ -30,10 +30,10 @@ def show_bytes(count: float) -> str:
 
 
 def parse_bytes(text: str | int) -> int:
-    """Reads `"1GiB"`, `"500MB"` or a number of bytes.
+    """Parses `"1GiB"`, `"500MB"` or a number of bytes.
 
     Raises:
-      UsageError: it is not a size.
+      UsageError: the text is not a size.
     """
     found = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", str(text))
     if found is None or found[2].upper() not in _UNITS:
@@ -47,9 +47,9 @@ def counted(count: int, noun: str) -> str:
 
 
 def table(*headers: str) -> Table:
-    """An empty table with a ruled header; the last column holds sizes.
+    """An empty table with a line below its header; the last column is right-aligned.
 
-    What is too long for a terminal is folded, not cut.
+    Text that is too long for the terminal is wrapped, not truncated.
     """
     empty = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for header in headers[:-1]:
@@ -59,7 +59,7 @@ def table(*headers: str) -> Table:
 
 
 def facts(named: dict[str, str]) -> Table:
-    """Names and their values, a line each."""
+    """Names and their values, one per line."""
     grid = Table.grid(padding=(0, 2))
     for name, value in named.items():
         grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
@@ -67,10 +67,14 @@ def facts(named: dict[str, str]) -> Table:
 
 
 def as_text(renderable: RenderableType) -> str:
-    """Plain text without colors, as wide as it has to be: no name is cut or wrapped."""
+    """Plain text without colors, as wide as needed: no name is truncated or wrapped."""
     file = io.StringIO()
     console = Console(
-        file=file, width=_ANY_WIDTH, color_system=None, force_terminal=False, force_jupyter=False
+        file=file,
+        width=_MAX_WIDTH,
+        color_system=None,
+        force_terminal=False,
+        force_jupyter=False,
     )
     console.print(renderable)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).strip("\n")

@@ -1,4 +1,4 @@
-"""The dtypes of checkpoints and of parameters: names, sizes, and their numpy types."""
+"""The dtypes of checkpoints and parameters: names, sizes and numpy types."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from mtj_loader.errors import UsageError
 
-# Bits per element of every dtype that safetensors 0.8 defines. All are legal in a header.
+# Bits per element of every dtype that safetensors 0.8 defines. All are valid in a header.
 BITS: dict[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
@@ -17,7 +17,7 @@ BITS: dict[str, int] = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
 
-# The dtypes that a weight may have; others are legal to list and an error to load.
+# The dtypes of weights. Tensors with other dtypes can be listed but not loaded.
 WEIGHT_DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -27,7 +27,7 @@ WEIGHT_DTYPES: dict[str, np.dtype] = {
 FLOAT32 = WEIGHT_DTYPES["F32"]
 BFLOAT16 = WEIGHT_DTYPES["BF16"]
 FLOAT16 = WEIGHT_DTYPES["F16"]
-FLOAT64 = np.dtype(np.float64)  # which no parameter has
+FLOAT64 = np.dtype(np.float64)  # in checkpoints to convert; never in parameters
 
 DTypeName = Literal["auto", "bfloat16", "float32", "float16"]
 _PARAMETER_DTYPES = {"bfloat16": BFLOAT16, "float32": FLOAT32, "float16": FLOAT16}
@@ -37,7 +37,7 @@ def parameter_dtype(name: str) -> np.dtype:
     """The dtype of parameters for `dtype=name`; "auto" is bfloat16, as MTJ keeps its weights.
 
     Raises:
-      UsageError: the name is none of auto, bfloat16, float32, float16.
+      UsageError: the name is not auto, bfloat16, float32 or float16.
     """
     if name == "auto":
         return BFLOAT16

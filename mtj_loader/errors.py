@@ -1,7 +1,7 @@
-"""Every exception that mtj_loader raises on purpose, and the report that collects many of them.
+"""Every exception that mtj_loader raises deliberately, and errors that list many problems at once.
 
-Each class fixes the exit code of the command line: 2 wrong usage, 3 the checkpoint, the map or the
-adapter is at fault, 4 the machine is.
+Each class sets the exit code of the command line: 2 for wrong usage; 3 if the checkpoint, the map
+or the adapter is at fault; 4 if the machine is.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mtj_loader.names import blank_indices, fold_names
+from mtj_loader.names import blank_indices, fold_names, group_by
 
-INTERRUPTED = 130  # as shells report what Ctrl-C ended
-UNEXPECTED = 1  # what is no error of ours, as Python exits after a traceback
+INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
+UNEXPECTED = 1  # exit code for any other exception, as in Python
 
 
 class MtjLoaderError(Exception):
-    """Base of all errors raised here: one plain sentence, and the facts that belong to it.
+    """Base class of all errors here: one plain sentence, and the facts that belong to it.
 
     Attributes:
       what: the sentence, without a final period.
-      file, tensor, key: where it happened, each None where it does not apply.
-      expected, found: the two values that disagree, already fit to print.
-      hint: what the reader can do about it.
+      file, tensor, key: where it happened; each None if it does not apply.
+      expected, found: the two values that disagree, formatted for printing.
+      hint: what the user can do about it.
     """
 
     exit_code = 3
@@ -52,7 +52,7 @@ class MtjLoaderError(Exception):
 
 
 def _printable(value: object) -> str:
-    """A stranger's text, which may not steer the terminal."""
+    """Text from untrusted input with its control characters escaped."""
     text = str(value)
     if text.isprintable():
         return text
@@ -60,33 +60,33 @@ def _printable(value: object) -> str:
 
 
 class UsageError(MtjLoaderError, ValueError):
-    """The call itself is wrong: an option, a prompt, or a mesh that does not fit the model."""
+    """The call is wrong: an option, a prompt, or a mesh that does not fit the model."""
 
     exit_code = 2
 
 
 class MeshError(UsageError):
-    """The mesh cannot hold this model; the message names shard counts that can."""
+    """The mesh does not fit the model; the message lists shard counts that do."""
 
 
 class PromptError(UsageError):
-    """A prompt that cannot be run: ids outside the vocabulary, or a sequence that is too long."""
+    """A prompt cannot be run: ids are outside the vocabulary, or the sequence is too long."""
 
 
 class TokenizerMissingError(UsageError):
-    """Text was given or asked for, but the checkpoint brings no tokenizer."""
+    """Text was given or requested, but the checkpoint has no tokenizer."""
 
 
 class CheckpointError(MtjLoaderError):
-    """The checkpoint's files are damaged, incomplete, or not what they claim to be."""
+    """The checkpoint's files are damaged, incomplete or inconsistent."""
 
 
 class FormatError(CheckpointError):
-    """Bytes that break the rules of their file format (safetensors, JSON, index)."""
+    """A file violates its format (safetensors, JSON, index)."""
 
 
 class ConfigError(CheckpointError):
-    """config.json asks for something that is malformed, contradictory or not supported."""
+    """A setting in config.json is malformed, contradictory or not supported."""
 
 
 class MapError(MtjLoaderError):
@@ -94,41 +94,41 @@ class MapError(MtjLoaderError):
 
 
 class AdapterError(MtjLoaderError):
-    """A LoRA adapter that is malformed, does something unsupported, or fits another model."""
+    """A LoRA adapter is malformed, unsupported or made for another model."""
 
 
 class NonFiniteError(CheckpointError):
-    """NaN or infinity in the weights, or a dtype change that would make one."""
+    """The weights contain NaN or infinity, or a dtype change would produce them."""
 
 
 class VerifyError(CheckpointError):
-    """A byte on a device is not the byte that the file and the map say it is."""
+    """A byte on a device differs from what the file and the map require."""
 
 
 class MachineError(MtjLoaderError):
-    """The machine cannot do it: memory, disk, network or too few devices."""
+    """The machine is at fault: memory, disk, network or too few devices."""
 
     exit_code = 4
 
 
 class MemoryLimitError(MachineError, MemoryError):
-    """Memory ran out, or `host_memory` is smaller than the least that works."""
+    """Memory ran out, or there is too little for the load."""
 
 
 class StorageError(MachineError, OSError):
-    """A read or a write failed below us: disk, network, or a file that went away."""
+    """A read or write failed: disk, network, or a file that disappeared."""
 
 
 class DeviceError(MachineError):
-    """Fewer devices than the mesh asks for, or a device that refused an allocation."""
+    """There are fewer devices than the mesh needs, or a device refused an allocation."""
 
 
 class HostError(MachineError):
-    """Another host of the same load failed, died or did not come in time; or all differ.
+    """Another host of the same load failed, died or timed out; or the hosts disagree.
 
     Attributes:
-      host: which one; None where it is not known.
-      exit_code: that host's own, where it failed by itself.
+      host: its number; None if unknown.
+      exit_code: the exit code of the host that failed, if it failed by itself.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class HostError(MachineError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding of a check that goes on after the first: what is wrong, and where."""
+    """One of several findings of a check: what is wrong, and where."""
 
     what: str
     file: str | None = None
@@ -162,7 +162,7 @@ class Problem:
 
 
 class CheckpointMismatchError(CheckpointError):
-    """The checkpoint, the map and the model do not fit together; `problems` lists every finding."""
+    """The checkpoint, the map and the model do not match; `problems` lists every finding."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -170,7 +170,7 @@ class CheckpointMismatchError(CheckpointError):
 
 
 class AdapterMismatchError(AdapterError):
-    """An adapter does not fit the model; `problems` lists every finding."""
+    """An adapter does not match the model; `problems` lists every finding."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -179,34 +179,30 @@ class AdapterMismatchError(AdapterError):
 
 def _listing(problems: Sequence[Problem], where: str) -> str:
     folded = fold_layers(problems)
-    shown = [f"- {problem}" for problem in folded[:_PROBLEMS_SHOWN]]
-    if len(folded) > _PROBLEMS_SHOWN:
-        shown.append(f"- … and {len(folded) - _PROBLEMS_SHOWN} more (see .problems)")
+    shown = [f"- {problem}" for problem in folded[:_MAX_PROBLEMS_SHOWN]]
+    if len(folded) > _MAX_PROBLEMS_SHOWN:
+        shown.append(f"- … and {len(folded) - _MAX_PROBLEMS_SHOWN} more (see .problems)")
     noun = "problem" if len(problems) == 1 else "problems"
     return "\n".join([f"{len(problems)} {noun} {where}", *shown])
 
 
-_PROBLEMS_SHOWN = 30  # a screenful; the attribute has them all
+_MAX_PROBLEMS_SHOWN = 30  # about one screen; the attribute has all
 
 
 def fold_layers(problems: Iterable[Problem]) -> list[Problem]:
-    """Joins problems that differ only in numbers inside tensor and target names.
+    """Joins problems that differ only in the layer numbers of tensor and target names.
 
-    `h.0.w`, `h.1.w`, `h.2.w` become `h.{0...2}.w`; the order of first appearance is kept.
+    `h.0.w`, `h.1.w`, `h.2.w` become `h.{0...2}.w`, in the order of first appearance.
     """
-    groups: dict[object, list[Problem]] = {}
-    for problem in problems:
-        likeness = problem.what, problem.expected, problem.found
-        names = _blank(problem.tensor), _blank(problem.target)
-        groups.setdefault((likeness, names), []).append(problem)
-    return [_joined(group) for group in groups.values()]
+
+    def likeness(problem: Problem) -> tuple[str | None, ...]:
+        names = [name and blank_indices(name) for name in (problem.tensor, problem.target)]
+        return problem.what, problem.expected, problem.found, *names
+
+    return [_join(group) for group in group_by(problems, likeness)]
 
 
-def _blank(name: str | None) -> str | None:
-    return None if name is None else blank_indices(name)
-
-
-def _joined(group: Sequence[Problem]) -> Problem:
+def _join(group: Sequence[Problem]) -> Problem:
     if len(group) == 1:
         return group[0]
 

@@ -1,9 +1,7 @@
-"""What `load` returns: the parameters on their devices, and what can be done with them."""
+"""What `load` returns: the parameters on their devices, with methods to run the model."""
 
 from __future__ import annotations
 
-import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from mtj_loader.distributed.host_group import connect_hosts
-from mtj_loader.errors import UsageError
 from mtj_loader.formats.token_ids import bos_id, eos_ids
 from mtj_loader.generation import generator as generation
 from mtj_loader.generation.batch import Shape
@@ -31,12 +28,10 @@ from mtj_loader.loading.load_report import LoadReport
 from mtj_loader.loading.placement import Params
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.models.forward import Forward
+from mtj_loader.options import AdapterLike, weighted
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.planner import add_adapters
 from mtj_loader.storage.base import closing_all
-
-PathLike = str | os.PathLike[str]
-AdapterLike = PathLike | Sequence[tuple[PathLike, float]]
 
 
 @dataclass(frozen=True)
@@ -46,14 +41,14 @@ class Model:
     Attributes:
       params: `params[module][param]`, MTJ's Haiku tree; every array is [n, …], split over `mp`.
       config: the model's sizes and settings.
-      mesh: its devices, axes dp and mp.
-      tokenizer: None if the checkpoint brings none.
+      mesh: its devices, with the axes dp and mp.
+      tokenizer: None if the checkpoint has none.
       report: what the load did.
       plan: what was loaded, and how.
-      forward: the model's compiled functions, for code that wants them one by one.
-      compiled: what was, or still is, compiled ahead.
-      begun: when the load that `report` is about began, in seconds of `time.perf_counter`.
-      base: the model that adapters were added to after loading, None for others.
+      forward: the model's compiled functions, for direct use.
+      compiled: the programs that are compiled ahead of time, finished or in progress.
+      begun: when the load in `report` began, in seconds of `time.perf_counter`.
+      base: the model that `with_adapter` was called on; None if this model did not come from it.
     """
 
     params: Params
@@ -69,7 +64,7 @@ class Model:
 
     @property
     def warm(self) -> tuple[Shape, ...]:
-        """The shapes of batches that were, or are being, compiled ahead."""
+        """The batch shapes that are compiled ahead of time, finished or in progress."""
         return self.compiled.shapes
 
     def logits(self, ids: ArrayLike) -> jax.Array:
@@ -82,7 +77,7 @@ class Model:
           float32 [batch, seq, vocab_size], without the vocabulary's padding.
 
         Raises:
-          PromptError: ids outside the vocabulary, or more positions than the model has.
+          PromptError: ids are outside the vocabulary, or a sequence is too long for the model.
         """
         return self.forward.logits(self.params, check_batch(ids, self._generator.rules))
 
@@ -100,22 +95,22 @@ class Model:
         """Continues a prompt, or several at once.
 
         Args:
-          prompt: a string, token ids, or a list of either. Prompts of unequal length each give
-            what they would give alone.
-          max_new_tokens: the most tokens to make.
-          temperature: 0 always takes the likeliest token.
-          top_k: sample among this many of the likeliest tokens; 0 means all.
-          top_p: sample among the likeliest tokens that have this probability together.
-          stop: end before this string, or before the first of these.
-          seed: the same seed gives the same text; a list has one for each prompt.
+          prompt: a string, token ids, or a list of either. In a list of prompts of different
+            lengths, each gives the result that it gives alone.
+          max_new_tokens: the maximum number of tokens to generate.
+          temperature: 0 always picks the most likely token.
+          top_k: sample from this many of the most likely tokens; 0 means all.
+          top_p: sample from the most likely tokens whose probabilities add up to this.
+          stop: end before this string, or before the first of several.
+          seed: the same seed gives the same text; a list has one seed for each prompt.
 
         Returns:
-          The continuation alone: text for text, ids for ids, a list for a list.
+          The continuation without the prompt: text for text, ids for ids, a list for a list.
 
         Raises:
-          PromptError: a prompt that is empty, too long or outside the vocabulary.
-          TokenizerMissingError: text, and no tokenizer.
-          UsageError: a sampling setting out of range.
+          PromptError: a prompt is empty, too long or has ids outside the vocabulary.
+          TokenizerMissingError: a prompt is text, and the checkpoint has no tokenizer.
+          UsageError: a sampling setting is out of range.
         """
         params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
         return generation.generate(self._generator, prompt, params, stop)
@@ -131,19 +126,19 @@ class Model:
         stop: Stop = None,
         seed: int = 0,
     ) -> Iterator[str] | Iterator[list[int]]:
-        """As `generate`, for one prompt, piece by piece as it is made."""
+        """Like `generate` for one prompt, but yields each piece as it is generated."""
         params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
         return generation.stream(self._generator, prompt, params, stop)
 
     def state(self, optimizer: optax.GradientTransformation | None = None) -> dict[str, Any]:
-        """The state dict that code written against MTJ expects.
+        """The state dict that code written for MTJ expects.
 
         Args:
           optimizer: by default `optax.scale(0.0)`, as MTJ uses for inference.
 
         Returns:
-          `params`; `step`, zeros [n] uint32; `opt_state`, what `optimizer.init` gives on each
-          shard, every leaf with MTJ's leading axis n and placed like the parameters.
+          `params`; `step`, zeros [n] uint32; `opt_state`, the result of `optimizer.init` on each
+          shard: every leaf has MTJ's leading axis n and is placed like the parameters.
         """
         optimizer = optax.scale(0.0) if optimizer is None else optimizer
         shards = PartitionSpec("mp")
@@ -160,17 +155,17 @@ class Model:
         return {"params": self.params, "step": step, "opt_state": opt_state}
 
     def with_adapter(self, adapter: AdapterLike) -> Model:
-        """The model with LoRA adapters added; this one stays as it is.
+        """Returns the model with LoRA adapters added, and leaves this one unchanged.
 
-        Parameters that no adapter changes are shared between both.
+        Both share the parameters that no adapter changes.
 
         Args:
           adapter: an adapter's folder, or several as `[(folder, weight), …]`.
 
         Raises:
           AdapterError: an adapter is malformed, unsupported or made for another model.
-          VerifyError: a base weight that it carries differs from the checkpoint's.
-          CheckpointError, MachineError: as `mtj_loader.load`.
+          VerifyError: a base weight in an adapter differs from the checkpoint's.
+          CheckpointError, MachineError: as in `mtj_loader.load`.
           HostError: another host failed.
         """
         with connect_hosts() as hosts, hosts.phase("adapter"):
@@ -180,21 +175,16 @@ class Model:
         return replace(self, params=params, plan=plan, base=self.without_adapter())
 
     def without_adapter(self) -> Model:
-        """The model without any adapter: bit for bit what the checkpoint alone gives.
+        """Returns the model without adapters, bit for bit as loaded from the checkpoint alone.
 
-        It is the model that `with_adapter` was called on; where the adapter was merged while
-        loading, the parameters that it changed are read again.
+        This is the model that `with_adapter` was called on. If adapters were merged while loading,
+        the parameters that they changed are read again.
         """
         if self.base is not None:
             return self.base
         if not self.plan.adapters:
             return self
-        unadapted = replace(
-            self.plan,
-            adapters=(),
-            carried=(),
-            params=tuple(replace(param, terms=()) for param in self.plan.params),
-        )
+        unadapted = self.plan.unadapted
         begun = time.perf_counter()
         changed = {param.spec for param in self.plan.adapted}
         again = replace(unadapted, params=tuple(p for p in unadapted.params if p.spec in changed))
@@ -218,28 +208,5 @@ class Model:
         )
 
     def _on_tokens(self) -> None:
-        """The report says how long it took until there was a first token."""
+        """Records in the report how long it took to the first token."""
         self.report.seconds.setdefault("first_token", time.perf_counter() - self.begun)
-
-
-def weighted(adapter: AdapterLike | None) -> list[tuple[PathLike, float]]:
-    """Adapters with their weights; a single one has weight 1.
-
-    Raises:
-      UsageError: a list of something else, or a weight that is no finite number.
-    """
-    if adapter is None:
-        return []
-    if isinstance(adapter, str | os.PathLike):
-        return [(adapter, 1.0)]
-    found: list[tuple[PathLike, float]] = []
-    for item in adapter if isinstance(adapter, list | tuple) else [adapter]:
-        match item:
-            case (str() | os.PathLike() as folder, int() | float() as w) if math.isfinite(w):
-                found.append((folder, float(w)))
-            case _:
-                expected = "a folder, or a list of (folder, weight)"
-                raise UsageError(
-                    "not an adapter", key="adapter", expected=expected, found=repr(item)
-                )
-    return found

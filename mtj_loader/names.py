@@ -1,40 +1,52 @@
-"""Names of tensors and modules: sorted as people count, and folded where layers repeat."""
+"""Names of tensors and modules: sorted by number, grouped and folded where layers repeat."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
-# A layer or expert index: a whole part of a dotted name (`norm_1` is none), or MTJ's `layer_7/`.
-# Nine digits: a stranger's number must not be long.
+# A layer or expert index: a whole part of a dotted name (so not `norm_1`), or MTJ's `layer_7/`.
+# At most nine digits, because names are untrusted input.
 _NUMBER = "(?:0|[1-9][0-9]{0,8})"
 _INDEX = re.compile(rf"(?<=\.){_NUMBER}(?=\.|$)|(?<=\blayer_){_NUMBER}(?=/)")
 
 
+_T = TypeVar("_T")
+
+
+def group_by(items: Iterable[_T], key: Callable[[_T], Hashable]) -> list[list[_T]]:
+    """Groups of items with equal keys, in the order of first appearance."""
+    groups: dict[Hashable, list[_T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
 def blank_indices(name: str) -> str:
-    """The name with `#` for every index: names that differ in indices alone become equal."""
+    """The name with `#` for every index, so that names that differ only in indices become equal."""
     return _INDEX.sub("#", name)
 
 
 def indices(name: str) -> list[int]:
-    """The layer and expert indices inside a name, from left to right."""
+    """The layer and expert indices in a name, from left to right."""
     return [int(index) for index in _INDEX.findall(name)]
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sorts `h.2.w` before `h.10.w`: text as text, indices as numbers."""
+    """A sort key that compares indices as numbers: `h.2.w` comes before `h.10.w`."""
     texts, numbers = _INDEX.split(name), indices(name)
     return [(0, texts[0]), *((n, text) for n, text in zip(numbers, texts[1:], strict=True))]
 
 
 def fold_names(names: Sequence[str]) -> str:
-    """One name for names that differ in indices alone: `h.{0...47}.w`, `h.{0,2,5...8}.w`."""
+    """One name for names that differ only in indices: `h.{0...47}.w`, `h.{0,2,5...8}.w`."""
     columns = iter(list(zip(*map(indices, names), strict=True)))
     return _INDEX.sub(lambda _: number_set(next(columns)), names[0])
 
 
 def number_set(numbers: Sequence[int]) -> str:
-    """Distinct numbers with runs folded: `{0...5,7}`; a single one is just itself."""
+    """Distinct numbers with runs folded, `{0...5,7}`; a single number has no braces."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][1] + 1:

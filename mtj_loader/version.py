@@ -1,11 +1,11 @@
-"""Which version of mtj_loader this is."""
+"""The version of mtj_loader."""
 
 from __future__ import annotations
 
 
 def version() -> str:
-    """As installed; what a checkout is called that is not."""
-    from importlib import metadata  # noqa: PLC0415 -- 40 ms, and few ask
+    """The installed version; `0+unknown` for a checkout that is not installed."""
+    from importlib import metadata  # noqa: PLC0415 -- takes 40 ms and is rarely needed
 
     try:
         return metadata.version("mtj-loader")

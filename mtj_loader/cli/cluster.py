@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mtj_loader.cli.options import Machine
 from mtj_loader.cli.output import print_apart
+from mtj_loader.cli.shared_options import Machine
 from mtj_loader.cli.tpu import on_cloud_tpu
 from mtj_loader.errors import UsageError
 

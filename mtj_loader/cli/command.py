@@ -11,11 +11,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from mtj_loader.cli.shared_options import option_hints
 from mtj_loader.errors import UNEXPECTED, MachineError, MtjLoaderError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -49,9 +50,10 @@ def _parameters(
     for parameter in inspect.signature(function).parameters.values():
         hint = hints[parameter.name]
         if is_dataclass(hint):
-            field_hints = get_type_hints(hint, include_extras=True)
+            field_hints = option_hints(hints[parameter.name])
             for field in fields(hint):
-                yield _keyword(field.name, field_hints[field.name], field.default)
+                default = inspect.Parameter.empty if field.default is MISSING else field.default
+                yield _keyword(field.name, field_hints[field.name], default)
         else:
             yield _keyword(parameter.name, hint, parameter.default)
     yield _keyword("debug", Debug, False)

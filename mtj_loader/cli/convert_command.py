@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -14,17 +13,17 @@ from rich.text import Text
 from mtj_loader import display
 from mtj_loader.cli import signals
 from mtj_loader.cli.command import command
-from mtj_loader.cli.options import AsJson, CheckpointPath, Source
 from mtj_loader.cli.output import print_json, print_table, warn
+from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.conversion.convert_checkpoint import NewDType, OnOverflow
 from mtj_loader.conversion.convert_checkpoint import convert as convert_checkpoint
 from mtj_loader.conversion.convert_report import ConvertReport, TensorReport
 from mtj_loader.names import blank_indices, fold_names
+from mtj_loader.options import Source
 
 
 @command
 def convert(
-    path: CheckpointPath,
     *,
     source: Source,
     dtype: Annotated[NewDType, typer.Option(help="Of the new floats; integers stay as they are.")],
@@ -65,7 +64,7 @@ def convert(
     """
     signals.raise_on_signal()  # through the removal of what is half written
     report = convert_checkpoint(
-        path,
+        source.path,
         out,
         dtype=dtype,
         on_overflow=on_overflow,
@@ -73,7 +72,11 @@ def convert(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
-        **asdict(source),
+        revision=source.revision,
+        token=source.token,
+        cache_dir=source.cache_dir,
+        local_files_only=source.local_files_only,
+        stream=source.stream,
     )
     if as_json:
         print_json(report.to_dict())

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from mtj_loader.cli.command import command
-from mtj_loader.cli.options import AsJson
 from mtj_loader.cli.output import print_json
+from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.display import counted
 
 

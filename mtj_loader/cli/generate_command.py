@@ -14,10 +14,11 @@ import typer
 from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.command import command
 from mtj_loader.cli.load_command import describe, load_model
-from mtj_loader.cli.options import AsJson, CheckpointPath, Loading, Machine, Source
 from mtj_loader.cli.output import note, print_json
+from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
 from mtj_loader.cli.start_up import StartUp
 from mtj_loader.errors import UsageError
+from mtj_loader.options import LoadOptions, Source
 
 if TYPE_CHECKING:
     from mtj_loader import Model
@@ -109,12 +110,12 @@ class Sampling:
 
 @command
 def generate(
-    path: CheckpointPath,
     *,
+    source: Source,
     prompts: Prompts,
     sampling: Sampling,
-    loading: Loading,
-    source: Source,
+    mesh: MeshOption = None,
+    options: LoadOptions,
     machine: Machine,
     start_up: StartUp,
     cluster: Cluster,
@@ -127,10 +128,10 @@ def generate(
     Example: [bold]mtj-loader generate EleutherAI/pythia-70m --prompt "Once upon a time"[/bold]
     """
     given = prompts.read()
-    options = start_up.options_for(given, sampling.numbers())
-    options |= cluster.join(machine)
+    run = start_up.options_for(given, sampling.numbers())
+    run |= cluster.join(machine)
     _agree(given, sampling, cluster)
-    model = load_model(path, loading, source, machine, options)
+    model = load_model(source, options, mesh, machine, run)
     note(describe(model))
     with cluster.connect() as hosts, hosts.phase("generate"):
         _print_continued(model, given, sampling, as_json=as_json)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from typing import Annotated
 
@@ -14,19 +13,19 @@ from rich.text import Text
 
 from mtj_loader import display
 from mtj_loader.cli.command import command
-from mtj_loader.cli.options import AsJson, CheckpointPath, Source
 from mtj_loader.cli.order import layer_of, model_order
 from mtj_loader.cli.output import print_json, print_table, warn
+from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.errors import UsageError
 from mtj_loader.formats.checkpoint import Checkpoint, open_checkpoint
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.names import blank_indices, fold_names
+from mtj_loader.options import Source
 
 
 @command
 def inspect(
-    path: CheckpointPath,
     *,
     source: Source,
     as_json: AsJson = False,
@@ -43,7 +42,7 @@ def inspect(
     """
     if as_json and topology:
         raise UsageError("--json and --topology exclude each other")
-    checkpoint = open_checkpoint(path, **asdict(source))
+    checkpoint = open_checkpoint(source)
     with checkpoint.storage:
         records = model_order(
             checkpoint.index.records.values(), checkpoint.config.get("model_type")

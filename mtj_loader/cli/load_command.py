@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import mtj_loader
 from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.command import command
-from mtj_loader.cli.options import AsJson, CheckpointPath, Loading, Machine, Source
 from mtj_loader.cli.outcome import to_dict
 from mtj_loader.cli.output import is_muted, note, print_json, warn
+from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
 from mtj_loader.cli.simulate_command import simulate
 from mtj_loader.cli.start_up import StartUp
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.errors import StorageError, UsageError
+from mtj_loader.options import LoadOptions, Source
 from mtj_loader.storage.base import closing_all
 
 if TYPE_CHECKING:
@@ -29,10 +28,10 @@ if TYPE_CHECKING:
 
 @command
 def load(
-    path: CheckpointPath,
     *,
-    loading: Loading,
     source: Source,
+    mesh: MeshOption = None,
+    options: LoadOptions,
     machine: Machine,
     start_up: StartUp,
     cluster: Cluster,
@@ -68,10 +67,10 @@ def load(
     Example: [bold]mtj-loader load EleutherAI/pythia-70m --mesh mp=8 --cpu-devices 8 --verify[/bold]
     """
     if simulate_host is None:
-        options = start_up.options() | cluster.join(machine)
+        run = start_up.options() | cluster.join(machine)
         with cluster.connect() as hosts, hosts.phase("files"):
             _check_writable(report, digests)
-        model = load_model(path, loading, source, machine, options)
+        model = load_model(source, options, mesh, machine, run)
         verified_bytes = _verify(model, cluster) if verify else None
         document, words = _outcome(model, verified_bytes)
         if digests is not None:
@@ -80,7 +79,7 @@ def load(
         whole = {"--verify": verify, "--warm-up": start_up.warm_up, **cluster.identity()}
         _refuse([option for option, value in whole.items() if value])
         _check_writable(report, digests)
-        document, words = simulate(path, loading, source, machine, simulate_host)
+        document, words = simulate(source, options, mesh, machine, simulate_host)
     if report is not None and not is_muted():
         _write(report, document)
     if digests is not None and not is_muted():
@@ -116,11 +115,12 @@ def _outcome(model: Model, verified_bytes: int | None) -> tuple[dict[str, object
 
 
 def load_model(
-    path: str, loading: Loading, source: Source, machine: Machine, more: dict[str, Any]
+    source: Source, options: LoadOptions, mesh: str | None, machine: Machine, run: dict[str, Any]
 ) -> Model:
     """Loads onto the devices that `Cluster.join` prepared; warnings go to stderr."""
-    options = loading.options() | asdict(source) | more
-    model = mtj_loader.load(path, progress=machine.progress, **options)
+    from mtj_loader.api import RunOptions, load_source  # noqa: PLC0415 -- brings JAX
+
+    model = load_source(source, options, mesh, RunOptions(machine.progress, **run))
     warn(model.report.warnings)
     return model
 

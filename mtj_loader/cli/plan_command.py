@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 import mtj_loader
 from mtj_loader.cli.command import command
-from mtj_loader.cli.options import AsJson, CheckpointPath, Loading, Machine, Source
 from mtj_loader.cli.output import print_json, print_table
+from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
 from mtj_loader.errors import UsageError
+from mtj_loader.options import LoadOptions, Source
 
 
 @command
 def plan(
-    path: CheckpointPath,
     *,
-    loading: Loading,
     source: Source,
+    mesh: MeshOption = None,
+    options: LoadOptions,
     machine: Machine,
     hosts: Annotated[
         int, typer.Option(metavar="K", min=1, help="Hosts that share the devices of --mesh evenly.")
@@ -33,12 +33,12 @@ def plan(
     Example: [bold]mtj-loader plan EleutherAI/gpt-neox-20b --mesh dp=2,mp=8 --hosts 4[/bold]
     """
     machine.prepare()
-    if hosts > 1 and loading.mesh is None:
+    if hosts > 1 and mesh is None:
         raise UsageError("--hosts needs --mesh", hint="such as --mesh mp=8")
-    options = loading.options() | asdict(source)
-    if loading.mesh is not None:
-        options["mesh"] = mtj_loader.make_abstract_mesh(loading.mesh, hosts)
-    made = mtj_loader.plan(path, **options)
+    from mtj_loader.api import plan_source  # noqa: PLC0415 -- brings JAX
+
+    topology = None if mesh is None else mtj_loader.make_abstract_mesh(mesh, hosts)
+    made = plan_source(source, options, topology)
     made.checkpoint.storage.close()
     if as_json:
         print_json(made.to_dict())

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import mtj_loader
-from mtj_loader.cli.options import Loading, Machine, Source
 from mtj_loader.cli.outcome import to_dict
 from mtj_loader.cli.output import warn
+from mtj_loader.cli.shared_options import Machine
 from mtj_loader.display import counted
 from mtj_loader.errors import UsageError
 from mtj_loader.names import number_set
+from mtj_loader.options import LoadOptions, Source
 
 
 def simulate(
-    path: str, loading: Loading, source: Source, machine: Machine, host: str
+    source: Source, options: LoadOptions, mesh: str | None, machine: Machine, host: str
 ) -> tuple[dict[str, object], str]:
     """Reads and places what one host would.
 
     Args:
-      path: the checkpoint.
-      loading: the command's options of this name.
-      source: likewise.
-      machine: likewise.
+      source: the checkpoint.
+      options: how it is loaded.
+      mesh: the mesh that the hosts share.
+      machine: the command's options of this name.
       host: "k/K": number k, from 0, of K hosts that share the devices of the mesh evenly.
 
     Returns:
@@ -33,30 +34,29 @@ def simulate(
       UsageError: `host` cannot be read, or there is no mesh.
     """
     number, hosts = _read(host)
-    if loading.mesh is None:
+    if mesh is None:
         raise UsageError("--simulate-host needs --mesh", hint="such as --mesh mp=32")
-    mesh = mtj_loader.make_abstract_mesh(loading.mesh, hosts)
-    devices = sum(row.count(number) for row in mesh.hosts)
+    pod = mtj_loader.make_abstract_mesh(mesh, hosts)
+    devices = sum(row.count(number) for row in pod.hosts)
     replace(machine, cpu_devices=machine.cpu_devices or devices).prepare()
 
+    from mtj_loader.api import plan_source  # noqa: PLC0415
     from mtj_loader.loading.progress import progress_bar  # noqa: PLC0415
     from mtj_loader.loading.shard_digests import digests  # noqa: PLC0415 -- `load --help` is quicker
     from mtj_loader.loading.simulated_host import load_host  # noqa: PLC0415
 
-    options = loading.options() | asdict(source)
-    options["mesh"] = mesh
-    plan = mtj_loader.plan(path, **options)
+    plan = plan_source(source, options, pod)
     needed = plan.unshared.host_bytes(number)
     with progress_bar(needed, shown=machine.progress) as advance:
         params, report = load_host(plan, number, advance)
     warn(report.warnings)
-    numbers = mesh.shards_of(number)
-    found = digests(params, mesh.mp, numbers)
+    numbers = pod.shards_of(number)
+    found = digests(params, pod.mp, numbers)
     document = to_dict(plan, report, None)
     document["simulated_host"] = {"number": number, "hosts": hosts, "shards": list(numbers)}
     document["digests"] = found.to_dict()
     where = f"host {number} of {hosts} ({counted(devices, 'virtual device')})"
-    held = f"shards {number_set(numbers)} of {mesh}"
+    held = f"shards {number_set(numbers)} of {pod}"
     words = f"{plan.model_type} from {plan.checkpoint.location}: {where}, {held}\n{report}"
     return document, f"{words}\nSHA-256 of its shards: {found.sha256}"
 

@@ -10,6 +10,7 @@ from mtj_loader.conversion.execute import execute
 from mtj_loader.conversion.output_folder import check_target
 from mtj_loader.display import parse_bytes
 from mtj_loader.errors import UsageError
+from mtj_loader.options import Source
 
 NewDType = Literal["float16", "bfloat16", "float32"]
 OnOverflow = Literal["refuse", "clamp"]
@@ -65,14 +66,7 @@ def convert(
     max_shard_bytes = parse_bytes(max_shard_size)
     target = find_target(src, out, dtype)
     check_target(target, overwrite=overwrite)
-    source = open_source(
-        src,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        stream=stream,
-    )
+    source = open_source(Source(src, revision, token, cache_dir, local_files_only, stream))
     plan = make_plan(source, target, dtype, max_shard_bytes)
     return execute(
         plan,

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtj_loader import options
 from mtj_loader.conversion.casting import SPELLINGS
 from mtj_loader.conversion.output_folder import check_room
 from mtj_loader.conversion.output_layout import Move, OutputFile, plan_files
@@ -97,15 +98,7 @@ def _resolved(path: PathLike) -> Path:
         raise UsageError("cannot use this path", file=ascii(path), found=str(error)) from error
 
 
-def open_source(
-    src: PathLike,
-    *,
-    revision: str | None,
-    token: str | None,
-    cache_dir: PathLike | None,
-    local_files_only: bool,
-    stream: bool = False,
-) -> Source:
+def open_source(source: options.Source) -> Source:
     """Opens a checkpoint; of a repository all small files are fetched too.
 
     Raises:
@@ -114,19 +107,12 @@ def open_source(
     names: list[str] = []
     warnings: tuple[str, ...] = ()
     try:
-        if not local_files_only:
-            names = repository_files(src, revision=revision, token=token)
+        if not source.local_files_only:
+            names = repository_files(source)
     except StorageError:  # open_checkpoint may yet find all it needs in the cache
         warnings = ("the hub cannot be reached: only files that the cache has were copied",)
-    checkpoint = open_checkpoint(
-        src,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        stream=stream,
-        also=[name for name in names if is_small_file(name, 0) and "/" not in name],
-    )
+    also = [name for name in names if is_small_file(name, 0) and "/" not in name]
+    checkpoint = open_checkpoint(source, also=also)
     return Source(checkpoint, _other_names(checkpoint.storage, names), warnings)
 
 

@@ -76,7 +76,7 @@ def plan_facts(plan: LoadPlan, mesh: Mesh) -> dict[str, str]:
         "mesh": f"{plan.topology} on devices {[device.id for device in mesh.devices.flat]}",
         **{f"size of {stamp.path}": f"{stamp.size_bytes:,} bytes" for stamp in stamps},
         **{f"content of {s.path}": _samples(checkpoint.storage, s, samples) for s in stamps},
-        **{name: repr(value) for name, value in asdict(plan.options).items()},
+        **{name: repr(value) for name, value in plan.options.to_dict().items()},
     }
 
 

@@ -20,6 +20,7 @@ from mtj_loader.formats.file_names import (
     listed,
 )
 from mtj_loader.formats.records import TensorIndex
+from mtj_loader.options import Source
 from mtj_loader.storage.base import Storage, StoredFile, read_object
 from mtj_loader.storage.local import LocalStorage
 from mtj_loader.storage.remote import is_url, open_repository, open_url
@@ -70,77 +71,63 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path_or_id: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    stream: bool = False,
-    also: Iterable[str] = (),
-    headers: Headers | None = None,
+    source: Source, *, also: Iterable[str] = (), headers: Headers | None = None
 ) -> Checkpoint:
     """Opens a checkpoint and reads the headers of its weights.
 
     Args:
-      path_or_id: a folder; a .safetensors file with config.json beside it; the URL of either on
-        S3, Google Cloud Storage, Azure or an HTTP server; or the id of a Hugging Face repository,
-        of which only the files that are needed are fetched.
-      revision: branch, tag or commit of the repository.
-      token: for private and gated repositories; None means the one that the machine has stored.
-      cache_dir: where the files are kept; None means the usual Hugging Face cache.
-      local_files_only: use the cache, never the network.
-      stream: read a Hugging Face repository by ranges and keep no file of it, as a URL always is.
-      also: more files of the repository to fetch, beside the weights, configs and tokenizer.
-      headers: what another host has read already.
+      source: a folder; a .safetensors file with config.json beside it; the URL of either on S3,
+        Google Cloud Storage, Azure or an HTTP server; or a Hugging Face repository, from which
+        only the needed files are downloaded.
+      also: more files of the repository to download, in addition to weights, configs and tokenizer.
+      headers: the headers, if another host has already read them.
 
     Raises:
-      UsageError: no such path, repository or revision, or no access to it.
+      UsageError: the path, repository or revision does not exist, or access is denied.
       CheckpointError: config.json or the weights are missing or malformed.
       StorageError: the disk or the network failed.
     """
-    path = None if is_url(path_or_id) else existing_path(path_or_id)
-    if revision is not None and (path is not None or is_url(path_or_id)):
+    is_remote = is_url(source.path)
+    path = None if is_remote else existing_path(source.path)
+    if source.revision is not None and (path is not None or is_remote):
         raise UsageError("only a Hugging Face id has revisions", file=path, key="revision")
     if path is not None:
         return _open_folder(path, headers) if path.is_dir() else _open_file(path, headers)
-    if local_files_only and (stream or is_url(path_or_id)):
+    if source.local_files_only and (source.stream or is_remote):
         raise UsageError("a URL or streaming needs the network", key="local_files_only")
-    if is_url(path_or_id):
-        return _open_distant(*open_url(str(path_or_id)), headers)
+    if is_remote:
+        return _open_distant(*open_url(str(source.path)), headers)
     from mtj_loader.storage import hub  # noqa: PLC0415 -- its client takes 0.2 s to import
 
-    repo_id = _hub_id(path_or_id)
-    if stream:
-        storage, files = open_repository(repo_id, revision=revision, token=token)
+    repo_id = _hub_id(source.path)
+    if source.stream:
+        storage, files = open_repository(repo_id, revision=source.revision, token=source.token)
         checkpoint = _open_distant(storage, files, headers)
         return replace(checkpoint, commit=checkpoint.location.rpartition("@")[2])
     folder = hub.download(
         repo_id,
         files=(CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *also),
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
+        revision=source.revision,
+        token=source.token,
+        cache_dir=source.cache_dir,
+        local_files_only=source.local_files_only,
     )
     checkpoint = _open(LocalStorage(folder), f"{repo_id}@{folder.name}", None, headers)
     return replace(checkpoint, commit=folder.name)
 
 
-def repository_files(
-    path_or_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
-) -> list[str]:
+def repository_files(source: Source) -> list[str]:
     """The names of all files of a Hugging Face repository; empty for what is none.
 
     Raises:
       UsageError: no such path, repository or revision, or no access to it.
       StorageError: the network failed.
     """
-    if is_url(path_or_id) or existing_path(path_or_id) is not None:
+    if is_url(source.path) or existing_path(source.path) is not None:
         return []
     from mtj_loader.storage import hub  # noqa: PLC0415 -- see above
 
-    return hub.list_files(_hub_id(path_or_id), revision=revision, token=token)
+    return hub.list_files(_hub_id(source.path), revision=source.revision, token=source.token)
 
 
 def _hub_id(path_or_id: str | os.PathLike[str]) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 from mtj_loader.loading import blocks
 from mtj_loader.loading.buffers import ALIGNMENT_BYTES, Buffers, aligned
 from mtj_loader.loading.schedule import Step, schedule
-from mtj_loader.planning.load_plan import LoadPlan, ParamPlan
+from mtj_loader.planning.load_plan import LoadPlan
+from mtj_loader.planning.param_plan import ParamPlan
 from mtj_loader.weights import kernels
 from mtj_loader.weights.copies import shard_copies
 from mtj_loader.weights.view import Layout

@@ -23,7 +23,6 @@ from mtj_loader.loading.stream import Streamer
 from mtj_loader.lora.adapter import Adapter
 from mtj_loader.lora.merge import merge_all
 from mtj_loader.planning.load_plan import LoadPlan
-from mtj_loader.planning.planner import check_host_memory
 from mtj_loader.planning.topology import topology
 from mtj_loader.storage.base import RemoteStorage, check_unchanged
 
@@ -128,7 +127,7 @@ def _check_ready(plan: LoadPlan, mesh: Mesh) -> None:
     if topology(mesh) != plan.topology:
         wanted, found = (f"{t}, hosts {t.hosts}" for t in (plan.topology, topology(mesh)))
         raise MeshError("the plan is for another mesh", expected=wanted, found=found)
-    check_host_memory(plan.options.host_memory_bytes)
+    plan.options.check()
     check_memory(plan.base, mesh)
     _check_files(plan)
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from mtj_loader.display import show_bytes
 from mtj_loader.distributed.hosts import Hosts
 from mtj_loader.loading.stream import ReadStats
-from mtj_loader.planning.changes import dtype_changes
 from mtj_loader.planning.load_plan import LoadPlan
+from mtj_loader.planning.param_plan import dtype_changes
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,10 @@ def adopted_bytes(plan: LoadPlan, host: int) -> int:
     over dp, and all shards of a parameter that is not split. After an exchange each has its own.
     """
     device_indices = plan.topology.device_indices_of(host)
-    held = (
-        (p, p.distinct(device_indices) if p.reading is None else device_indices)
-        for p in plan.params
+    return sum(
+        param.reads.final_buffers(device_indices) * aligned(param.shard_bytes)
+        for param in plan.params
     )
-    return sum(len(shards) * aligned(p.shard_bytes) for p, shards in held)
 
 
 def _check_device(plan: LoadPlan, device: Device) -> None:

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mtj_loader.loading import blocks
 from mtj_loader.loading.buffers import Buffers, Device, device_refusals
 from mtj_loader.loading.jobs import Batch, Job
-from mtj_loader.loading.reshard import read_sharding
-from mtj_loader.planning.load_plan import LoadPlan, ParamPlan
+from mtj_loader.planning.load_plan import LoadPlan
+from mtj_loader.planning.param_plan import ParamPlan
 from mtj_loader.planning.read_assignment import ReadAssignment
 
 Params = dict[str, dict[str, jax.Array]]
@@ -25,7 +25,7 @@ class _Place:
 
     Attributes:
       sharding: of the whole array.
-      devices: this host's, each with the number of what it reads; see `ParamPlan.number_at`.
+      devices: this host's, each with the number of what it reads; see `ReadAssignment`.
       number_of: the same number, from the slices of the array that a device holds.
     """
 
@@ -52,7 +52,7 @@ class Placer:
             for device_index, device in device_indices
             if device.process_index == host
         ]
-        self._places: dict[ReadAssignment | None, _Place] = {}
+        self._places: dict[ReadAssignment, _Place] = {}
         self._arrays: dict[tuple[str, str], jax.Array] = {}
         self._shards: dict[tuple[str, str], dict[Device, jax.Array]] = {}
 
@@ -86,7 +86,7 @@ class Placer:
             assert index is not None  # JAX asks with the slices of the array that a device holds
             return of_shard[place.number_of(index)]
 
-        place, shape = self._place_of(job.plan), _array_shape(job.plan)
+        place, shape = self._place_of(job.plan), job.plan.reads.array_shape
         return jax.make_array_from_callback(shape, place.sharding, shard)
 
     def _joined(self, param: ParamPlan) -> jax.Array:
@@ -94,11 +94,11 @@ class Placer:
         shards = self._shards[param.spec.path, param.spec.param]
         mine = [shards[device] for _, device in self.devices]
         sharding = self._place_of(param).sharding
-        return jax.make_array_from_single_device_arrays(_array_shape(param), sharding, mine)
+        return jax.make_array_from_single_device_arrays(param.reads.array_shape, sharding, mine)
 
     def _of_shard(self, job: Job) -> dict[int, np.ndarray]:
         """Number of a shard, or of a block → its buffer, in the shape that devices hold."""
-        of_device = _device_shape(job.plan)
+        of_device = job.plan.reads.block_shape
         found = {}
         for target, (layout, owners) in zip(job.targets, job.shards.items(), strict=True):
             part = target.reshape(of_device if job.corner is None else layout.shape)
@@ -121,38 +121,19 @@ class Placer:
             return
         whole = mine.get(device)
         if whole is None:
-            whole = blocks.empty(_device_shape(job.plan), job.plan.dtype, device)
-        mine[device] = blocks.write(whole, array, job.corner, _layout_shape(job.plan))
+            whole = blocks.empty(job.plan.reads.block_shape, job.plan.dtype, device)
+        mine[device] = blocks.write(whole, array, job.corner, job.plan.reads.layout_shape)
 
     def _place_of(self, param: ParamPlan) -> _Place:
         """Where a parameter goes; those that are read alike go alike."""
-        if param.reading not in self._places:
-            self._places[param.reading] = _Place(
-                read_sharding(self.mesh, param.reading),
-                [(param.number_at(device_index), device) for device_index, device in self.devices],
-                _shard_number if param.reading is None else param.reading.number_of,
+        reads = param.reads
+        if reads not in self._places:
+            self._places[reads] = _Place(
+                reads.sharding(self.mesh),
+                [(reads.number_at(device_index), device) for device_index, device in self.devices],
+                reads.number_of,
             )
-        return self._places[param.reading]
-
-
-def _array_shape(param: ParamPlan) -> tuple[int, ...]:
-    """The array that devices read."""
-    return param.array_shape if param.reading is None else param.reading.array_shape
-
-
-def _device_shape(param: ParamPlan) -> tuple[int, ...]:
-    """Each device's part of it."""
-    return (1, *param.shard_shape) if param.reading is None else param.reading.block_shape
-
-
-def _layout_shape(param: ParamPlan) -> tuple[int, ...]:
-    """The same with all axes, of which that is a merge."""
-    return param.shards[0].shape if param.reading is None else param.reading.block_shape
-
-
-def _shard_number(index: tuple[slice, ...]) -> int:
-    """Which shard has these slices of a parameter [n, …]."""
-    return index[0].start or 0
+        return self._places[reads]
 
 
 def _key(job: Job) -> tuple[str, str]:

@@ -16,32 +16,15 @@ from functools import lru_cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtj_loader.distributed.hosts import SINGLE_HOST, Hosts
 from mtj_loader.errors import DeviceError
-from mtj_loader.planning.load_plan import LoadPlan, ParamPlan
-from mtj_loader.planning.read_assignment import ReadAssignment
+from mtj_loader.planning.load_plan import LoadPlan
+from mtj_loader.planning.param_plan import ParamPlan
+from mtj_loader.planning.read_assignment import SharedBlocks
 
-_AXES = ("dp", "g", "r")  # replicas, distinct shards, neighbors that hold the same shard
 _BITS = {2: jnp.uint16, 4: jnp.uint32}
-
-
-def read_sharding(mesh: Mesh, reading: ReadAssignment | None) -> NamedSharding:
-    """How the array that devices read lies on them; without a reading, the parameter itself.
-
-    Args:
-      mesh: axes dp and mp, Auto.
-      reading: of a parameter on that mesh.
-    """
-    if reading is None:
-        return NamedSharding(mesh, PartitionSpec("mp"))
-    shape = (reading.replicas, len(reading.shards), reading.repeats)
-    seen = Mesh(mesh.devices.reshape(shape), _AXES, axis_types=(AxisType.Auto,) * len(_AXES))
-    whole = (None,) * reading.axis
-    if reading.is_mixed:
-        return NamedSharding(seen, PartitionSpec(None, *whole, ("dp", "r", "g")))
-    return NamedSharding(seen, PartitionSpec("g", *whole, ("dp", "r")))
 
 
 def reshard(
@@ -60,7 +43,7 @@ def reshard(
       HostError: another host failed.
     """
     for param in plan.params:
-        if param.reading is not None:
+        if param.reads.is_shared:
             hosts.check()
             module = params[param.spec.path]
             module[param.spec.param] = exchanged(param, module[param.spec.param], mesh, hosts)
@@ -72,8 +55,8 @@ def exchanged(
     """A parameter [n, …], placed `PartitionSpec("mp")`; all hosts call this together.
 
     Args:
-      param: with a reading.
-      array: what was read, placed by `read_sharding`; given back.
+      param: read in blocks.
+      array: what was read, placed by `SharedBlocks.sharding`; given back.
       mesh: axes dp and mp, Auto.
       hosts: who exchanges with this one.
 
@@ -99,7 +82,7 @@ def compiling(plan: LoadPlan, mesh: Mesh) -> Iterator[None]:
       plan: what is read, without adapters.
       mesh: axes dp and mp, Auto.
     """
-    shared = [param for param in plan.params if param.reading is not None]
+    shared = [param for param in plan.params if param.reads.is_shared]
     if not shared:
         yield
         return
@@ -112,44 +95,45 @@ def compiling(plan: LoadPlan, mesh: Mesh) -> Iterator[None]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_Kind = tuple[ReadAssignment, tuple[int, ...], np.dtype, Mesh]
+_Kind = tuple[SharedBlocks, tuple[int, ...], np.dtype, Mesh]
 
 
 def _kind(param: ParamPlan, mesh: Mesh) -> _Kind:
     """All that the program of a parameter follows from; layers are alike."""
-    assert param.reading is not None
-    return param.reading, param.shard_shape, param.dtype, mesh
+    assert isinstance(param.reads, SharedBlocks)
+    return param.reads, param.shard_shape, param.dtype, mesh
 
 
 @lru_cache(maxsize=1024)  # kinds of parameters that one process loads
 def _program(
-    reading: ReadAssignment, shard_shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh
+    reads: SharedBlocks, shard_shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh
 ) -> Callable[[jax.Array], jax.Array]:
     """What makes the parameters of one kind: [g, *axes] as it was read -> [n, *shard_shape]."""
-    before = read_sharding(mesh, reading)
+    before = reads.sharding(mesh)
     # Replicas hold the same after the gather, which check_vma cannot see.
     mapped = jax.shard_map(
-        partial(_shard, reading, shard_shape),
+        partial(_shard, reads, shard_shape),
         mesh=before.mesh,
         in_specs=before.spec,
         out_specs=PartitionSpec(("g", "r")),
         check_vma=False,
     )
-    whole = jax.ShapeDtypeStruct(reading.array_shape, dtype, sharding=before)
-    return jax.jit(mapped, out_shardings=read_sharding(mesh, None)).lower(whole).compile()
+    whole = jax.ShapeDtypeStruct(reads.array_shape, dtype, sharding=before)
+    final = NamedSharding(mesh, PartitionSpec("mp"))
+    return jax.jit(mapped, out_shardings=final).lower(whole).compile()
 
 
 def _shard(
-    reading: ReadAssignment,
+    reads: SharedBlocks,
     shard_shape: tuple[int, ...],
     block: jax.Array,  # [g or 1, …, part, …]
 ) -> jax.Array:  # [1, *shard_shape]
     """On each device: from its block to its shard."""
-    axis = 1 + reading.axis
+    axis = 1 + reads.axis
     # As integers, so that nothing on the way takes them for numbers: not one bit may change.
     bits = jax.lax.bitcast_convert_type(block, _BITS[block.dtype.itemsize])
-    if reading.is_mixed:
+    if reads.is_mixed:
         bits = jax.lax.all_to_all(bits, "g", split_axis=0, concat_axis=axis, tiled=True)
     bits = jax.lax.all_gather(bits, ("dp", "r"), axis=axis, tiled=True)
-    bits = jax.lax.slice_in_dim(bits, 0, reading.length, axis=axis)  # without the padding
+    bits = jax.lax.slice_in_dim(bits, 0, reads.length, axis=axis)  # without the padding
     return jax.lax.bitcast_convert_type(bits, block.dtype).reshape(1, *shard_shape)

@@ -66,7 +66,7 @@ def of_host(plan: LoadPlan, host: int) -> LoadPlan:
     return replace(
         plan,
         topology=Topology(((0,) * len(numbers),) * len(rows)),
-        params=tuple(replace(p, shards=shards[id(p.shards)]) for p in plan.unshared.params),
+        params=tuple(replace(p, shards=shards[id(p.shards)]).unshared for p in plan.params),
         comparisons=plan.comparisons if host == hosts[0] else (),  # as in a real load
         mesh=None,
     )

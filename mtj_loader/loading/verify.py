@@ -17,7 +17,8 @@ from mtj_loader.dtypes import FLOAT32
 from mtj_loader.errors import NonFiniteError, VerifyError
 from mtj_loader.loading.load_failure import clean_load_failure
 from mtj_loader.lora.factors import gather
-from mtj_loader.planning.load_plan import LoadPlan, ParamPlan
+from mtj_loader.planning.load_plan import LoadPlan
+from mtj_loader.planning.param_plan import ParamPlan
 from mtj_loader.storage.base import Storage
 from mtj_loader.weights.view import ZEROS
 

@@ -14,7 +14,7 @@ from mtj_loader.errors import NonFiniteError
 from mtj_loader.loading.placement import Params
 from mtj_loader.lora.factors import FactorReader
 from mtj_loader.lora.low_rank import LowRank
-from mtj_loader.planning.load_plan import ParamPlan
+from mtj_loader.planning.param_plan import ParamPlan
 
 
 def merge_all(

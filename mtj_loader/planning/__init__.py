@@ -1,1 +1,1 @@
-"""The load plan: what will be read, by which host, and where it will go."""
+"""The load plan: what is read, by which device, and where it goes; and how it is shown."""

@@ -1,22 +1,28 @@
-"""Which parameters hosts share out among themselves for reading, by what reading and sending take.
+"""Chooses who reads what, by the time that reading and exchanging take.
 
-On local files hosts share what several of them need: replicas over `dp`, and shards that are equal.
-On a store that is far away, also weights that are split across the rows of the file: there every
-host needs a short range of every row, and each range would be a request.
+On one host every device reads its own shards. Several hosts divide what more than one of them
+needs, so that every byte is read once: on local files these are the replicas over `dp` and shards
+that are equal; on remote storage also weights that are split across the rows of the file, because
+each host would otherwise request a short range of every row.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from mtj_loader.planning.load_plan import ParamPlan
-from mtj_loader.planning.read_assignment import ReadAssignment, slowest_axis
+from mtj_loader.planning.read_assignment import (
+    OwnShards,
+    ReadAssignment,
+    SharedBlocks,
+    distinct,
+    slowest_axis,
+)
 from mtj_loader.planning.topology import Topology
 from mtj_loader.storage.base import RemoteStorage, Storage
 from mtj_loader.weights.copies import Copy, Loop, runs, shard_copies
-from mtj_loader.weights.view import Layout
+from mtj_loader.weights.view import ZEROS, Layout
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class StorageSpeed:
 
     Attributes:
       bytes_per_second: in long requests, many at once.
-      requests_per_second: that are begun, however short they are.
+      requests_per_second: requests that can be started, however short they are.
     """
 
     bytes_per_second: float
@@ -35,84 +41,75 @@ class StorageSpeed:
 # A zonal SSD persistent disk at one virtual machine: 1,200 MiB/s and 100,000 requests per second
 # (Google Cloud's documentation, "About Persistent Disk performance").
 DISK = StorageSpeed(1200 * 2**20, 100_000)
-# 0.7 GB/s is the most that was reported from Google Cloud Storage on one TPU VM; S3's first byte
-# comes after 100 to 200 ms ("Best practices design patterns", Amazon S3), 32 requests at a time.
+# 0.7 GB/s is the highest reported rate from Google Cloud Storage on one TPU VM. S3's first byte
+# arrives after 100 to 200 ms ("Best practices design patterns", Amazon S3), with 32 requests at a
+# time.
 OBJECT_STORE = StorageSpeed(0.7e9, 32 / 0.1)
 # A TPU v5e pod of 32 hosts has 6.4 Tbit/s of data-center network (Google Cloud's documentation,
-# "TPU v5e"), 200 Gbit/s a host; half of it is counted. Inside a slice a chip has 1,600 Gbit/s.
+# "TPU v5e"), or 200 Gbit/s for each host; we count on half of it. Within a slice a chip has 1,600
+# Gbit/s.
 INTERCONNECT_BYTES_PER_SECOND = 12.5e9
-_LONGEST_REQUEST_BYTES = 16 << 20  # longer ranges are cut up, so they are several requests
+_MAX_REQUEST_BYTES = 16 << 20  # longer ranges are split into several requests
 
 
 def speed_of(storage: Storage) -> StorageSpeed:
-    """What to expect of a storage."""
+    """The speed to expect of a storage."""
     return OBJECT_STORE if isinstance(storage, RemoteStorage) else DISK
 
 
 def assign_reads(
-    params: Sequence[ParamPlan], topology: Topology, speed: StorageSpeed
-) -> tuple[ParamPlan, ...]:
-    """The parameters, each with the reading that takes least time.
+    own: OwnShards, split_size: int | None, itemsize: int, topology: Topology, speed: StorageSpeed
+) -> ReadAssignment:
+    """The assignment that takes the least time; the first of those that are equally good.
 
     Args:
-      params: without a reading.
+      own: the shards of the parameter, each read by the devices that hold it.
+      split_size: full size of the axis that is split; None if every shard is a full copy.
+      itemsize: bytes per element in the file.
       topology: the mesh.
-      speed: of the storage that they are read from.
+      speed: of the storage.
     """
     if len(topology.host_ids) == 1:
-        return tuple(params)
-    chosen: dict[object, ReadAssignment | None] = {}  # layers are alike and share their shards
-
-    def choose(param: ParamPlan) -> ParamPlan:
-        key = id(param.shards), param.source_dtype
-        if key not in chosen:
-            chosen[key] = _fastest(param, topology, speed)
-        return param if chosen[key] is None else replace(param, reading=chosen[key])
-
-    return tuple(map(choose, params))
-
-
-def _fastest(param: ParamPlan, topology: Topology, speed: StorageSpeed) -> ReadAssignment | None:
-    """The best of the candidates, the first of those that are equally good."""
-    candidates = list(_candidates(param, topology, speed))
+        return own
+    candidates = list(_candidates(own, split_size, topology, speed))
     if len(candidates) == 1:
         return candidates[0]
-    return min(candidates, key=lambda one: _seconds(replace(param, reading=one), topology, speed))
+    return min(candidates, key=lambda reads: _seconds(reads, itemsize, topology, speed))
 
 
 def _candidates(
-    param: ParamPlan, topology: Topology, speed: StorageSpeed
-) -> Iterator[ReadAssignment | None]:
-    """The ways to read a parameter once in all; None: each host reads what its devices hold.
+    own: OwnShards, split_size: int | None, topology: Topology, speed: StorageSpeed
+) -> Iterator[ReadAssignment]:
+    """The ways to read a parameter once in total.
 
     A parameter that several hosts hold is never read by each of them. Sending is ten times faster
-    than any storage here; the millisecond that it takes at the least would be more than a read of a
-    few KB on each host, but then no host could say that every byte is read once.
+    than any storage here. Its minimum of about a millisecond exceeds the time to read a few KB on
+    each host, but the guarantee that every byte is read once is worth more.
     """
-    shards = len(param.shards)
-    size = param.spec.split_size()
-    repeats = shards if size is None else max(1, shards // size)
-    distinct = param.shards[::repeats]
-    if not param.view.records:  # zeros come from no file
-        yield None
+    n = len(own.shards)
+    repeats = n if split_size is None else max(1, n // split_size)
+    distinct_shards = own.shards[::repeats]
+    if all(piece.source == ZEROS for layout in distinct_shards for piece in layout.pieces):
+        yield own  # no file is read
         return
-    one_by_one = _reading(distinct, topology, repeats, is_mixed=False)
-    yield one_by_one if _is_shared(topology, repeats) else None
-    if speed is OBJECT_STORE and len(distinct) > 1:
-        mixed = _reading(distinct, topology, repeats, is_mixed=True)
+    per_shard = _blocks(distinct_shards, topology, repeats, is_mixed=False)
+    yield per_shard if per_shard and _hosts_share_a_shard(topology, repeats) else own
+    if speed is OBJECT_STORE and len(distinct_shards) > 1:
+        mixed = _blocks(distinct_shards, topology, repeats, is_mixed=True)
         if mixed is not None:
             yield mixed
 
 
-def _reading(
-    distinct: tuple[Layout, ...], topology: Topology, repeats: int, *, is_mixed: bool
-) -> ReadAssignment | None:
-    parts = topology.dp * repeats * (len(distinct) if is_mixed else 1)
-    axis = slowest_axis(distinct[0], parts)
-    return None if axis is None else ReadAssignment(distinct, topology.dp, repeats, axis, is_mixed)
+def _blocks(
+    shards: tuple[Layout, ...], topology: Topology, repeats: int, *, is_mixed: bool
+) -> SharedBlocks | None:
+    """An assignment in blocks; None if no axis can be divided."""
+    parts = topology.dp * repeats * (len(shards) if is_mixed else 1)
+    axis = slowest_axis(shards[0], parts)
+    return None if axis is None else SharedBlocks(shards, topology.dp, repeats, axis, is_mixed)
 
 
-def _is_shared(topology: Topology, repeats: int) -> bool:
+def _hosts_share_a_shard(topology: Topology, repeats: int) -> bool:
     """Whether several hosts hold the same shard."""
     for first in range(0, topology.mp, repeats):
         if len({host for row in topology.hosts for host in row[first : first + repeats]}) > 1:
@@ -120,28 +117,29 @@ def _is_shared(topology: Topology, repeats: int) -> bool:
     return False
 
 
-def _seconds(param: ParamPlan, topology: Topology, speed: StorageSpeed) -> float:
-    """What reading and exchanging a parameter take on the first host; the others are alike."""
+def _seconds(
+    reads: ReadAssignment, itemsize: int, topology: Topology, speed: StorageSpeed
+) -> float:
+    """Time for the first host to read and exchange a parameter; the other hosts are alike."""
     device_indices = topology.device_indices_of(topology.host_ids[0])
-    requests = _requests(param, device_indices)
-    reading = param.source_bytes(device_indices) / speed.bytes_per_second
-    sending = param.received_bytes(device_indices) / INTERCONNECT_BYTES_PER_SECOND
-    return max(reading, requests / speed.requests_per_second) + sending
+    read_bytes = reads.read_elements(device_indices) * itemsize
+    received_bytes = reads.received_elements(device_indices) * itemsize
+    requests = _requests(reads, device_indices, _MAX_REQUEST_BYTES // itemsize)
+    reading = max(read_bytes / speed.bytes_per_second, requests / speed.requests_per_second)
+    return reading + received_bytes / INTERCONNECT_BYTES_PER_SECOND
 
 
-def _requests(param: ParamPlan, device_indices: Sequence[int]) -> int:
-    """How many ranges of the file devices at these seats need, neighbors joined."""
-    of_source: dict[int, list[tuple[int, tuple[Loop, ...]]]] = {}
-    for copy in (
-        copy for layout in param.distinct(device_indices) for copy in shard_copies(layout).copies
-    ):
-        of_source.setdefault(copy.source, []).append((copy.src, copy.loops))
-    most = _LONGEST_REQUEST_BYTES // param.source_dtype.itemsize
-    alike = Counter(map(tuple, of_source.values()))  # hundreds of experts are
-    return sum(n * _requests_of(blocks, most) for blocks, n in alike.items())
+def _requests(reads: ReadAssignment, device_indices: Sequence[int], max_elements: int) -> int:
+    """How many ranges of the files these devices need; adjacent ranges are joined."""
+    blocks_of: dict[int, list[tuple[int, tuple[Loop, ...]]]] = {}
+    for layout in distinct(reads, device_indices):
+        for copy in shard_copies(layout).copies:
+            blocks_of.setdefault(copy.source, []).append((copy.src, copy.loops))
+    alike = Counter(map(tuple, blocks_of.values()))  # hundreds of experts are alike
+    return sum(n * _ranges(blocks, max_elements) for blocks, n in alike.items())
 
 
-def _requests_of(blocks: Sequence[tuple[int, tuple[Loop, ...]]], most: int) -> int:
-    """Ranges of one tensor, of at most so many elements, for blocks given by start and loops."""
-    ranges = runs(tuple(Copy(0, first, 0, loops) for first, loops in blocks))
-    return int((-(-(ranges[:, 1] - ranges[:, 0]) // most)).sum())
+def _ranges(blocks: Sequence[tuple[int, tuple[Loop, ...]]], max_elements: int) -> int:
+    """Ranges in one tensor, each of at most `max_elements`, for blocks of (start, loops)."""
+    found = runs(tuple(Copy(0, first, 0, loops) for first, loops in blocks))
+    return int((-(-(found[:, 1] - found[:, 0]) // max_elements)).sum())

@@ -1,9 +1,9 @@
-"""Making a plan: checkpoint, model and mesh brought together before a byte of weights is read."""
+"""Makes a plan from a checkpoint, a model and a mesh, without reading any weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,51 +14,92 @@ from mtj_loader.formats import hf_config
 from mtj_loader.formats.checkpoint import Checkpoint
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.formats.token_ids import outside_vocabulary
-from mtj_loader.lora.adapter import Adapter, PathLike, open_adapter
+from mtj_loader.lora.adapter import Adapter, open_adapter
 from mtj_loader.lora.adapter_resolve import resolve_adapter
 from mtj_loader.lora.low_rank import AdapterTerms, LowRank
 from mtj_loader.models.config import ModelConfig
-from mtj_loader.planning.assign_reads import assign_reads, speed_of
-from mtj_loader.planning.load_plan import LoadOptions, LoadPlan, ParamPlan
+from mtj_loader.options import LoadOptions, PathLike
+from mtj_loader.planning.assign_reads import speed_of
+from mtj_loader.planning.load_plan import LoadPlan
+from mtj_loader.planning.param_plan import ParamPlan, own_shards, with_reads
 from mtj_loader.planning.topology import Topology
 from mtj_loader.weights.copies import shard_layouts
 from mtj_loader.weights.find_map import find_map
-from mtj_loader.weights.map_reader import read_map
 from mtj_loader.weights.resolve import Binding, Resolution, TargetKey, resolve
 from mtj_loader.weights.transforms import Layout
 from mtj_loader.weights.weight_map import WeightMap
 
-MIN_HOST_MEMORY = 64 << 20  # below, panels and pending copies no longer overlap
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a checkpoint's config.json and its weight map say about the model.
+
+    Attributes:
+      weight_map: which tensor fills which parameter.
+      hf_config: config.json, normalized.
+      config: the model.
+    """
+
+    weight_map: WeightMap
+    hf_config: Mapping[str, object]
+    config: ModelConfig
 
 
-def make_plan(
-    checkpoint: Checkpoint,
-    topology: Topology,
-    options: LoadOptions,
-    map_path: Path | None = None,
-) -> LoadPlan:
-    """Plans a load; reads no tensor and needs no device.
+def read_model(checkpoint: Checkpoint, map_path: PathLike | None = None) -> ModelSource:
+    """Reads the config and the weight map of a checkpoint's model.
 
     Args:
       checkpoint: an opened checkpoint.
-      topology: the mesh to plan for.
-      options: see LoadOptions.
       map_path: a weight map to use instead of `configs/<model_type>.json`.
 
     Raises:
-      ConfigError: config.json is malformed or asks for what is not supported.
-      MeshError: the shard count does not divide what it splits.
+      ConfigError: config.json is malformed, its family is unknown, or a setting is not supported.
       MapError: the map is malformed or belongs to another family.
+    """
+    file = f"{checkpoint.location}/config.json"
+    hf = hf_config.normalize(checkpoint.config, file=file)
+    model_type = hf.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError("config.json names no model family", file=file, key="model_type")
+    family = models.family(model_type)
+    weight_map = find_map(model_type, None if map_path is None else Path(map_path))
+    if models.family_of_compat(weight_map.compat) is not family:
+        raise MapError(
+            "the weight map is for another family",
+            file=weight_map.file,
+            key="mtj_compat",
+            expected=models.FAMILIES[model_type],
+            found=weight_map.compat,
+        )
+    return ModelSource(weight_map, hf, family.Config.read(hf, file=file))
+
+
+def make_plan(
+    checkpoint: Checkpoint, model: ModelSource, topology: Topology, options: LoadOptions
+) -> LoadPlan:
+    """Plans a load without adapters; reads no tensor and needs no device.
+
+    Args:
+      checkpoint: an opened checkpoint.
+      model: its model; see `read_model`.
+      topology: the mesh to plan for.
+      options: see LoadOptions.
+
+    Raises:
+      ConfigError: a token id in its configs is malformed.
+      MeshError: the shard count does not divide a split dimension.
+      MapError: the map and the model read different values from config.json.
       CheckpointMismatchError: checkpoint, map and model do not fit; lists every problem.
     """
     dtype = dtypes.parameter_dtype(options.dtype)
-    weight_map, model_type, config = read_model(checkpoint, map_path)
+    config, weight_map = model.config, model.weight_map
     if options.expert_parallel:
         config = _with_whole_experts(config)
     models.check_shards(config, topology.mp)
-    specs = models.family(model_type).parameters(config, topology.mp, options.transposed_linear)
-    _check_map_values(weight_map, config, checkpoint)
-    noticed = outside_vocabulary(checkpoint.config, checkpoint.generation_config, config.vocab_size)
+    family = models.family(config.model_type)
+    specs = family.parameters(config, topology.mp, options.transposed_linear)
+    _check_map_values(weight_map, config, model.hf_config, checkpoint)
+    notices = outside_vocabulary(checkpoint.config, checkpoint.generation_config, config.vocab_size)
     resolution = resolve(
         weight_map,
         checkpoint.index,
@@ -71,30 +112,29 @@ def make_plan(
     params = _in_file_order(resolution, checkpoint, topology.mp, dtype)
     return LoadPlan(
         checkpoint,
-        model_type,
+        weight_map,
+        model.hf_config,
         config,
-        weight_map.file,
         topology,
         options,
-        assign_reads(params, topology, speed_of(checkpoint.storage)),
+        with_reads(params, topology, speed_of(checkpoint.storage)),
         resolution.comparisons,
         resolution.skipped,
         resolution.unmapped,
-        noticed=tuple(noticed),
+        notices=tuple(notices),
     )
 
 
 def add_adapters(plan: LoadPlan, adapters: Sequence[tuple[PathLike, float]]) -> LoadPlan:
-    """The plan with LoRA adapters that are added to the weights.
+    """Adds LoRA adapters to a plan.
 
     Args:
       plan: of the model alone, or with other adapters already.
-      adapters: folders, each with a factor on top of its own scale.
+      adapters: folders, each with a factor that multiplies the adapter's own scale.
 
     Raises:
       AdapterError: an adapter is malformed, unsupported or made for another model.
     """
-    weight_map = read_map(Path(plan.map_file))
     specs = [param.spec for param in plan.params]
     options = plan.options
     layout = Layout(plan.shards, plan.config.vocab_size, options.transposed_linear)
@@ -102,7 +142,7 @@ def add_adapters(plan: LoadPlan, adapters: Sequence[tuple[PathLike, float]]) -> 
         adapter = open_adapter(path)
         index, layers = plan.checkpoint.index, plan.config.layers
         found = resolve_adapter(
-            adapter, weight, weight_map, index, specs, layout=layout, layers=layers
+            adapter, weight, plan.weight_map, index, specs, layout=layout, layers=layers
         )
         _refuse_tied(plan, adapter, found)
         params = tuple(_with_term(param, found.terms) for param in plan.params)
@@ -121,7 +161,7 @@ def _with_term(param: ParamPlan, terms: Mapping[TargetKey, LowRank]) -> ParamPla
 
 
 def _refuse_tied(plan: LoadPlan, adapter: Adapter, found: AdapterTerms) -> None:
-    """Raises AdapterError if an adapter of the embedding would change the projection too."""
+    """Raises AdapterError if an adapter of the embedding would also change the projection."""
     for key in set(_ties(plan.config).values()) & found.terms.keys():
         raise AdapterError(
             "the embedding is tied to the projection; an adapter of it would change both",
@@ -130,54 +170,16 @@ def _refuse_tied(plan: LoadPlan, adapter: Adapter, found: AdapterTerms) -> None:
         )
 
 
-def read_model(
-    checkpoint: Checkpoint, map_path: Path | None = None
-) -> tuple[WeightMap, str, ModelConfig]:
-    """The weight map, the family and the config of a checkpoint.
-
-    Raises:
-      ConfigError: the family is unknown, or its config is refused.
-      MapError: the map is malformed or belongs to another family.
-    """
-    file = _config_file(checkpoint)
-    config = hf_config.normalize(checkpoint.config, file=file)
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise ConfigError("config.json names no model family", file=file, key="model_type")
-    family = models.family(model_type)
-    weight_map = find_map(model_type, map_path)
-    if models.family_of_compat(weight_map.compat) is not family:
-        raise MapError(
-            "the weight map is for another family",
-            file=weight_map.file,
-            key="mtj_compat",
-            expected=models.FAMILIES[model_type],
-            found=weight_map.compat,
-        )
-    return weight_map, model_type, family.Config.read(config, file=file)
-
-
 def _with_whole_experts(config: ModelConfig) -> ModelConfig:
-    """The same model with whole experts dealt over the shards.
+    """The same model with whole experts distributed over the shards.
 
     Raises:
-      UsageError: it has no experts.
+      UsageError: the model has no experts.
     """
     if not hasattr(config, "expert_parallel"):
         what = "expert_parallel is for models with experts"
         raise UsageError(what, key="expert_parallel", found=config.model_type)
     return replace(config, expert_parallel=True)  # pyright: ignore[reportCallIssue]
-
-
-def _config_file(checkpoint: Checkpoint) -> str:
-    return f"{checkpoint.location}/config.json"
-
-
-def check_host_memory(host_memory_bytes: int) -> None:
-    """Raises UsageError if the budget is below the least that works."""
-    if host_memory_bytes < MIN_HOST_MEMORY:
-        found = f"{host_memory_bytes:,} bytes"
-        raise UsageError("host_memory is too small", expected="at least 64MiB", found=found)
 
 
 def _ties(config: ModelConfig) -> dict[TargetKey, TargetKey]:
@@ -187,15 +189,13 @@ def _ties(config: ModelConfig) -> dict[TargetKey, TargetKey]:
     return {("projection_shard/~/linear", "w"): ("embedding_shard/~/linear", "w")}
 
 
-def _check_map_values(weight_map: WeightMap, config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """What the map reads from config.json must be what the model reads.
-
-    Raises:
-      MapError: a value of `mtj_config_map` differs from the model's.
-    """
-    file = _config_file(checkpoint)
-    values = weight_map.config_values(hf_config.normalize(checkpoint.config, file=file), file=file)
-    for key, value in values.items():
+def _check_map_values(
+    weight_map: WeightMap, config: ModelConfig, hf: Mapping[str, object], checkpoint: Checkpoint
+) -> None:
+    """Raises MapError if `mtj_config_map` reads another value from config.json than the model."""
+    for key, value in weight_map.config_values(
+        hf, file=f"{checkpoint.location}/config.json"
+    ).items():
         model_value = getattr(config, key, value)
         if model_value != value:
             what = "the map reads another value from config.json than the model does"
@@ -211,7 +211,7 @@ def _in_file_order(
         return order[record.file], record.offset_bytes
 
     plans = [_param_plan(binding, shards, dtype) for binding in resolution.bindings]
-    first = (-1, 0)  # what no file has needs no reading
+    first = (-1, 0)  # parameters without a tensor
     return tuple(sorted(plans, key=lambda p: min(map(place, p.view.records), default=first)))
 
 
@@ -219,4 +219,5 @@ def _param_plan(binding: Binding, shards: int, dtype: np.dtype) -> ParamPlan:
     spec, view = binding.spec, binding.view
     layouts = shard_layouts(view.layout, spec.groups, spec.split, shards)
     source = dtypes.WEIGHT_DTYPES[view.records[0].dtype] if view.records else dtype
-    return ParamPlan(spec, view, layouts, source, dtype, shards if binding.divide else 1)
+    divisor = shards if binding.divide else 1
+    return ParamPlan(spec, view, layouts, source, dtype, divisor, own_shards(spec, layouts))

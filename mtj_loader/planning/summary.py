@@ -1,9 +1,8 @@
-"""A plan in words and tables; layers that are alike are folded into one row."""
+"""A plan as tables for people; layers that are alike share a row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,12 +10,10 @@ from rich.text import Text
 
 from mtj_loader import display
 from mtj_loader.display import counted, show_bytes
-from mtj_loader.names import blank_indices, fold_names, natural_key, number_set
-from mtj_loader.planning.changes import changes, dtype_changes
+from mtj_loader.names import blank_indices, fold_names, group_by, natural_key, number_set
+from mtj_loader.planning.param_plan import ParamPlan, dtype_changes
+from mtj_loader.planning.plan_data import PlanData
 from mtj_loader.planning.tpu_fit import Fit, fits
-
-if TYPE_CHECKING:
-    from mtj_loader.planning.load_plan import LoadPlan, ParamPlan
 
 _SPLIT_AXES = {
     "E": "experts",
@@ -29,35 +26,19 @@ _SPLIT_AXES = {
 }
 
 
-def summary(plan: LoadPlan) -> str:
-    """The plan as plain text."""
-    return display.as_text(tables(plan))
-
-
-def tables(plan: LoadPlan) -> RenderableType:
-    """The plan as something that rich can print: facts, two tables, notes."""
+def tables(plan: PlanData) -> RenderableType:
+    """The plan as a rich renderable: facts, two tables, notes."""
     facts = display.facts(dict(_facts(plan)))
     return Group(facts, _parameter_table(plan), _fit_table(plan), *_notes(plan))
 
 
-def folded(params: Sequence[ParamPlan]) -> list[list[ParamPlan]]:
-    """Parameters that are alike but for layer and expert numbers, in the order of the model."""
-    groups: dict[object, list[ParamPlan]] = {}
-    for param in params:
-        groups.setdefault(_likeness(param), []).append(param)
-    return sorted(groups.values(), key=lambda group: natural_key(_name(group[0])))
-
-
-def fold_all(names: Sequence[str]) -> list[str]:
+def _fold_all(names: Sequence[str]) -> list[str]:
     """Names with their layers folded, in the order of first appearance."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(blank_indices(name), []).append(name)
-    return [fold_names(group) for group in groups.values()]
+    return [fold_names(group) for group in group_by(names, blank_indices)]
 
 
 def _likeness(param: ParamPlan) -> tuple[object, ...]:
-    """What the parameters of one row have in common."""
+    """What all parameters of one row have in common: all but their layer and expert numbers."""
     records = {(blank_indices(r.name), r.dtype, r.shape): None for r in param.view.records}
     spec = param.spec
     return blank_indices(_name(param)), tuple(records), spec.groups, spec.split, param.divisor
@@ -67,7 +48,7 @@ def _name(param: ParamPlan) -> str:
     return f"{param.spec.module} {param.spec.param}"
 
 
-def _facts(plan: LoadPlan) -> Iterator[tuple[str, str]]:
+def _facts(plan: PlanData) -> Iterator[tuple[str, str]]:
     linear = "[out, in]" if plan.options.transposed_linear else "[in, out]"
     yield "checkpoint", _checkpoint(plan)
     yield "model", _model(plan)
@@ -82,13 +63,13 @@ def _facts(plan: LoadPlan) -> Iterator[tuple[str, str]]:
     yield from _reads(plan)
 
 
-def _checkpoint(plan: LoadPlan) -> str:
+def _checkpoint(plan: PlanData) -> str:
     files = plan.checkpoint.index.files.values()
-    size = show_bytes(sum(stamp.size_bytes for stamp in files))
+    size = show_bytes(sum(file.size_bytes for file in files))
     return f"{plan.checkpoint.location}: {counted(len(files), 'file')}, {size}"
 
 
-def _model(plan: LoadPlan) -> str:
+def _model(plan: PlanData) -> str:
     config = plan.config
     padded = config.padded_vocabulary(plan.shards)
     padding = "" if padded == config.vocab_size else f", padded to {padded:,}"
@@ -97,17 +78,16 @@ def _model(plan: LoadPlan) -> str:
     return f"{plan.model_type}: {sizes}, {heads}, vocabulary {config.vocab_size:,}{padding}"
 
 
-def _mesh(plan: LoadPlan) -> str:
+def _mesh(plan: PlanData) -> str:
     devices = counted(plan.topology.dp * plan.topology.mp, "device")
     return f"{plan.topology}: {devices} on {counted(len(plan.topology.host_ids), 'host')}"
 
 
-def _reads(plan: LoadPlan) -> Iterator[tuple[str, str]]:
-    """What hosts read and get from others; those that read about as much share a line."""
-    groups: dict[str, list[int]] = {}
-    for host, read_bytes in plan.bytes_of_hosts.items():
-        groups.setdefault(show_bytes(read_bytes), []).append(host)
-    for read, hosts in groups.items():
+def _reads(plan: PlanData) -> Iterator[tuple[str, str]]:
+    """What hosts read and receive; hosts that read about the same share a line."""
+    read_bytes = plan.bytes_of_hosts
+    for hosts in group_by(read_bytes, lambda host: show_bytes(read_bytes[host])):
+        read = show_bytes(read_bytes[hosts[0]])
         most = show_bytes(max(map(plan.received_bytes, hosts)))
         more = f", {most} more from other hosts" if plan.is_exchanged else ""
         if len(hosts) == 1:
@@ -116,11 +96,12 @@ def _reads(plan: LoadPlan) -> Iterator[tuple[str, str]]:
             yield f"hosts {number_set(hosts)}", f"read {read} each{more}"
 
 
-def _parameter_table(plan: LoadPlan) -> Table:
-    """Rows in pairs: parameters that are alike, and below them the tensors that they come from."""
+def _parameter_table(plan: PlanData) -> Table:
+    """Pairs of rows: parameters that are alike, and below them the tensors that fill them."""
     headers = "parameter\n← tensor", "on each device\nin the file", "split\nchanges", "bytes"
     table = display.table(*headers)
-    for group in folded(plan.params):
+    groups = group_by(plan.params, _likeness)
+    for group in sorted(groups, key=lambda group: natural_key(_name(group[0]))):
         table.add_row(*map(Text, _on_device(group, plan.shards)))
         table.add_row(*map(Text, _in_file(group)), style="dim")
     return table
@@ -138,11 +119,11 @@ def _on_device(group: Sequence[ParamPlan], shards: int) -> tuple[str, str, str, 
 
 def _in_file(group: Sequence[ParamPlan]) -> tuple[str, str, str, str]:
     records = [record for param in group for record in param.view.records]
-    names = fold_all([record.name for record in records]) or ["no tensor"]
+    names = _fold_all([record.name for record in records]) or ["no tensor"]
     return (
         "\n".join(f"← {name}" for name in names),
         "\n".join(dict.fromkeys(f"{list(r.shape)} {r.dtype}" for r in group[0].view.records)),
-        str(changes(group[0])) if records else "zeros",
+        str(group[0].changes) if records else "zeros",
         show_bytes(sum(record.size_bytes for record in records)),
     )
 
@@ -153,8 +134,8 @@ def _split(axis: str | None, shards: int) -> str:
     return "a copy in each" if axis is None else f"{_SPLIT_AXES.get(axis, axis)} / {shards}"
 
 
-def _fit_table(plan: LoadPlan) -> Table:
-    """Which TPUs the model fits, each with the mesh that makes the most of it."""
+def _fit_table(plan: PlanData) -> Table:
+    """Which TPUs the model fits, each with the mesh that uses most of its devices as shards."""
     table = display.table("TPU", "mesh", "parameters on each device", "fits", "tokens of KV cache")
     for fit in fits(plan):
         held, memory = show_bytes(fit.device_bytes), show_bytes(fit.slice.hbm_bytes)
@@ -169,13 +150,14 @@ def _verdict(fit: Fit) -> str:
         return "yes"
     if fit.free_bytes < 0:
         return f"no, {show_bytes(-fit.free_bytes)} too large"
-    return f"no, less than {fit.least_tokens:,} tokens"
+    return f"no, less than {fit.min_tokens:,} tokens"
 
 
-def _notes(plan: LoadPlan) -> Iterator[Text]:
+def _notes(plan: PlanData) -> Iterator[Text]:
     for pair in plan.comparisons:
-        yield Text(f"tied: {pair.copy.name} has to equal {pair.original.name}; compared in loading")
-    for name in fold_all(plan.skipped):
+        copy, original = pair.copy.name, pair.original.name
+        yield Text(f"tied: {copy} must equal {original}; compared while loading")
+    for name in _fold_all(plan.skipped):
         yield Text(f"not needed: {name}")
     for warning in plan.warnings:
         yield Text(f"warning: {warning}", style="yellow")

@@ -1,4 +1,4 @@
-"""The mesh as the planner sees it: dp × mp positions, and the host that each belongs to."""
+"""The mesh as the planner sees it: dp × mp positions, and the host of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AXES = ("dp", "mp")  # replicas of the model, and shards of one replica
 
 @dataclass(frozen=True)
 class Topology:
-    """A mesh that may not be there: `hosts[i][j]` is the host of the device at dp=i, mp=j."""
+    """A mesh, which need not exist: `hosts[i][j]` is the host of the device at dp=i, mp=j."""
 
     hosts: tuple[tuple[int, ...], ...]
 
@@ -33,18 +33,16 @@ class Topology:
 
     @property
     def host_ids(self) -> tuple[int, ...]:
-        """Every host that has a device in the mesh."""
+        """All hosts with devices in the mesh."""
         return tuple(sorted({host for row in self.hosts for host in row}))
 
     def shards_of(self, host: int) -> tuple[int, ...]:
-        """The shard numbers that devices of this host hold, each once."""
+        """The numbers of the shards that this host's devices hold, each once."""
         return tuple(j for j in range(self.mp) if any(row[j] == host for row in self.hosts))
 
     def device_indices_of(self, host: int) -> tuple[int, ...]:
-        """Where this host's devices are, counted row by row: seat i·mp + j is dp=i, mp=j."""
-        return tuple(
-            device_index for device_index, of in enumerate(chain(*self.hosts)) if of == host
-        )
+        """This host's devices, counted row by row: index i·mp + j is dp=i, mp=j."""
+        return tuple(i for i, owner in enumerate(chain(*self.hosts)) if owner == host)
 
     def __str__(self) -> str:
         return f"dp={self.dp}, mp={self.mp}"
@@ -54,8 +52,8 @@ def make_mesh(spec: str | None = None) -> Mesh:
     """A mesh over the first dp·mp devices: `"mp=8"`, `"dp=2,mp=4"`; None takes all as mp.
 
     Raises:
-      MeshError: the text cannot be read.
-      DeviceError: it asks for more devices than there are.
+      MeshError: the text is malformed.
+      DeviceError: the mesh needs more devices than there are.
     """
     devices = jax.devices()
     dp, mp = (1, len(devices)) if spec is None else parse_mesh(spec)
@@ -64,17 +62,17 @@ def make_mesh(spec: str | None = None) -> Mesh:
             f"the mesh dp={dp}, mp={mp} needs more devices than there are",
             expected=dp * mp,
             found=f"{len(devices)} ({devices[0].platform})",
-            hint="--cpu-devices N gives N virtual CPU devices to try with",
+            hint="--cpu-devices N provides N virtual CPU devices",
         )
     grid = np.array(devices[: dp * mp]).reshape(dp, mp)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def make_abstract_mesh(spec: str, hosts: int = 1) -> Topology:
-    """A mesh to plan for that need not exist; its devices are dealt to the hosts in order.
+    """A mesh to plan for, which need not exist; each host gets the next equal share of its devices.
 
     Raises:
-      MeshError: the text cannot be read, or the hosts do not divide the devices.
+      MeshError: the text is malformed, or the hosts do not divide the devices.
     """
     dp, mp = parse_mesh(spec)
     if hosts < 1 or dp * mp % hosts:
@@ -84,10 +82,10 @@ def make_abstract_mesh(spec: str, hosts: int = 1) -> Topology:
 
 
 def parse_mesh(spec: str) -> tuple[int, int]:
-    """Reads `"dp=2,mp=4"` (either may be left out) into (dp, mp).
+    """Parses `"dp=2,mp=4"` into (dp, mp); an omitted size is 1.
 
     Raises:
-      MeshError: it says anything else.
+      MeshError: the text is malformed.
     """
     sizes = {"dp": 1, "mp": 1}
     given: set[str] = set()
@@ -103,12 +101,12 @@ def parse_mesh(spec: str) -> tuple[int, int]:
 
 
 def as_mesh(mesh: Mesh) -> Mesh:
-    """The same devices with Auto axes named dp and mp, whatever kind of axes `mesh` has.
+    """The same devices as a mesh with Auto axes dp and mp.
 
-    Meshes from `jax.make_mesh` have Explicit axes; a missing dp or mp axis counts as size 1.
+    Meshes from `jax.make_mesh` have Explicit axes. A missing axis has size 1.
 
     Raises:
-      MeshError: it has other axes than dp and mp.
+      MeshError: the mesh has axes other than dp and mp.
     """
     _check_axes(mesh.axis_names)
     order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
@@ -118,10 +116,10 @@ def as_mesh(mesh: Mesh) -> Mesh:
 
 
 def topology(mesh: Mesh | AbstractMesh | Topology) -> Topology:
-    """What the planner needs to know of a mesh.
+    """The topology of a mesh.
 
     Raises:
-      MeshError: it has other axes than dp and mp.
+      MeshError: the mesh has axes other than dp and mp.
     """
     if isinstance(mesh, Topology):
         return mesh
@@ -135,4 +133,6 @@ def topology(mesh: Mesh | AbstractMesh | Topology) -> Topology:
 
 def _check_axes(names: tuple[str, ...]) -> None:
     if not names or any(name not in AXES for name in names):
-        raise MeshError("a mesh has the axes dp and mp", expected="dp, mp", found=", ".join(names))
+        raise MeshError(
+            "a mesh must have the axes dp and mp", expected="dp, mp", found=", ".join(names)
+        )

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from mtj_loader.dtypes import parameter_dtype
 from mtj_loader.models import family, usable_shards
-
-if TYPE_CHECKING:
-    from mtj_loader.planning.load_plan import LoadPlan
+from mtj_loader.planning.plan_data import PlanData
 
 _GIB = 1 << 30
-# Of its HBM a device can use about this part. The rest is XLA's own (0.52 of 8 GiB on v2, 1.25 of
-# 32 on v4, say its messages when memory runs out) and for the activations of a step.
+# The share of a device's HBM that parameters and cache can use. XLA reserves 0.52 of 8 GiB on v2
+# and 1.25 of 32 GiB on v4 (from its out-of-memory messages); activations take the rest.
 _USABLE = 0.92
-_MIN_TOKENS = 2048  # a model with less cache than one context of GPT-J's or NeoX's is of no use
+_MIN_TOKENS = 2048  # one context of GPT-J and NeoX; with less cache a model is not usable
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice of Cloud TPU as JAX sees it: so many devices with so many bytes of HBM each."""
+    """A Cloud TPU slice as JAX sees it: a number of devices, and the HBM of each in bytes."""
 
     name: str
     devices: int
@@ -47,15 +44,15 @@ SLICES = (
 
 @dataclass(frozen=True)
 class Fit:
-    """A model on a slice, cut into as many shards as both allow.
+    """A model on a slice, split into as many shards as both allow.
 
     Attributes:
       slice: the devices.
       dp, mp: the mesh: replicas, and shards of each.
       device_bytes: parameters on each device.
-      free_bytes: what they leave of the usable HBM of a device; negative if they are too large.
-      cache_tokens: how many tokens of KV cache that holds, in all rows of one replica together.
-      least_tokens: how many have to be there.
+      free_bytes: usable HBM of a device minus `device_bytes`; negative if it does not fit.
+      cache_tokens: tokens of KV cache that fit into it, over all sequences of one replica.
+      min_tokens: the tokens that a usable model needs.
     """
 
     slice: Slice
@@ -64,12 +61,12 @@ class Fit:
     device_bytes: int
     free_bytes: int
     cache_tokens: int
-    least_tokens: int
+    min_tokens: int
 
     @property
     def fits(self) -> bool:
         """Whether the model can be loaded and used there."""
-        return self.cache_tokens >= self.least_tokens
+        return self.cache_tokens >= self.min_tokens
 
     def to_dict(self) -> dict[str, object]:
         """The fit as JSON types; docs/json.md describes them."""
@@ -77,12 +74,12 @@ class Fit:
         return {**asdict(self.slice), **mine, "fits": self.fits}
 
 
-def fits(plan: LoadPlan) -> list[Fit]:
-    """How the model of a plan would do on each of SLICES, with the plan's dtype and options."""
+def fits(plan: PlanData) -> list[Fit]:
+    """How the plan's model fits on each of SLICES, with the plan's dtype and options."""
     return [_fit(plan, slice_) for slice_ in SLICES]
 
 
-def _fit(plan: LoadPlan, slice_: Slice) -> Fit:
+def _fit(plan: PlanData, slice_: Slice) -> Fit:
     shards = usable_shards(plan.config, slice_.devices)[-1]
     held = device_bytes(plan, shards)
     free = int(_USABLE * slice_.hbm_bytes) - held
@@ -93,23 +90,23 @@ def _fit(plan: LoadPlan, slice_: Slice) -> Fit:
         device_bytes=held,
         free_bytes=free,
         cache_tokens=max(0, free) // cache_bytes_per_token(plan, shards),
-        least_tokens=min(_MIN_TOKENS, plan.config.max_positions),
+        min_tokens=min(_MIN_TOKENS, plan.config.max_positions),
     )
 
 
-def device_bytes(plan: LoadPlan, shards: int) -> int:
-    """Bytes of parameters on each device if the plan's model were cut into so many shards."""
+def device_bytes(plan: PlanData, shards: int) -> int:
+    """Bytes of parameters on each device if the plan's model had this many shards."""
     transposed = plan.options.transposed_linear
     specs = family(plan.model_type).parameters(plan.config, shards, transposed)
     elements = sum(math.prod(spec.shard_shape(shards)) for spec in specs)
     return elements * parameter_dtype(plan.options.dtype).itemsize
 
 
-def cache_bytes_per_token(plan: LoadPlan, shards: int) -> int:
-    """Bytes of KV cache that a token takes on each device of its replica.
+def cache_bytes_per_token(plan: PlanData, shards: int) -> int:
+    """Bytes of KV cache per token on each device of its replica.
 
-    A key and a value of every head that a shard holds, in every layer (Pope et al., 2022,
-    arXiv:2211.05102); fewer KV heads than shards are repeated.
+    One key and one value for every head of the shard, in every layer (Pope et al., 2022,
+    arXiv:2211.05102). KV heads are repeated if there are fewer of them than shards.
     """
     config = plan.config
     heads = max(1, config.n_kv_heads // shards)

@@ -17,7 +17,7 @@ import pytest
 
 from mtj_loader.cli import supervise, tpu
 from mtj_loader.cli.cluster import Cluster
-from mtj_loader.cli.options import Machine
+from mtj_loader.cli.shared_options import Machine
 from mtj_loader.distributed.join import ProcessConfig, join_processes
 from mtj_loader.errors import HostError, UsageError
 

@@ -27,6 +27,7 @@ from mtj_loader.conversion.output_layout import plan_files
 from mtj_loader.errors import CheckpointError, FormatError, NonFiniteError, StorageError, UsageError
 from mtj_loader.formats.checkpoint import open_checkpoint
 from mtj_loader.formats.records import TensorRecord
+from mtj_loader.options import Source
 from tests.support import neox
 from tests.support.checkpoints import safetensors_bytes, write_checkpoint
 from tests.support.hub import serve
@@ -119,9 +120,9 @@ def test_header_is_as_the_reference_writes_it(source):
     assert int.from_bytes(raw[:8], "little") % 8 == 0
     with safe_open(file, "numpy") as opened:
         assert opened.metadata() == {"format": "pt"}
-    for record in open_checkpoint(file).index.records.values():  # our own strict rules
+    for record in open_checkpoint(Source(file)).index.records.values():  # our own strict rules
         assert record.offset_bytes % np.dtype(TENSORS[record.name].dtype).itemsize % 2 == 0
-    offsets = {r.name: r.offset_bytes for r in open_checkpoint(file).index.records.values()}
+    offsets = {r.name: r.offset_bytes for r in open_checkpoint(Source(file)).index.records.values()}
     assert offsets["ids"] % 8 == 0
     assert offsets["mask"] == max(offsets.values())
 
@@ -165,7 +166,7 @@ def test_shards(source):
         names = load_file(out / file).keys()
         assert set(names) == {n for n, at in index["weight_map"].items() if at == file}
         assert sum(sizes.get(name, 0) for name in names) <= 80
-    opened = open_checkpoint(out)
+    opened = open_checkpoint(Source(out))
     assert opened.index.warnings == ()
     assert opened.index.records.keys() == TENSORS.keys()
 

@@ -31,6 +31,7 @@ from mtj_loader.distributed.key_value_store import KeyValueStore, call_with_time
 from mtj_loader.distributed.shared_headers import open_on_all_hosts, pack, unpack
 from mtj_loader.errors import CheckpointError, HostError, MemoryLimitError, MeshError, UsageError
 from mtj_loader.formats.checkpoint import open_checkpoint
+from mtj_loader.options import Source
 from tests.support import neox
 
 LONG = 60.0
@@ -299,7 +300,7 @@ def test_waiting_for_devices_looks_at_the_others() -> None:
 
 
 def test_headers_survive_being_handed_on(tmp_path: Path) -> None:
-    opened = open_checkpoint(neox.write(tmp_path))
+    opened = open_checkpoint(Source(neox.write(tmp_path)))
     headers, commit = unpack(pack(opened))
     assert headers.index == opened.index
     assert (headers.config, headers.generation_config) == (
@@ -319,7 +320,7 @@ def test_copies_of_other_times_are_the_same_checkpoint(
         monkeypatch,
         2,
         lambda hosts: open_on_all_hosts(
-            hosts, lambda headers, _: open_checkpoint(folders[hosts.index], headers=headers)
+            hosts, lambda headers, _: open_checkpoint(Source(folders[hosts.index]), headers=headers)
         ),
     )
     assert made[0].index.records == made[1].index.records

@@ -13,6 +13,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from mtj_loader.errors import CheckpointError, FormatError, StorageError, UsageError
 from mtj_loader.formats.checkpoint import open_checkpoint
+from mtj_loader.options import Source
 from tests.support.checkpoints import write_checkpoint, write_safetensors
 from tests.support.hub import serve
 
@@ -48,7 +49,7 @@ def single(tmp_path):
 
 def refusal(path, kind, **options) -> str:
     with pytest.raises(kind) as caught:
-        open_checkpoint(path, **options)
+        open_checkpoint(Source(path, **options))
     assert type(caught.value) is kind
     return f"{caught.value}\n"
 
@@ -64,7 +65,7 @@ def read_a(checkpoint):
 
 @pytest.mark.parametrize("kind", [str, Path], ids=["str", "path"])
 def test_folder(folder, kind):
-    checkpoint = open_checkpoint(kind(folder))
+    checkpoint = open_checkpoint(Source(kind(folder)))
     assert checkpoint.location == str(folder)
     assert checkpoint.config == CONFIG
     assert checkpoint.generation_config == {"eos_token_id": 0}
@@ -75,7 +76,7 @@ def test_folder(folder, kind):
 
 
 def test_folder_without_what_may_be_absent(single):
-    checkpoint = open_checkpoint(single)
+    checkpoint = open_checkpoint(Source(single))
     assert checkpoint.generation_config == {}
     assert checkpoint.tokenizer_files == {}
     assert read_a(checkpoint) == A.tobytes()
@@ -85,12 +86,12 @@ def test_relative_and_home_paths(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
     for path in ("model", "./model", "model/", "~/model"):
-        assert read_a(open_checkpoint(path)) == A.tobytes()
+        assert read_a(open_checkpoint(Source(path))) == A.tobytes()
 
 
 def test_single_file(single):
     other = write_safetensors(single / "other.safetensors", {"c": B})
-    checkpoint = open_checkpoint(other)
+    checkpoint = open_checkpoint(Source(other))
     assert checkpoint.location == str(other)
     assert checkpoint.config == CONFIG
     assert [*checkpoint.index.records] == ["c"]
@@ -164,7 +165,7 @@ def test_config_is_read_strictly(folder, name):
 
 def test_nothing_stays_open(folder):
     before = len(list(Path("/proc/self/fd").iterdir()))
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(Source(folder))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert read_a(checkpoint) == A.tobytes()
     (folder / TWO).write_bytes(b"12345678{}")
@@ -205,7 +206,7 @@ def hub(folder, single, cache, monkeypatch):
 
 
 def test_hub_fetches_only_what_is_needed(hub, cache):
-    checkpoint = open_checkpoint("org/sharded", cache_dir=cache)
+    checkpoint = open_checkpoint(Source("org/sharded", cache_dir=cache))
     needed = ["config.json", "generation_config.json", ONE, TWO, INDEX, *TOKENIZER]
     assert sorted(hub.fetched) == sorted(needed)
     assert checkpoint.location == f"org/sharded@{hub.commit('org/sharded')}"
@@ -220,18 +221,18 @@ def test_hub_fetches_only_what_is_needed(hub, cache):
     ("repo_id", "weights"), [("single", "model.safetensors"), ("org/odd", "weights.safetensors")]
 )
 def test_hub_without_index(hub, cache, repo_id, weights):
-    assert read_a(open_checkpoint(repo_id, cache_dir=cache)) == A.tobytes()
+    assert read_a(open_checkpoint(Source(repo_id, cache_dir=cache))) == A.tobytes()
     assert sorted(hub.fetched) == ["config.json", weights]
 
 
 @pytest.mark.parametrize("repo_id", ["org/sharded", "single", "org/odd"])
 def test_second_load_needs_no_network(hub, cache, repo_id, monkeypatch):
-    first = open_checkpoint(repo_id, cache_dir=cache)
+    first = open_checkpoint(Source(repo_id, cache_dir=cache))
     hub.fetched.clear()
-    again = open_checkpoint(repo_id, cache_dir=cache)
+    again = open_checkpoint(Source(repo_id, cache_dir=cache))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    asked_not_to = open_checkpoint(repo_id, cache_dir=cache, local_files_only=True)
-    could_not = open_checkpoint(repo_id, cache_dir=cache)
+    asked_not_to = open_checkpoint(Source(repo_id, cache_dir=cache, local_files_only=True))
+    could_not = open_checkpoint(Source(repo_id, cache_dir=cache))
     assert hub.fetched == []
     for checkpoint in (again, asked_not_to, could_not):
         assert checkpoint.location == first.location
@@ -240,14 +241,14 @@ def test_second_load_needs_no_network(hub, cache, repo_id, monkeypatch):
 
 def test_hub_by_commit(hub, cache):
     commit = hub.commit("single")
-    checkpoint = open_checkpoint("single", cache_dir=cache, revision=commit)
+    checkpoint = open_checkpoint(Source("single", cache_dir=cache, revision=commit))
     assert checkpoint.location == f"single@{commit}"
 
 
 def test_new_commit_on_the_hub_is_fetched(hub, cache):
-    before = open_checkpoint("single", cache_dir=cache)
+    before = open_checkpoint(Source("single", cache_dir=cache))
     hub.repositories["single"]["config.json"] = b'{"model_type": "new"}'
-    after = open_checkpoint("single", cache_dir=cache)
+    after = open_checkpoint(Source("single", cache_dir=cache))
     assert before.location != after.location
     assert after.config == {"model_type": "new"}
     assert hub.fetched.count("model.safetensors") == 1
@@ -258,7 +259,7 @@ def test_shard_names_are_not_patterns(hub, cache):
     files["model[1].safetensors"] = files[ONE]
     files["model1.safetensors"] = b"not asked for"
     files[INDEX] = json.dumps({"weight_map": {"a": "model[1].safetensors"}}).encode()
-    assert read_a(open_checkpoint("org/sharded", cache_dir=cache)) == A.tobytes()
+    assert read_a(open_checkpoint(Source("org/sharded", cache_dir=cache))) == A.tobytes()
     assert "model1.safetensors" not in hub.fetched
 
 
@@ -333,14 +334,16 @@ def test_nothing_in_the_cache(cache):
 
 
 def test_half_a_checkpoint_in_the_cache(hub, cache):
-    open_checkpoint("org/sharded", cache_dir=cache)
+    open_checkpoint(Source("org/sharded", cache_dir=cache))
     snapshot = cache / "models--org--sharded" / "snapshots" / hub.commit("org/sharded")
     (snapshot / TWO).unlink()
     message = refusal("org/sharded", UsageError, cache_dir=cache, local_files_only=True)
     assert "not in the local cache, or not all of it" in message
-    assert read_a(open_checkpoint("org/sharded", cache_dir=cache)) == A.tobytes()  # fetched again
+    assert (
+        read_a(open_checkpoint(Source("org/sharded", cache_dir=cache))) == A.tobytes()
+    )  # fetched again
 
 
 def test_a_url_is_not_read_without_the_network():
     with pytest.raises(UsageError, match="a URL or streaming needs the network"):
-        open_checkpoint("http://127.0.0.1:9/model", local_files_only=True)
+        open_checkpoint(Source("http://127.0.0.1:9/model", local_files_only=True))

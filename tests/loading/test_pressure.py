@@ -64,15 +64,15 @@ def limited(limit: str, *arguments: object, script: str | None = None) -> tuple[
 
 # Native code that sees no signal, as a compiler is, for longer than any test waits.
 NATIVE = """
-import hashlib, sys
-import mtj_loader
+import hashlib, sys, types
 from mtj_loader.cli import main
 
 def load(*_, **__):
     sys.stderr.write("ready\\n")
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
 
-mtj_loader.load = load
+api = types.SimpleNamespace(RunOptions=lambda *_, **__: None, load_source=load)
+sys.modules["mtj_loader.api"] = api
 main(sys.argv[1:])
 """
 
@@ -385,7 +385,7 @@ def test_memory_that_runs_out_while_loading(tmp_path: Path):
 
 
 def test_a_bug_under_a_limit_is_told_as_it_is(tmp_path: Path):
-    script = "import mtj_loader\nmtj_loader.load = None\n" + "from mtj_loader.cli import main\n"
+    script = NATIVE.replace("load_source=load", "load_source=None").partition("main(sys")[0]
     command = "main(['load', 'x'])"
     log = tmp_path / "log"  # a file that can seek, where the child has a pipe
     code, _ = limited(f"ulimit -v 4000000; exec 2> {log}", script=script + command)

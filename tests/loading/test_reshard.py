@@ -19,10 +19,10 @@ from mtj_loader.errors import HostError
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.loading import buffers, load_params
 from mtj_loader.loading.placement import Params
-from mtj_loader.loading.reshard import exchanged, read_sharding, reshard
+from mtj_loader.loading.reshard import exchanged, reshard
 from mtj_loader.loading.verify import verify
 from mtj_loader.planning.assign_reads import DISK, OBJECT_STORE, StorageSpeed
-from mtj_loader.planning.read_assignment import ReadAssignment
+from mtj_loader.planning.read_assignment import SharedBlocks
 from mtj_loader.planning.topology import topology
 from mtj_loader.weights.view import view_of
 from tests.planning.test_assign_reads import plan_of
@@ -76,7 +76,7 @@ def test_parameters_are_those_of_a_plain_load(
 ) -> None:
     options = {"dtype": dtype, "transposed_linear": transposed_linear}
     plan = shared(folder, mesh, 4, speed, **options)
-    assert any(param.reading is not None for param in plan.params)
+    assert any(param.reads.is_shared for param in plan.params)
     params, report = loaded(plan)
     assert report.bytes_read == report.bytes_needed
     assert_equal(params, loaded(plan.unshared)[0])
@@ -103,7 +103,10 @@ def test_blocks_that_are_staged_in_pieces_give_the_same(
     fresh = buffers.allocate
     monkeypatch.setattr(buffers, "allocate", lambda size: fresh(size + 4)[4:])  # never adopted
     plan = shared(neox.write(tmp_path), "dp=1,mp=4", 2, OBJECT_STORE)
-    assert {one.reading.is_mixed for one in plan.params if one.reading} == {True, False}
+    assert {one.reads.is_mixed for one in plan.params if isinstance(one.reads, SharedBlocks)} == {
+        True,
+        False,
+    }
     staged, report = loaded(plan, buffers=buffers.StagingBuffers(128))
     assert report.bytes_read == report.bytes_needed
     assert_equal(staged, loaded(plan.unshared)[0])
@@ -117,19 +120,19 @@ def test_a_device_reads_what_it_is_sent_on_for(mesh: str, is_mixed: bool, repeat
     devices = mtj_loader.make_mesh(mesh)
     layout = view_of(TensorRecord("t", "f", 0, "F32", (24, 3))).layout
     shards = devices.shape["mp"] // repeats
-    reading = ReadAssignment((layout,) * shards, devices.shape["dp"], repeats, 0, is_mixed)
-    indices = read_sharding(devices, reading).devices_indices_map(reading.array_shape)
+    reads = SharedBlocks((layout,) * shards, devices.shape["dp"], repeats, 0, is_mixed)
+    indices = reads.sharding(devices).devices_indices_map(reads.array_shape)
     for device_index, device in enumerate(devices.devices.flat):
-        assert reading.number_at(device_index) == reading.number_of(indices[device])
+        assert reads.number_at(device_index) == reads.number_of(indices[device])
 
 
 def test_what_was_read_is_given_back(tmp_path: Path) -> None:
     plan = shared(neox.write(tmp_path), "dp=2,mp=4", 2, DISK)
     mesh = mtj_loader.make_mesh("dp=2,mp=4")
     for param in plan.params:
-        assert param.reading is not None
+        assert param.reads.is_shared
         read = jax.device_put(
-            np.zeros(param.reading.array_shape, param.dtype), read_sharding(mesh, param.reading)
+            np.zeros(param.reads.array_shape, param.dtype), param.reads.sharding(mesh)
         )
         made = exchanged(param, read, mesh)
         assert read.is_deleted()
@@ -149,7 +152,7 @@ class Failing(Hosts):
         raise HostError("host 1 failed", host=1, exit_code=4)
 
 
-def test_without_a_reading_nothing_is_exchanged(tmp_path: Path) -> None:
+def test_own_shards_are_not_exchanged(tmp_path: Path) -> None:
     plan = mtj_loader.plan(neox.write(tmp_path), "mp=2")
     reshard({}, plan, mtj_loader.make_mesh("mp=2"), Failing())
     _, report = loaded(plan)

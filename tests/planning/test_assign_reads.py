@@ -19,9 +19,9 @@ from mtj_loader.formats.records import TensorRecord
 from mtj_loader.loading.buffers import AdoptedBuffers, StagingBuffers
 from mtj_loader.loading.jobs import byte_runs
 from mtj_loader.parameters import axes
-from mtj_loader.planning.assign_reads import DISK, OBJECT_STORE, StorageSpeed, assign_reads
-from mtj_loader.planning.load_plan import ParamPlan
-from mtj_loader.planning.read_assignment import ReadAssignment, slowest_axis
+from mtj_loader.planning.assign_reads import DISK, OBJECT_STORE, StorageSpeed
+from mtj_loader.planning.param_plan import ParamPlan, with_reads
+from mtj_loader.planning.read_assignment import ReadAssignment, SharedBlocks, slowest_axis
 from mtj_loader.weights.copies import shard_layouts, source_elements
 from mtj_loader.weights.view import Layout, View, view_of, zeros
 from tests.support import neox
@@ -42,7 +42,7 @@ MODELS = [
 def plan_of(folder: Path, mesh: str, hosts: int, speed: StorageSpeed, **options: Any) -> LoadPlan:
     pod = mtj_loader.make_abstract_mesh(mesh, hosts=hosts)
     plan = mtj_loader.plan(folder, pod, **options)
-    params = assign_reads(plan.unshared.params, plan.topology, speed)
+    params = with_reads(plan.unshared.params, plan.topology, speed)
     return replace(plan, params=params)
 
 
@@ -103,11 +103,13 @@ def test_on_local_files_a_host_reads_no_more_than_it_holds(tmp_path: Path) -> No
 
 def test_what_one_host_alone_holds_is_not_shared_out(tmp_path: Path) -> None:
     plan = plan_of(neox.write(tmp_path), "mp=4", 2, DISK)
-    shared = {param.spec.param for param in plan.params if param.reading is not None}
+    shared = {param.spec.param for param in plan.params if param.reads.is_shared}
     assert shared == {"scale", "offset", "b"}
     split = [p for p in plan.params if p.spec.split is not None]
-    assert all(param.reading is None for param in split)
-    assert all(p.reading is None for p in plan_of(tmp_path, "dp=2,mp=4", 1, OBJECT_STORE).params)
+    assert not any(param.reads.is_shared for param in split)
+    assert not any(
+        p.reads.is_shared for p in plan_of(tmp_path, "dp=2,mp=4", 1, OBJECT_STORE).params
+    )
 
 
 def test_equal_shards_on_one_host_are_not_shared_out() -> None:
@@ -116,10 +118,10 @@ def test_equal_shards_on_one_host_are_not_shared_out() -> None:
     kv = "layer_0/~/linear_1"
     two = {p.spec.module: p for p in plan_of(folder, "mp=8", 2, DISK).params}
     four = {p.spec.module: p for p in plan_of(folder, "mp=8", 4, DISK).params}
-    assert two[kv].reading is None
-    reading = four[kv].reading
-    assert reading is not None
-    assert (reading.repeats, len(reading.shards)) == (4, 2)
+    assert not two[kv].reads.is_shared
+    blocks = four[kv].reads
+    assert isinstance(blocks, SharedBlocks)
+    assert (blocks.repeats, len(blocks.shards)) == (4, 2)
 
 
 def test_ranges_of_rows_are_read_in_blocks_where_requests_are_dear(tmp_path: Path) -> None:
@@ -127,18 +129,20 @@ def test_ranges_of_rows_are_read_in_blocks_where_requests_are_dear(tmp_path: Pat
     folder = neox.write(tmp_path)
     name = "layer_0/~/linear_5"
 
-    def down(speed: StorageSpeed) -> tuple[ReadAssignment | None, list[int]]:
+    def down(speed: StorageSpeed) -> tuple[ReadAssignment, list[int]]:
         plan = plan_of(folder, "mp=4", 2, speed)
         one = replace(plan, params=tuple(p for p in plan.params if p.spec.module == name)[:1])
         assert one.params[0].spec.param == "w"
         runs = [list(byte_runs(one, host, AdoptedBuffers())) for host in range(2)]
-        return one.params[0].reading, [len(run) for run in runs]
+        return one.params[0].reads, [len(run) for run in runs]
 
-    reading, requests = down(OBJECT_STORE)
-    assert reading is not None
-    assert reading.is_mixed
+    reads, requests = down(OBJECT_STORE)
+    assert isinstance(reads, SharedBlocks)
+    assert reads.is_mixed
     assert requests == [1, 1]
-    assert down(DISK) == (None, [24, 24])
+    reads, requests = down(DISK)
+    assert not reads.is_shared
+    assert requests == [24, 24]
 
 
 def test_what_is_received_is_what_is_held_and_not_read(tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ def test_what_is_received_is_what_is_held_and_not_read(tmp_path: Path) -> None:
 
 def held_elsewhere(param: ParamPlan, device_indices: tuple[int, ...]) -> int:
     """Elements of the file that devices hold and none of them reads, counted one by one."""
-    if param.reading is None:
+    if not param.reads.is_shared:
         return 0
     read = {e for layout in param.distinct(device_indices) for e in elements(layout)}
     held = {
@@ -202,29 +206,29 @@ def test_blocks_put_together_are_the_padded_shards(
     rows, columns = shape
     layouts = shards_of(rows, columns, split, 4)
     repeats = 4 if split is None else 1
-    reading = ReadAssignment(layouts[::repeats], replicas, repeats, axis, is_mixed)
+    reads = SharedBlocks(layouts[::repeats], replicas, repeats, axis, is_mixed)
     numbered = np.arange(1.0, rows * columns + 1)
-    array = np.zeros(reading.array_shape)
+    array = np.zeros(reads.array_shape)
     device_indices = range(4 * replicas)
-    for number in map(reading.number_at, device_indices):
-        shard, part = divmod(number, reading.parts)
+    for number in map(reads.number_at, device_indices):
+        shard, part = divmod(number, reads.parts)
         index = [slice(None)] * array.ndim
         index[0] = slice(None) if is_mixed else slice(shard, shard + 1)
-        index[1 + axis] = slice(part * reading.part, (part + 1) * reading.part)
-        assert reading.number_of(tuple(index)) == number
-        block = filled(reading.block(number), numbered)
-        assert block.shape == reading.block_shape
+        index[1 + axis] = slice(part * reads.part, (part + 1) * reads.part)
+        assert reads.number_of(tuple(index)) == number
+        block = filled(reads.layout(number), numbered)
+        assert block.shape == reads.block_shape
         array[tuple(index)] = block
-    expected = np.stack([filled(layout, numbered) for layout in reading.shards])
-    trimmed = np.take(array, range(reading.length), 1 + axis)
+    expected = np.stack([filled(layout, numbered) for layout in reads.shards])
+    trimmed = np.take(array, range(reads.length), 1 + axis)
     np.testing.assert_array_equal(trimmed, expected)
     assert np.count_nonzero(array) == expected.size  # the rest is padding
-    assert Counter(map(reading.number_at, device_indices)) == Counter(range(4 * replicas))
-    counted = sum(reading.read_elements([device_index]) for device_index in device_indices)
-    assert counted == reading.read_elements(device_indices) == expected.size
+    assert Counter(map(reads.number_at, device_indices)) == Counter(range(4 * replicas))
+    counted = sum(reads.read_elements([device_index]) for device_index in device_indices)
+    assert counted == reads.read_elements(device_indices) == expected.size
     for device_index in device_indices:
-        block = reading.block(reading.number_at(device_index))
-        assert reading.read_elements([device_index]) == source_elements(block)
+        block = reads.layout(reads.number_at(device_index))
+        assert reads.read_elements([device_index]) == source_elements(block)
 
 
 @pytest.mark.parametrize(

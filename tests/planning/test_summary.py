@@ -17,8 +17,8 @@ from mtj_loader import display
 from mtj_loader.errors import fold_layers
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.planning import summary
-from mtj_loader.planning.changes import Changes, changes
-from mtj_loader.planning.load_plan import LoadPlan, ParamPlan
+from mtj_loader.planning.load_plan import LoadPlan
+from mtj_loader.planning.param_plan import Changes, ParamPlan
 from mtj_loader.weights.view import Layout, Piece
 from tests.support import neox
 
@@ -46,12 +46,12 @@ def param_of(plan: LoadPlan, module: str, param: str) -> ParamPlan:
     ],
 )
 def test_changes_are_read_off_the_plan(tmp_path: Path, module: str, param: str, expected: Changes):
-    assert changes(param_of(plan_of(neox.write(tmp_path)), module, param)) == expected
+    assert param_of(plan_of(neox.write(tmp_path)), module, param).changes == expected
 
 
 def test_changes_of_the_layout_that_transposes_nothing(tmp_path: Path):
     plan = plan_of(neox.write(tmp_path), transposed_linear=True)
-    assert not any(changes(param).transposed for param in plan.params)
+    assert not any(param.changes.transposed for param in plan.params)
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,15 @@ def test_orders_of_axes(
     piece = Piece((0,) * len(shape), shape, 0, 0, strides)
     record = TensorRecord("w", "f", 0, "F32", (math.prod(shape),))
     view = replace(param.view, records=(record,), layout=Layout(shape, (piece,)))
-    assert str(changes(replace(param, view=view))) == words
+    assert str(replace(param, view=view).changes) == words
 
 
 def test_dropped_rows_are_counted(tmp_path: Path):
     param = param_of(plan_of(neox.write(tmp_path)), "embedding_shard/~/linear", "w")
     longer = TensorRecord("w", "f", 0, "F32", (31, 24))
     changed = replace(param, view=replace(param.view, records=(longer,)))
-    assert changes(changed).dropped_rows == 2
-    assert str(changes(changed)) == "3 rows of zeros added, 2 rows dropped"
+    assert changed.changes.dropped_rows == 2
+    assert str(changed.changes) == "3 rows of zeros added, 2 rows dropped"
 
 
 def test_summary_of_the_fixture():
@@ -198,9 +198,9 @@ def test_notes_say_what_is_left_out_and_compared(tmp_path: Path):
     folder = neox.write(tmp_path, arrays, tie_word_embeddings=True)
     lines = plan_of(folder, allow_unmapped=True).summary().splitlines()
     assert lines[-3:] == [
-        "tied: embed_out.weight has to equal gpt_neox.embed_in.weight; compared in loading",
+        "tied: embed_out.weight must equal gpt_neox.embed_in.weight; compared while loading",
         "not needed: gpt_neox.layers.{0...1}.attention.masked_bias",
-        "warning: no entry of the map knows extra.weight; it was left out",
+        "warning: skipped extra.weight: it is not in the weight map",
     ]
 
 

@@ -141,7 +141,7 @@ def test_dict_has_the_fits(tmp_path: Path):
         "device_bytes": held,
         "free_bytes": free,
         "cache_tokens": free // tpu_fit.cache_bytes_per_token(plan, 4),
-        "least_tokens": 32,
+        "min_tokens": 32,
         "fits": True,
     }
 

@@ -23,6 +23,7 @@ from mtj_loader.cli.app import app
 from mtj_loader.errors import AdapterError, CheckpointError, StorageError, UsageError, VerifyError
 from mtj_loader.formats.checkpoint import open_checkpoint
 from mtj_loader.loading.load_params import load_params
+from mtj_loader.options import Source
 from mtj_loader.storage import retry
 from mtj_loader.storage.retry import RetryPolicy
 from tests.support import hub as hub_server
@@ -114,7 +115,7 @@ def test_opening_takes_few_round_trips(server):
     server.objects["many/model.safetensors.index.json"] = json.dumps(index).encode()
     server.objects["many/config.json"] = b"{}"
     server.latency_seconds = 0.1
-    checkpoint = open_checkpoint(f"{server.url}/many")
+    checkpoint = open_checkpoint(Source(f"{server.url}/many"))
     assert len(checkpoint.index.records) == 48
     assert server.most_active >= 16
 
@@ -134,7 +135,7 @@ def test_a_tied_copy_at_a_url(server, tmp_path):
 
 
 def test_one_file(server):
-    checkpoint = open_checkpoint(f"{server.url}/some/model/{ONE}")
+    checkpoint = open_checkpoint(Source(f"{server.url}/some/model/{ONE}"))
     assert [*checkpoint.index.files] == [ONE]
     assert checkpoint.location == f"{server.url}/some/model/{ONE}"
     assert any("is one of 2 files" in warning for warning in checkpoint.index.warnings)
@@ -230,13 +231,13 @@ def test_adapter_at_a_url(server, tmp_path):
 def test_without_config(server):
     del server.objects["some/model/config.json"]
     with pytest.raises(CheckpointError, match=r"there is no config\.json") as caught:
-        open_checkpoint(f"{server.url}/some/model")
+        open_checkpoint(Source(f"{server.url}/some/model"))
     assert f"file: {server.url}/some/model\n" in str(caught.value)
 
 
 def test_revision_of_a_url():
     with pytest.raises(UsageError, match="only a Hugging Face id has revisions"):
-        open_checkpoint("s3://bucket/model", revision="main")
+        open_checkpoint(Source("s3://bucket/model", revision="main"))
 
 
 def test_commands(server, tmp_path):
@@ -295,10 +296,10 @@ def test_s3_equals_local(s3, local):
 
 
 def test_s3_lists(s3):
-    with open_checkpoint("s3://models/neox/small").storage as storage:
+    with open_checkpoint(Source("s3://models/neox/small")).storage as storage:
         assert storage.names() == sorted(FILES)
     s3.put_object(Bucket="models", Key="neox/small/other.safetensors", Body=b"x")
-    warnings = open_checkpoint("s3://models/neox/small").index.warnings
+    warnings = open_checkpoint(Source("s3://models/neox/small")).index.warnings
     s3.delete_object(Bucket="models", Key="neox/small/other.safetensors")
     assert any("not read: other.safetensors" in warning for warning in warnings)
 
@@ -317,14 +318,14 @@ def test_s3_object_replaced_between_header_and_read(s3):
 
 def test_s3_without_such_a_bucket(s3):
     with pytest.raises(CheckpointError, match="the server knows no such place") as caught:
-        open_checkpoint("s3://no-such-bucket/model")
+        open_checkpoint(Source("s3://no-such-bucket/model"))
     assert "file: s3://no-such-bucket/model\n" in str(caught.value)
     assert "HTTP 404: NoSuchBucket, The specified bucket does not exist" in str(caught.value)
 
 
 def test_s3_without_such_a_prefix(s3):
     with pytest.raises(CheckpointError, match=r"there is no config\.json") as caught:
-        open_checkpoint("s3://models/nothing/here")
+        open_checkpoint(Source("s3://models/nothing/here"))
     assert "found: no file at all" in str(caught.value)
 
 
@@ -361,7 +362,7 @@ def test_addresses_that_expire(hub, local):
 def test_an_address_that_is_refused_for_good(hub):
     hub.uses = 0
     with pytest.raises(StorageError, match="the server refuses access") as caught:
-        open_checkpoint("org/neox", stream=True)
+        open_checkpoint(Source("org/neox", stream=True))
     assert "HTTP 403" in str(caught.value)
     assert "Request has expired" in str(caught.value)
     assert "sig=" not in str(caught.value)
@@ -376,7 +377,7 @@ def test_a_hub_that_is_overloaded_for_a_while(hub, local):
 def test_a_hub_that_is_overloaded_for_good(hub):
     hub.refused = 10**6
     with pytest.raises(StorageError, match="the hub keeps failing") as caught:
-        open_checkpoint("org/neox", stream=True)
+        open_checkpoint(Source("org/neox", stream=True))
     assert f"file: org/neox@{hub.commit('org/neox')}/" in str(caught.value)
     assert "found: 6 attempts in " in str(caught.value)
     assert "503" in str(caught.value)
@@ -385,14 +386,14 @@ def test_a_hub_that_is_overloaded_for_good(hub):
 def test_a_hub_that_refuses_for_good_is_asked_once(hub):
     hub.refused, hub.refusal = 10**6, 410
     with pytest.raises(StorageError, match="the download failed") as caught:
-        open_checkpoint("org/neox", stream=True)
+        open_checkpoint(Source("org/neox", stream=True))
     assert "410" in str(caught.value)
     assert "attempts" not in str(caught.value)
 
 
 def test_a_commit_stays_what_it_is(hub):
     """The branch moves on after planning; the load is of what was planned."""
-    checkpoint = open_checkpoint("org/neox", stream=True)
+    checkpoint = open_checkpoint(Source("org/neox", stream=True))
     assert checkpoint.storage.location.endswith(hub.commit("org/neox"))
     with checkpoint.storage as storage:
         assert storage.names() == sorted(FILES)
@@ -411,14 +412,14 @@ def test_a_commit_stays_what_it_is(hub):
 )
 def test_hub_errors(hub, repo_id, options, kind, words):
     with pytest.raises(kind) as caught:
-        open_checkpoint(repo_id, stream=True, **options)
+        open_checkpoint(Source(repo_id, stream=True, **options))
     assert words in str(caught.value)
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match="the download failed"):
-        open_checkpoint("org/name", stream=True)
+        open_checkpoint(Source("org/name", stream=True))
 
 
 def test_stream_option(hub):
