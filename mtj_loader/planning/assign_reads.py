@@ -9,48 +9,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mtj_loader.planning.load_plan import ParamPlan
 from mtj_loader.planning.read_assignment import ReadAssignment, slowest_axis
 from mtj_loader.planning.topology import Topology
-from mtj_loader.storage.base import RemoteStorage, Storage
+from mtj_loader.storage.base import ReadCosts
 from mtj_loader.weights.copies import Copy, Loop, runs, shard_copies
 from mtj_loader.weights.view import Layout
 
-
-@dataclass(frozen=True)
-class StorageSpeed:
-    """What one host gets from a storage.
-
-    Attributes:
-      bytes_per_second: in long requests, many at once.
-      requests_per_second: that are begun, however short they are.
-    """
-
-    bytes_per_second: float
-    requests_per_second: float
-
-
-# A zonal SSD persistent disk at one virtual machine: 1,200 MiB/s and 100,000 requests per second
-# (Google Cloud's documentation, "About Persistent Disk performance").
-DISK = StorageSpeed(1200 * 2**20, 100_000)
-# 0.7 GB/s is the most that was reported from Google Cloud Storage on one TPU VM; S3's first byte
-# comes after 100 to 200 ms ("Best practices design patterns", Amazon S3), 32 requests at a time.
-OBJECT_STORE = StorageSpeed(0.7e9, 32 / 0.1)
 # A TPU v5e pod of 32 hosts has 6.4 Tbit/s of data-center network (Google Cloud's documentation,
 # "TPU v5e"), 200 Gbit/s a host; half of it is counted. Inside a slice a chip has 1,600 Gbit/s.
 INTERCONNECT_BYTES_PER_SECOND = 12.5e9
 _LONGEST_REQUEST_BYTES = 16 << 20  # longer ranges are cut up, so they are several requests
 
 
-def speed_of(storage: Storage) -> StorageSpeed:
-    """What to expect of a storage."""
-    return OBJECT_STORE if isinstance(storage, RemoteStorage) else DISK
-
-
 def assign_reads(
-    params: Sequence[ParamPlan], topology: Topology, speed: StorageSpeed
+    params: Sequence[ParamPlan], topology: Topology, speed: ReadCosts
 ) -> tuple[ParamPlan, ...]:
     """The parameters, each with the reading that takes least time.
 
@@ -72,7 +47,7 @@ def assign_reads(
     return tuple(map(choose, params))
 
 
-def _fastest(param: ParamPlan, topology: Topology, speed: StorageSpeed) -> ReadAssignment | None:
+def _fastest(param: ParamPlan, topology: Topology, speed: ReadCosts) -> ReadAssignment | None:
     """The best of the candidates, the first of those that are equally good."""
     candidates = list(_candidates(param, topology, speed))
     if len(candidates) == 1:
@@ -81,7 +56,7 @@ def _fastest(param: ParamPlan, topology: Topology, speed: StorageSpeed) -> ReadA
 
 
 def _candidates(
-    param: ParamPlan, topology: Topology, speed: StorageSpeed
+    param: ParamPlan, topology: Topology, speed: ReadCosts
 ) -> Iterator[ReadAssignment | None]:
     """The ways to read a parameter once in all; None: each host reads what its devices hold.
 
@@ -98,7 +73,7 @@ def _candidates(
         return
     one_by_one = _reading(distinct, topology, repeats, is_mixed=False)
     yield one_by_one if _is_shared(topology, repeats) else None
-    if speed is OBJECT_STORE and len(distinct) > 1:
+    if speed.high_latency and len(distinct) > 1:
         mixed = _reading(distinct, topology, repeats, is_mixed=True)
         if mixed is not None:
             yield mixed
@@ -120,7 +95,7 @@ def _is_shared(topology: Topology, repeats: int) -> bool:
     return False
 
 
-def _seconds(param: ParamPlan, topology: Topology, speed: StorageSpeed) -> float:
+def _seconds(param: ParamPlan, topology: Topology, speed: ReadCosts) -> float:
     """What reading and exchanging a parameter take on the first host; the others are alike."""
     device_indices = topology.device_indices_of(topology.host_ids[0])
     requests = _requests(param, device_indices)

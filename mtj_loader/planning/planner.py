@@ -18,7 +18,7 @@ from mtj_loader.lora.adapter import Adapter, PathLike, open_adapter
 from mtj_loader.lora.adapter_resolve import resolve_adapter
 from mtj_loader.lora.low_rank import AdapterTerms, LowRank
 from mtj_loader.models.config import ModelConfig
-from mtj_loader.planning.assign_reads import assign_reads, speed_of
+from mtj_loader.planning.assign_reads import assign_reads
 from mtj_loader.planning.load_plan import LoadOptions, LoadPlan, ParamPlan
 from mtj_loader.planning.topology import Topology
 from mtj_loader.weights.copies import shard_layouts
@@ -76,7 +76,7 @@ def make_plan(
         weight_map.file,
         topology,
         options,
-        assign_reads(params, topology, speed_of(checkpoint.storage)),
+        assign_reads(params, topology, checkpoint.storage.costs),
         resolution.comparisons,
         resolution.skipped,
         resolution.unmapped,

@@ -304,9 +304,9 @@ def test_name_that_is_no_id(hub, cache):
     ("answer", "kind", "words"),
     [
         ((403, "GatedRepo"), UsageError, ["is gated", "ask for access"]),
-        ((401, "RepoNotFound"), UsageError, ["if it is private", "give a token"]),
-        ((401, ""), UsageError, ["refuses the token", "401"]),
-        ((403, ""), UsageError, ["refuses the token", "403"]),
+        ((401, "RepoNotFound"), UsageError, ["if the repository is private", "pass a token"]),
+        ((401, ""), UsageError, ["rejects the token", "401"]),
+        ((403, ""), UsageError, ["rejects the token", "403"]),
         ((429, ""), StorageError, ["the download failed", "429"]),
         ((500, ""), StorageError, ["the download failed", "500"]),
         ((503, ""), StorageError, ["the download failed", "503"]),
@@ -329,7 +329,7 @@ def test_hub_that_cannot_be_reached(cache, monkeypatch):
 
 def test_nothing_in_the_cache(cache):
     message = refusal("org/name", UsageError, cache_dir=cache, local_files_only=True)
-    assert "not in the local cache, or not all of it\n  file: org/name\n" in message
+    assert "not in the local cache, or incomplete\n  file: org/name\n" in message
 
 
 def test_half_a_checkpoint_in_the_cache(hub, cache):
@@ -337,7 +337,7 @@ def test_half_a_checkpoint_in_the_cache(hub, cache):
     snapshot = cache / "models--org--sharded" / "snapshots" / hub.commit("org/sharded")
     (snapshot / TWO).unlink()
     message = refusal("org/sharded", UsageError, cache_dir=cache, local_files_only=True)
-    assert "not in the local cache, or not all of it" in message
+    assert "not in the local cache, or incomplete" in message
     assert read_a(open_checkpoint("org/sharded", cache_dir=cache)) == A.tobytes()  # fetched again
 
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from mtj_loader.dtypes import BITS
 from mtj_loader.errors import CheckpointError, FormatError
-from mtj_loader.formats.records import FileVersion, TensorRecord
+from mtj_loader.formats.records import TensorRecord
 from mtj_loader.formats.safetensors import check_bool_bytes, parse_header, read_records
-from mtj_loader.storage.base import check_unchanged
+from mtj_loader.storage.base import FileVersion, check_unchanged
 from mtj_loader.storage.local import LocalStorage
 from tests.support.checkpoints import safetensors_bytes, write_safetensors
 
@@ -43,7 +43,7 @@ def text_file(text, data_bytes=8):
 def records_of(folder, raw):
     (folder / FILE).write_bytes(raw)
     with LocalStorage(folder) as storage:
-        return read_records(storage, storage.stamp(FILE))
+        return read_records(storage, storage.version(FILE))
 
 
 W = '"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
@@ -101,7 +101,8 @@ REFUSED = {
     "A11-dtype-not-a-string": (tensor_file(dtype=["F32"]), "key: dtype", "found: ['F32']"),
     "A13-missing-dtype": (
         text_file('{"w":{"shape":[2],"data_offsets":[0,8]}}'),
-        "bad tensor entry", "tensor: w", "expected: dtype, shape and data_offsets", "'shape'"),
+        "bad tensor entry", "tensor: w",
+        "expected: exactly dtype, shape and data_offsets", "'shape'"),
     "A13-missing-shape": (text_file('{"w":{"dtype":"F32","data_offsets":[0,8]}}'), "tensor: w"),
     "A13-missing-offsets": (text_file('{"w":{"dtype":"F32","shape":[2]}}'), "tensor: w"),
     "A13-extra-field": (tensor_file(strides=[1]), "bad tensor entry", "tensor: w", "'strides'"),
@@ -189,7 +190,7 @@ def test_refused(tmp_path, raw, words):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "a web page"),
-        (b"PK\x03\x04\x00\x00\x08\x08rest of it", "a zip archive, as torch.save writes it"),
+        (b"PK\x03\x04\x00\x00\x08\x08rest of it", "a zip archive, as written by torch.save"),
         (b"\x80\x02}q\x00(X\x01\x00\x00\x00w", "a Python pickle"),
     ],
 )
@@ -209,7 +210,7 @@ def test_length_that_looks_like_another_format(tmp_path, length):
         with (tmp_path / FILE).open("r+b") as file:
             file.truncate(8 + length)
         with LocalStorage(tmp_path) as storage, pytest.raises(FormatError, match="JSON object"):
-            read_records(storage, storage.stamp(FILE))
+            read_records(storage, storage.version(FILE))
 
 
 class WatchedStorage(LocalStorage):
@@ -227,7 +228,7 @@ def test_a02_nothing_is_allocated_on_the_word_of_the_file(tmp_path):
         file.write(struct.pack("<Q", 100_000_001) + b"{")
         file.truncate(200_000_000)  # sparse: long enough for the header it claims
     with WatchedStorage(tmp_path) as storage, pytest.raises(FormatError) as caught:
-        read_records(storage, storage.stamp(FILE))
+        read_records(storage, storage.version(FILE))
     assert "expected: 2 to 100,000,000 bytes" in str(caught.value)
     assert max(storage.lengths) < 100
 
@@ -239,7 +240,7 @@ def test_only_the_header_of_a_40_gb_file_is_read(tmp_path):
     with (tmp_path / FILE).open("r+b") as file:
         file.truncate(len(raw) + 40_000_000_000)
     with WatchedStorage(tmp_path) as storage:
-        (record,) = read_records(storage, storage.stamp(FILE))
+        (record,) = read_records(storage, storage.version(FILE))
     assert record == TensorRecord("w", FILE, len(raw), "BF16", (20_000, 1_000_000))
     assert record.size_bytes == 40_000_000_000
     assert sum(storage.lengths) < len(raw) + 100
@@ -291,7 +292,7 @@ def test_unaligned_tensors_are_valid(tmp_path, padding):
     data = b"\x07" + np.array([1.5, -2.0], np.float32).tobytes()
     (tmp_path / FILE).write_bytes(safetensors_bytes(text, data))
     with LocalStorage(tmp_path) as storage:
-        _, record = read_records(storage, storage.stamp(FILE))
+        _, record = read_records(storage, storage.version(FILE))
         values = storage.read(record.file, record.offset_bytes, record.size_bytes)
         assert np.frombuffer(values, np.float32).tolist() == [1.5, -2.0]
 
@@ -324,12 +325,12 @@ def replace(path):
 def test_changed_file(tmp_path, change):
     path = write_safetensors(tmp_path / FILE, {"w": np.ones(2, np.float32)})
     with LocalStorage(tmp_path) as storage:
-        stamp = storage.stamp(FILE)
-        read_records(storage, stamp)
-        check_unchanged(storage, stamp)
+        version = storage.version(FILE)
+        read_records(storage, version)
+        check_unchanged(storage, version)
         change(path)
         with pytest.raises(CheckpointError, match="changed after its header was read") as caught:
-            check_unchanged(storage, stamp)
+            check_unchanged(storage, version)
     assert f"file: {FILE}" in str(caught.value)
     assert "expected: 77 bytes, version" in str(caught.value)
 
@@ -337,10 +338,10 @@ def test_changed_file(tmp_path, change):
 def test_a27_vanished_file(tmp_path):
     path = write_safetensors(tmp_path / FILE, {"w": np.ones(2, np.float32)})
     with LocalStorage(tmp_path) as storage:
-        stamp = storage.stamp(FILE)
+        version = storage.version(FILE)
         path.unlink()
         with pytest.raises(CheckpointError, match=f"the file is missing\n  file: {FILE}"):
-            check_unchanged(storage, stamp)
+            check_unchanged(storage, version)
 
 
 def test_file_that_shrinks_between_stamp_and_header(tmp_path):
@@ -367,7 +368,7 @@ def compare_with_reference(folder, raw):
     (folder / FILE).write_bytes(raw)
     with LocalStorage(folder) as storage:
         try:
-            records = read_records(storage, storage.stamp(FILE))
+            records = read_records(storage, storage.version(FILE))
         except FormatError:
             return False
         ours = {

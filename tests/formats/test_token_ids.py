@@ -49,7 +49,7 @@ def test_ids_that_the_model_has_not_are_told_when_planning(tmp_path: Path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 29]}))
     assert mtj_loader.plan(folder, "mp=1").warnings == (
         "eos_token_id 29 in generation_config.json is not among the 29 tokens: no text ends there",
-        "bos_token_id 29 in config.json is not among the 29 tokens: an empty prompt is refused",
+        "bos_token_id 29 in config.json is not among the 29 tokens: an empty prompt is rejected",
     )
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -15,23 +16,22 @@ import numpy as np
 import pytest
 
 from mtj_loader.errors import CheckpointError, FormatError, StorageError, UsageError
-from mtj_loader.storage import remote
-from mtj_loader.storage.base import RemoteStorage, check_unchanged
+from mtj_loader.storage import hub, urls
+from mtj_loader.storage.base import check_unchanged
 from mtj_loader.storage.local import LocalStorage
 from mtj_loader.storage.object_store import ObjectStorage
-from mtj_loader.storage.origins import origin_of
+from mtj_loader.storage.prefetch import PrefetchReader
 from mtj_loader.storage.retry import RetryPolicy
+from mtj_loader.storage.urls import UrlOrigin
 from tests.support.object_server import Fault, ObjectServer, serve
 
-FAST = RetryPolicy(
-    attempts=4, first_wait_seconds=0.01, longest_wait_seconds=0.02, stalled_seconds=0.4
-)
+FAST = RetryPolicy(attempts=4, first_wait_seconds=0.01, max_wait_seconds=0.02, stalled_seconds=0.4)
 DATA = np.random.default_rng(0).integers(0, 256, 1_000_000, np.uint8).tobytes()
 BEGINNING = 256 << 10
 
 
-def storage_at(url: str) -> ObjectStorage:
-    return ObjectStorage(origin_of(url, FAST), FAST)
+def storage_at(url: str, names: Sequence[str] = ()) -> ObjectStorage:
+    return ObjectStorage(UrlOrigin(url, FAST), FAST, names)
 
 
 @pytest.fixture
@@ -76,21 +76,26 @@ def test_reads_are_exact(storage, server):
     assert storage.bytes_received == server.bytes_sent.total() == sent
 
 
-def test_it_is_distant_and_a_folder_is_not(storage, tmp_path):
-    assert isinstance(storage, RemoteStorage)
-    assert not isinstance(LocalStorage(tmp_path), RemoteStorage)
+def test_it_prefetches_and_checks_versions_and_a_folder_does_not(storage, tmp_path):
+    local = LocalStorage(tmp_path)
+    assert (storage.costs.high_latency, local.costs.high_latency) == (True, False)
+    assert (storage.checks_versions, local.checks_versions) == (True, False)
+    assert isinstance(storage.reader([], 1 << 20), PrefetchReader)
 
 
 def test_stamps_come_with_the_beginnings(storage, server):
     there = storage.prepare(["a.bin", "nothing", "empty", "a.bin"])
-    assert {name: stamp.size_bytes for name, stamp in there.items()} == {"a.bin": 10**6, "empty": 0}
+    assert {name: version.size_bytes for name, version in there.items()} == {
+        "a.bin": 10**6,
+        "empty": 0,
+    }
     asked = len(server.requests)
     assert storage.exists("a.bin")
     assert not storage.exists("nothing")
     assert storage.read("a.bin", 100, 1000) == DATA[100:1100]
     assert storage.read("empty", 0, 0) == b""
     assert len(server.requests) == asked
-    assert storage.stamp("a.bin") == there["a.bin"]
+    assert storage.version("a.bin") == there["a.bin"]
     assert server.requests[-1].method == "HEAD"
 
 
@@ -106,12 +111,12 @@ def test_many_questions_at_once(server):
     server.objects = {f"m/{i}": DATA for i in range(100)}
     server.latency_seconds = 0.05
     with storage_at(f"{server.url}/m") as storage:
-        stamps = list(storage.prepare(map(str, range(100))).values())
+        versions = list(storage.prepare(map(str, range(100))).values())
         assert 16 <= server.most_active <= 32
-        check_unchanged(storage, *stamps)
+        check_unchanged(storage, *versions)
         server.objects["m/70"] = DATA[::-1]
         with pytest.raises(CheckpointError, match="changed after its header was read"):
-            check_unchanged(storage, *stamps)
+            check_unchanged(storage, *versions)
 
 
 def test_a_large_read_is_several_requests(server, monkeypatch):
@@ -122,16 +127,17 @@ def test_a_large_read_is_several_requests(server, monkeypatch):
     assert ranges[1:] == [(1, 300_001), (300_001, 600_001), (600_001, 900_001), (900_001, 10**6)]
 
 
-def test_names_without_a_listing(storage, server):
+def test_names_without_a_listing(server):
     server.objects |= {"m/config.json": b"{}", "m/merges.txt": b""}
-    assert storage.names() == ["config.json", "merges.txt"]
+    with storage_at(f"{server.url}/m", ["merges.txt", "none", "config.json"]) as storage:
+        assert storage.names() == ["config.json", "merges.txt"]
 
 
 def test_without_etags(server):
     server.etags = False
     with storage_at(f"{server.url}/m") as storage:
         assert storage.read("a.bin", 400_000, 9) == DATA[400_000:400_009]
-        assert storage.stamp("a.bin").version.startswith("2023-11-14")
+        assert storage.version("a.bin").version.startswith("2023-11-14")
         server.objects["m/a.bin"] += b"x"
         with pytest.raises(CheckpointError, match="changed") as caught:
             storage.read("a.bin", 400_000, 9)
@@ -153,7 +159,7 @@ def test_a_server_that_names_no_version_is_refused(server):
     server.etags = server.dates = False
     with (
         storage_at(f"{server.url}/m") as storage,
-        pytest.raises(StorageError, match="neither an etag nor when the file last changed"),
+        pytest.raises(StorageError, match="neither an etag nor a modification time"),
     ):
         storage.read("a.bin", 0, 9)
 
@@ -184,7 +190,7 @@ def test_closing_leaves_nothing(server):
 def test_closing_ends_what_is_under_way(server):
     server.always["m/a.bin"] = Fault(after_bytes=10, stall=True)
     patient = RetryPolicy(stalled_seconds=60)
-    storage = ObjectStorage(origin_of(f"{server.url}/m", patient), patient)
+    storage = ObjectStorage(UrlOrigin(f"{server.url}/m", patient), patient)
     buffer = np.zeros(100, np.uint8)
     futures = [storage.fetch("a.bin", i, buffer) for i in range(40)]
     assert wait_for(lambda: server.connections == 32)
@@ -274,7 +280,7 @@ def failure(storage, kind, start=300_000, length=600_000) -> str:
         (Fault(status=500), "HTTP 500 Internal Server Error: the server says no"),
         (Fault(after_bytes=0, reset=True), "body error"),
         (Fault(after_bytes=0), "body error"),
-        (Fault(after_bytes=0, stall=True), "no byte came within the time limit"),
+        (Fault(after_bytes=0, stall=True), "no data within the time limit"),
     ],
     ids=["429", "500", "reset", "short", "stall"],
 )
@@ -292,7 +298,7 @@ def test_patience_ends(storage, server, fault, words):
 def test_no_attempt_is_begun_after_the_time_limit(server):
     server.always["m/a.bin"] = Fault(status=503)
     hasty = RetryPolicy(attempts=1000, first_wait_seconds=0.2, total_seconds=0.3)
-    with ObjectStorage(origin_of(f"{server.url}/m", hasty), hasty) as storage:
+    with ObjectStorage(UrlOrigin(f"{server.url}/m", hasty), hasty) as storage:
         assert attempts_in(failure(storage, StorageError)) <= 4
 
 
@@ -305,7 +311,7 @@ FINAL = {
     "401": (Fault(status=401), StorageError, ["refuses access", "HTTP 401", "credentials"]),
     "400": (Fault(status=400), StorageError, ["a request failed", "HTTP 400 Bad Request"]),
     "404": (Fault(status=404), CheckpointError, ["the file is missing", "HTTP 404"]),
-    "whole": (Fault(whole=True), StorageError, ["requests for a part of a file", "copy the"]),
+    "whole": (Fault(whole=True), StorageError, ["does not support range requests", "copy the"]),
     "etag": (Fault(etag='"new"'), CheckpointError, ["the file changed", 'version "new"']),
 }
 
@@ -340,8 +346,8 @@ def test_changed_between_two_openings(storage, server):
 
 def test_expected_versions_come_from_another_host(storage, server):
     with storage_at(f"{server.url}/m") as other:
-        stamp = other.stamp("a.bin")
-    storage.expect([stamp])
+        version = other.version("a.bin")
+    storage.expect([version])
     assert storage.read("a.bin", 0, 9) == DATA[:9]
     server.objects["m/a.bin"] = DATA[::-1]
     assert "the file changed" in failure(storage, CheckpointError)
@@ -356,7 +362,7 @@ def test_read_past_the_end(storage, server):
 
 
 def test_missing(storage, server):
-    for ask in (lambda: storage.stamp("no"), lambda: storage.read("no", 0, 1)):
+    for ask in (lambda: storage.version("no"), lambda: storage.read("no", 0, 1)):
         with pytest.raises(CheckpointError, match="the file is missing") as caught:
             ask()
         assert f"file: {server.url}/m/no" in str(caught.value)
@@ -371,7 +377,7 @@ def test_nobody_answers():
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a//b", "a\\b", "x\ny"], ids=ascii)
 def test_names_that_could_leave_the_prefix(storage, server, name):
-    for ask in (storage.stamp, storage.exists, lambda n: storage.read(n, 0, 1)):
+    for ask in (storage.version, storage.exists, lambda n: storage.read(n, 0, 1)):
         with pytest.raises(FormatError, match="not a relative file name"):
             ask(name)
     assert not server.requests
@@ -393,19 +399,23 @@ def test_secrets_stay_out_of_messages(server):
 
 @pytest.mark.parametrize("path", ["s3://b/x", "gs://b", "https://h/x", "abfs://c@a.b/x", "x+y://z"])
 def test_urls(path):
-    assert remote.is_url(path)
+    assert urls.is_url(path)
 
 
 @pytest.mark.parametrize("path", ["b/x", "/b/x", "C:\\x", "s3:/b", "", Path("s3://b/x")], ids=str)
 def test_what_is_no_url(path):
-    assert not remote.is_url(path)
+    assert not urls.is_url(path)
 
 
 def test_a_url_of_one_file():
-    storage, files = remote.open_url("gs://bucket/some/model%201.safetensors")
+    storage, files = urls.open_url(
+        "gs://bucket/some/model%201.safetensors", file_suffix=".safetensors"
+    )
     assert storage.location == "gs://bucket/some"
     assert files == ["model 1.safetensors"]
-    storage, files = remote.open_url("abfs://box@account.dfs.core.windows.net/some/model/")
+    storage, files = urls.open_url(
+        "abfs://box@account.dfs.core.windows.net/some/model/", file_suffix=".safetensors"
+    )
     assert storage.location == "abfs://box@account.dfs.core.windows.net/some/model"
     assert files is None
 
@@ -413,28 +423,27 @@ def test_a_url_of_one_file():
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("ftp://host/x", "begins with s3://, s3a://, gs://"),
-        ("s3:///x", "not a checkpoint's URL"),
-        ("https://host/..%2F.safetensors", "not a file's name"),
+        ("ftp://host/x", "starts with s3://, s3a://, gs://"),
+        ("s3:///x", "not the URL of a checkpoint"),
+        ("https://host/..%2F.safetensors", "not a file name"),
         ("az://container/x", "cannot use this URL\n  file: az://container/x\n  found: "),
     ],
 )
 def test_urls_that_cannot_be_used(url, words, monkeypatch):
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(UsageError) as caught:
-        remote.open_url(url)
+        urls.open_url(url, file_suffix=".safetensors")
     assert words in str(caught.value)
 
 
 def test_without_obstore(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "obstore"]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("object_store", "origins", "hub_origin"):
-        monkeypatch.delitem(sys.modules, f"mtj_loader.storage.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, "mtj_loader.storage.object_store", raising=False)
     monkeypatch.setitem(sys.modules, "obstore", None)
     for ask in (
-        lambda: remote.open_url("s3://bucket/model"),
-        lambda: remote.open_repository("org/name", revision=None, token=None),
+        lambda: urls.open_url("s3://bucket/model", file_suffix=".safetensors"),
+        lambda: hub.open_repository(hub.Repository("org/name"), None),
     ):
         with pytest.raises(UsageError, match="needs the package obstore") as caught:
             ask()

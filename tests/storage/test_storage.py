@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from mtj_loader.errors import CheckpointError, FormatError, StorageError
+from mtj_loader.formats.strict_json import read_object
 from mtj_loader.storage.base import (
     check_unchanged,
     is_relative_name,
-    read_object,
 )
 from mtj_loader.storage.local import LocalStorage
 
@@ -102,7 +102,7 @@ def test_file_that_cannot_be_opened(storage, monkeypatch):
 def test_names_of_nothing(storage, name):
     assert not storage.exists(name)
     with pytest.raises(CheckpointError, match="the file is missing"):
-        storage.stamp(name)
+        storage.version(name)
 
 
 def test_file_that_may_not_be_looked_at(storage, monkeypatch):
@@ -110,8 +110,8 @@ def test_file_that_may_not_be_looked_at(storage, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "stat", fail)
-    for method in (storage.exists, storage.stamp):
-        with pytest.raises(StorageError, match="cannot look at the file") as caught:
+    for method in (storage.exists, storage.version):
+        with pytest.raises(StorageError, match="cannot read the status of the file") as caught:
             method("a.bin")
         assert "found: Permission denied" in str(caught.value)
 
@@ -174,7 +174,7 @@ UNSAFE = [
 @pytest.mark.parametrize("name", UNSAFE, ids=ascii)
 def test_names_that_could_leave_the_folder(storage, name):
     assert not is_relative_name(name)
-    for method in (storage.stamp, storage.exists, lambda n: storage.read(n, 0, 1)):
+    for method in (storage.version, storage.exists, lambda n: storage.read(n, 0, 1)):
         with pytest.raises(FormatError, match="not a relative file name") as caught:
             method(name)
         assert f"file: {name!a}" in str(caught.value)
@@ -236,12 +236,12 @@ def test_snapshot_of_the_hub_cache(tmp_path):
 
 
 def test_check_unchanged(storage, tmp_path):
-    stamp = storage.stamp("a.bin")
-    assert (stamp.path, stamp.size_bytes) == ("a.bin", 100)
-    check_unchanged(storage, stamp)
+    version = storage.version("a.bin")
+    assert (version.path, version.size_bytes) == ("a.bin", 100)
+    check_unchanged(storage, version)
     (tmp_path / "a.bin").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="changed after its header was read") as caught:
-        check_unchanged(storage, stamp)
+        check_unchanged(storage, version)
     assert "expected: 100 bytes" in str(caught.value)
     assert "found: 5 bytes" in str(caught.value)
 
