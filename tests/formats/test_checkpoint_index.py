@@ -1,4 +1,4 @@
-"""Which file holds which tensor: the index, its absence, and everything that contradicts it."""
+"""Which file contains which tensor, with and without an index, and contradictions to it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_records_are_ordered_by_file_and_offset(folder):
     assert index.warnings == ()
 
 
-def test_shards_may_lie_in_a_folder_below(folder):
+def test_shards_may_be_in_a_subfolder(folder):
     (folder / "sub").mkdir()
     for name in (ONE, TWO):
         (folder / name).rename(folder / "sub" / name)
@@ -224,10 +224,10 @@ def test_numbering(tmp_path, files, words):
         assert word in with_index
 
 
-def test_sets_of_several_names_are_counted_apart():
+def test_sets_with_different_names_are_separate():
     check_numbering([ONE, TWO, "vision-00001-of-00001.safetensors", "extra.safetensors"])
     check_numbering(["model-000001-of-000001.safetensors"])
-    long = "1" * 5000  # int() of it would raise
+    long = "1" * 5000  # int() would raise
     check_numbering([f"model-{long}-of-{long}.safetensors"])
 
 
@@ -240,7 +240,7 @@ def test_sets_of_several_names_are_counted_apart():
     ],
     ids=["B39-empty-shard", "B39-lfs-pointer"],
 )  # fmt: skip
-def test_shard_that_is_no_shard(folder, data, words):
+def test_invalid_shard(folder, data, words):
     (folder / TWO).write_bytes(data)
     message = refusal(folder)
     for word in (f"file: {TWO}\n", *words):
@@ -259,7 +259,7 @@ def test_weights_without_a_tensor(tmp_path):
     assert "the weights contain no tensors\n  file: model.safetensors" in message
 
 
-def test_index_of_unbounded_size(folder):
+def test_oversized_index(folder):
     with (folder / INDEX).open("wb") as file:
         file.truncate(1 << 40)
     message = refusal(folder)
@@ -281,7 +281,7 @@ def test_tensor_twice_in_a_set_without_index(folder):
     assert "a tensor is in two files" in refusal(folder)
 
 
-def test_one_shard_by_name_says_so(folder):
+def test_one_shard_by_name_warns(folder):
     with LocalStorage(folder) as storage:
         index = build_index(storage, [ONE])
     assert [*index.records] == ["b", "a"]
@@ -307,7 +307,7 @@ def test_choice_by_name(names, chosen):
     [["model.safetensors", ONE, TWO], ["x.safetensors", "y.safetensors"]],
     ids=["single-and-set", "two-others"],
 )
-def test_no_choice_between_two(names):
+def test_ambiguous_choice(names):
     with pytest.raises(CheckpointError, match="not clear which files") as caught:
         choose_files(names)
     for name in names:

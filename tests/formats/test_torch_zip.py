@@ -1,4 +1,4 @@
-"""The restricted reader of torch.save's files: MALFORMED.md C case by case, and real files."""
+"""The restricted reader for torch.save's files: each case of MALFORMED.md C, and real files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def whole(pickle: bytes) -> bytes:
 
 
 def flagged(flags: int, **damage) -> bytes:
-    """A good archive but for the flags and this damage of the member of the storage."""
+    """A valid archive, except for the flags and this damage to the storage's member."""
     part = Part("m/data/0", bytes(16), flags=flags, **damage)
     return archive(Part("m/data.pkl", W), part)
 
@@ -78,7 +78,7 @@ def legacy(file: str) -> bytes:
     return (DATA / file).read_bytes()
 
 
-# number and name → the file, and what the message must say
+# number and name → the file, and parts of the message
 REFUSED = {
     "40-os-system": (value(SYSTEM), "not allowed", "GLOBAL", "found: os.system"),
     "40-builtins-eval": (value(name("builtins", "eval")), "found: builtins.eval"),
@@ -259,7 +259,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case, tmp_path, monkeypatch):
+def test_rejected(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     raw, *wording = REFUSED[case]
     with pytest.raises(FormatError) as caught:
@@ -269,7 +269,7 @@ def test_refused(case, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]  # no code has run
 
 
-def test_a_directory_beyond_all_measure(tmp_path, monkeypatch):
+def test_an_oversized_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(zip_archive, "_MAX_DIRECTORY_BYTES", 100)
     with pytest.raises(FormatError, match=r"directory is too large(.|\n)*expected: 100\n"):
         records_of(tmp_path, GOOD)
@@ -280,8 +280,8 @@ def test_every_case_of_the_list_is_here():
     assert numbered == set(range(40, 56))  # 56 is the next test
 
 
-def test_56_no_other_way_of_reading():
-    """None of the modules can import or run anything, whatever the file says."""
+def test_56_no_fallback():
+    """The modules cannot import or run anything that a file names."""
     folder = Path(mtj_loader.formats.__file__).parent
     imported = set()
     for file in ("torch_zip", "zip_archive", "restricted_pickle", "torch_objects"):
@@ -312,7 +312,7 @@ def test_the_plain_file(tmp_path):
     [flagged(8), flagged(0x808), flagged(8, zip64=True), torch_zip(W, zip64=True)],
     ids=["descriptor", "utf8", "zip64-member", "zip64-directory"],
 )
-def test_other_sound_archives(raw, tmp_path):
+def test_other_valid_archives(raw, tmp_path):
     assert [record.name for record in records_of(tmp_path, raw)] == ["w"]
 
 
@@ -338,7 +338,7 @@ SOUND = {
 
 
 @pytest.mark.parametrize("case", SOUND)
-def test_sound_tensors(case, tmp_path):
+def test_valid_tensors(case, tmp_path):
     raw, offset_bytes, shape, strides = SOUND[case]
     [base] = records_of(tmp_path, GOOD)
     [record] = records_of(tmp_path, torch_zip(pickle_of(text("w"), raw)))
@@ -348,7 +348,7 @@ def test_sound_tensors(case, tmp_path):
 
 
 def expected_tensors():
-    """What tests/oracle/make_torch_files.py saved."""
+    """A file saved by tests/oracle/make_torch_files.py."""
     base = np.arange(12, dtype=np.float32).reshape(3, 4)
     return {
         "float32": base,
@@ -371,7 +371,7 @@ def expected_tensors():
 
 
 def read_array(raw: bytes, record: TensorRecord, dtype: np.dtype) -> np.ndarray:
-    """The elements of a record, by numpy alone."""
+    """The elements of a record, with numpy only."""
     flat = np.frombuffer(raw[record.offset_bytes :][: len(raw) // 2], np.uint8)
     flat = flat[: flat.size // dtype.itemsize * dtype.itemsize].view(dtype)
     strides = record.strides and [stride * dtype.itemsize for stride in record.strides]
@@ -385,7 +385,7 @@ def golden_records(file):
         return read_records(files, files.version(file))
 
 
-def test_a_file_of_torch():
+def test_a_file_by_torch():
     raw, expected = (DATA / "tensors.bin").read_bytes(), expected_tensors()
     records = golden_records("tensors.bin")
     assert {record.name for record in records} == expected.keys()
@@ -398,7 +398,7 @@ def test_a_file_of_torch():
     assert offsets == sorted(offsets)
 
 
-def test_dtypes_and_shared_storages_of_torch():
+def test_dtypes_and_shared_storages_by_torch():
     records = {record.name: record for record in golden_records("tensors.bin")}
     spelled = {name: records[name].dtype for name in expected_tensors()}
     assert spelled == {
@@ -423,7 +423,7 @@ def test_a_state_dict_with_its_metadata():
 
 
 def test_only_headers_and_the_pickle_are_read(tmp_path):
-    """A storage of ten million bytes costs no more than a small one."""
+    """A storage of ten million bytes takes no more reads than a small one."""
 
     class Counting(LocalStorage):
         total = 0
@@ -460,7 +460,7 @@ def test_ten_thousand_tensors(tmp_path):
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_raise_our_error_or_read_inside_the_file(data, tmp_path):
-    """Bytes changed, cut out or put in anywhere: no other exception, and no offset outside."""
+    """Changed, removed or inserted bytes cause no other exception, and no offset outside."""
     file = data.draw(st.sampled_from(["tensors.bin", "state_dict.bin"]))
     raw = bytearray((DATA / file).read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):

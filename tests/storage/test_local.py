@@ -1,4 +1,4 @@
-"""Local storage: exact reads by several threads, names that stay in the folder, clear errors."""
+"""Local storage: exact reads by several threads, safe file names, and error messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_names_are_the_top_level_files(storage, tmp_path):
     assert not storage.exists("nothing")
 
 
-def test_names_of_a_folder_that_went_away(tmp_path):
+def test_names_of_a_missing_folder(tmp_path):
     with pytest.raises(StorageError, match="cannot list the folder") as caught:
         LocalStorage(tmp_path / "gone").names()
     assert "No such file" in str(caught.value)
@@ -99,13 +99,13 @@ def test_file_that_cannot_be_opened(storage, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a.bin/x", "nothing/x"], ids=["long", "in-file", "x"])
-def test_names_of_nothing(storage, name):
+def test_names_of_missing_files(storage, name):
     assert not storage.exists(name)
     with pytest.raises(CheckpointError, match="the file is missing"):
         storage.version(name)
 
 
-def test_file_that_may_not_be_looked_at(storage, monkeypatch):
+def test_file_whose_status_cannot_be_read(storage, monkeypatch):
     def fail(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -116,7 +116,7 @@ def test_file_that_may_not_be_looked_at(storage, monkeypatch):
         assert "found: Permission denied" in str(caught.value)
 
 
-def test_the_working_folder_may_change(storage, tmp_path, monkeypatch):
+def test_the_working_directory_may_change(storage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)
     relative = LocalStorage(Path(tmp_path.name))
     monkeypatch.chdir("/")
@@ -150,7 +150,7 @@ def test_a_file_is_opened_once_and_closed(tmp_path):
             storage.read("a", 0, 8)
         assert open_descriptors() == before + 1
     assert open_descriptors() == before
-    assert storage.read("a", 0, 1) == b"1"  # opened anew
+    assert storage.read("a", 0, 1) == b"1"  # reopened
     storage.close()
     assert open_descriptors() == before
 
@@ -190,7 +190,7 @@ def test_links(tmp_path):
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "real").write_bytes(b"inside")
     (tmp_path / "secret").write_bytes(b"outside")
-    (tmp_path / "model-2").mkdir()  # its path begins like the folder's
+    (tmp_path / "model-2").mkdir()  # its path starts like the folder's
     (tmp_path / "model-2" / "secret").touch()
     (folder / "good").symlink_to("sub/real")
     (folder / "absolute").symlink_to(folder / "sub" / "real")
@@ -210,12 +210,12 @@ def test_links(tmp_path):
             assert f"found: {tmp_path}" in str(caught.value)
     link = tmp_path / "link"
     link.symlink_to(folder)
-    with LocalStorage(link) as storage:  # the folder itself may be a link: its user named it
+    with LocalStorage(link) as storage:  # the user may choose a link
         assert storage.read("good", 0, 6) == b"inside"
 
 
 def test_snapshot_of_the_hub_cache(tmp_path):
-    """Its files are links to its blobs, which may be links to those that repositories share."""
+    """Its files are links to its blobs, which may be links to blobs shared by all repositories."""
     repository = tmp_path / "models--org--name"
     snapshot = repository / "snapshots" / "0123abc"
     for folder in (snapshot, repository / "blobs", tmp_path / "blobs" / "ab"):
