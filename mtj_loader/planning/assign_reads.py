@@ -1,7 +1,7 @@
 """Which parameters hosts share out among themselves for reading, by what reading and sending take.
 
 On local files hosts share what several of them need: replicas over `dp`, and shards that are equal.
-On a store that is far away, also weights that are split across the rows of the file: there every
+On a storage with high latency, also weights that are split across the rows of the file: there every
 host needs a short range of every row, and each range would be a request.
 """
 
