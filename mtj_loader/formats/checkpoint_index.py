@@ -54,10 +54,9 @@ def build_index(storage: Storage, files: Sequence[str] | None = None) -> TensorI
     if storage.exists(INDEX_FILE):
         return _read_listed(storage, read_index(storage))
     chosen = choose_files(storage.names())
-    others = _other_weights(storage, chosen)
-    warnings = (
-        [f"not read: {join_names(others)}; the weights are {join_names(chosen)}"] if others else []
-    )
+    warnings = []
+    if others := _other_weights(storage, chosen):
+        warnings = [f"not read: {join_names(others)}; the weights are {join_names(chosen)}"]
     return _read_files(storage, chosen, warnings)
 
 
@@ -71,29 +70,29 @@ def read_index(storage: Storage) -> IndexFile:
     document = read_object(storage, INDEX_FILE, max_bytes=MAX_HEADER_BYTES)
     files, metadata = document.get("weight_map"), document.get("metadata", {})
     if not isinstance(files, dict) or not files:
-        raise _bad_map("weight_map", "tensor names and their files", files)
+        raise _bad_index("weight_map", "tensor names and their files", files)
     if not isinstance(metadata, dict):
-        raise _bad_map("metadata", "an object", metadata)
+        raise _bad_index("metadata", "an object", metadata)
     for tensor, file in files.items():
         _check_entry(tensor, file)
-    weight_map = IndexFile(files, metadata.get("total_size"))
-    check_numbering(weight_map.shards)
-    return weight_map
+    index = IndexFile(files, metadata.get("total_size"))
+    check_numbering(index.shards)
+    return index
 
 
-def _read_listed(storage: Storage, weight_map: IndexFile) -> TensorIndex:
+def _read_listed(storage: Storage, index: IndexFile) -> TensorIndex:
     """Reads the tensors that the index lists; reports all others as warnings."""
-    found_files = storage.prepare(weight_map.shards)
-    if missing := [file for file in weight_map.shards if file not in found_files]:
+    found_files = storage.prepare(index.shards)
+    if missing := [file for file in index.shards if file not in found_files]:
         found = f"no {join_names(missing)}"
         raise CheckpointError("a file in the index is missing", file=INDEX_FILE, found=found)
-    whole = _read_files(storage, weight_map.shards)
-    _check_listed(weight_map.files, whole.records)
-    records = {n: record for n, record in whole.records.items() if n in weight_map.files}
+    whole = _read_files(storage, index.shards)
+    _check_listed(index.files, whole.records)
+    records = {n: record for n, record in whole.records.items() if n in index.files}
     warnings = [
-        *_unlisted_files(storage, weight_map),
-        *_unlisted_tensors(whole.records, weight_map),
-        *_wrong_total(records.values(), weight_map),
+        *_unlisted_files(storage, index),
+        *_unlisted_tensors(whole.records, index),
+        *_wrong_total(records.values(), index),
     ]
     return TensorIndex(records, whole.files, tuple(warnings))
 
@@ -123,7 +122,7 @@ def _check_entry(tensor: str, file: object) -> None:
         expected = "a file inside the checkpoint's folder"
         if is_relative_name(file):
             expected = f"a file whose name ends in {SUFFIX}"
-    raise _bad_map(f"weight_map.{tensor}", expected, file)
+    raise _bad_index(f"weight_map.{tensor}", expected, file)
 
 
 def _check_listed(files: Mapping[str, str], records: Mapping[str, TensorRecord]) -> None:
@@ -148,22 +147,22 @@ def _incomplete_sets(files: Sequence[str]) -> list[str]:
     ]
 
 
-def _unlisted_files(storage: Storage, weight_map: IndexFile) -> Iterator[str]:
-    if others := _other_weights(storage, weight_map.shards):
+def _unlisted_files(storage: Storage, index: IndexFile) -> Iterator[str]:
+    if others := _other_weights(storage, index.shards):
         yield f"not in {INDEX_FILE}, so not read: {join_names(others)}"
 
 
-def _unlisted_tensors(records: Mapping[str, TensorRecord], weight_map: IndexFile) -> Iterator[str]:
-    names = [name for name in records if name not in weight_map.files]
+def _unlisted_tensors(records: Mapping[str, TensorRecord], index: IndexFile) -> Iterator[str]:
+    names = [name for name in records if name not in index.files]
     if names:
         count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
         yield f"{count} not in {INDEX_FILE}, so not read: {join_names(names)}"
 
 
-def _wrong_total(records: Iterable[TensorRecord], weight_map: IndexFile) -> Iterator[str]:
+def _wrong_total(records: Iterable[TensorRecord], index: IndexFile) -> Iterator[str]:
     total_bytes = sum(record.size_bytes for record in records)
-    if weight_map.total_size not in (None, total_bytes):
-        claim = brief(weight_map.total_size)
+    if index.total_size not in (None, total_bytes):
+        claim = brief(index.total_size)
         yield f"{INDEX_FILE}: total_size is {claim}, but its tensors have {total_bytes} bytes"
 
 
@@ -181,5 +180,5 @@ def _duplicate(first: TensorRecord, second: TensorRecord) -> FormatError:
     )
 
 
-def _bad_map(key: str, expected: str, found: object) -> FormatError:
+def _bad_index(key: str, expected: str, found: object) -> FormatError:
     return FormatError("bad index", file=INDEX_FILE, key=key, expected=expected, found=brief(found))

@@ -25,7 +25,7 @@ USUAL_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, SINGLE_FILE, *TO
 # At most nine digits: the number is untrusted input.
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<k>[0-9]{1,9})-of-(?P<n>[0-9]{1,9})\.safetensors")
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".npz", ".onnx")
-_NAMES_SHOWN = 5  # in a message
+_MAX_NAMES_SHOWN = 5  # in a message
 
 
 def choose_files(names: Iterable[str]) -> list[str]:
@@ -73,19 +73,18 @@ def shard_total(file: str) -> int | None:
 
 def join_names(names: Sequence[str]) -> str:
     """A list of names for a message, shortened if it is long."""
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown}, … ({len(names)} in total)"
+    shown = ", ".join(names[:_MAX_NAMES_SHOWN])
+    return shown if len(names) <= _MAX_NAMES_SHOWN else f"{shown}, … ({len(names)} in total)"
 
 
 def _check_group(file: str, numbers: Sequence[tuple[int, int]]) -> None:
     totals = sorted({n for _, n in numbers})
     if len(totals) > 1:
         found = " and ".join(f"of-{n}" for n in totals)
-        raise FormatError(
-            "shards of two different sets", file=file, expected="one total", found=found
-        )
+        what = "shards of two different sets"
+        raise FormatError(what, file=file, expected="one total", found=found)
     present, total = {k for k, _ in numbers}, totals[0]
-    if len(present) < total:  # checked first, so that the loop below is short
+    if len(present) < total:  # so the loop finds a gap soon, however large the total is
         gap = next(k for k in range(1, total + 1) if k not in present)
         found = f"{len(present)} of them; shard {gap} is missing"
         raise FormatError("a shard is missing", file=file, expected=f"{total} shards", found=found)
@@ -110,11 +109,10 @@ def _ambiguous(candidates: Sequence[str]) -> CheckpointError:
 
 def _no_weights(names: Sequence[str]) -> CheckpointError:
     other = [name for name in names if name.endswith(OTHER_WEIGHTS)]
+    hint = "convert the weights to safetensors; other formats are not supported"
     return CheckpointError(
         "no safetensors weights",
         expected=f"{INDEX_FILE}, {SINGLE_FILE} or another {SUFFIX} file",
         found=join_names(other or names) or "no files",
-        hint="convert the weights to safetensors; other formats are not supported"
-        if other
-        else None,
+        hint=hint if other else None,
     )

@@ -17,9 +17,9 @@ from mtj_loader.formats.torch_objects import (
     OrderedMapping,
     RejectedError,
     call,
+    describe_value,
     find_global,
     find_storage,
-    kind,
 )
 
 _PROTOCOL = 2  # the default of torch.save
@@ -174,17 +174,25 @@ class _Machine:
         if not isinstance(target, OrderedMapping) or not isinstance(state, dict):
             _reject("the pickle sets attributes of an object that is not a state dict")
         if other := sorted(state.keys() - {"_metadata"}):
-            _reject("the pickle sets unknown attributes of a dict", "_metadata", kind(other[0]))
+            _reject(
+                "the pickle sets unknown attributes of a dict",
+                "_metadata",
+                describe_value(other[0]),
+            )
 
     def set_items(self, items: list[object]) -> None:
         target = self.pop()
         self.push(target)
         if not isinstance(target, dict) or len(items) % 2:
-            _reject("the pickle sets items of an object that is not a dict", "a dict", kind(target))
+            _reject(
+                "the pickle sets items of an object that is not a dict",
+                "a dict",
+                describe_value(target),
+            )
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is not str or key in target:
                 what = "a dict has a duplicate key, or one that is not a string"
-                _reject(what, "unique strings", kind(key))
+                _reject(what, "unique strings", describe_value(key))
             target[key] = value
 
 

@@ -119,7 +119,7 @@ def find_storage(persistent_id: object) -> StorageRef:
             if key.isascii() and key.isdigit():
                 return StorageRef(dtype, key, elements)
     expected = '("storage", type, number, device, count)'
-    raise RejectedError("bad persistent id in the pickle", expected, kind(persistent_id))
+    raise RejectedError("bad persistent id in the pickle", expected, describe_value(persistent_id))
 
 
 def call(function: object, arguments: object) -> object:
@@ -144,15 +144,13 @@ def call(function: object, arguments: object) -> object:
             if not hooks:
                 return tensor
     if not isinstance(function, Function):
-        expected = "one of the supported functions"
-        raise RejectedError(
-            "the pickle calls a function that is not allowed", expected, kind(function)
-        )
-    found = f"{function.name.replace(' ', '.')} of {kind(arguments)}"
+        what, expected = "the pickle calls a function that is not allowed", "a supported function"
+        raise RejectedError(what, expected, describe_value(function))
+    found = f"{function.name.replace(' ', '.')} of {describe_value(arguments)}"
     raise RejectedError("the pickle calls a function with wrong arguments", None, found)
 
 
-def kind(value: object) -> str:
+def describe_value(value: object) -> str:
     """Describes a value briefly, without its whole content."""
     if isinstance(value, str):
         return repr(value[:_SHOWN_CHARS])
@@ -170,7 +168,7 @@ def _tensor(
     """`rest` has hooks, and metadata for views such as conjugates; both must be empty."""
     if not _is_count(offset) or not _are_counts(shape) or not _are_counts(strides):
         what = "a tensor's offset, shape or strides are not nonnegative integers"
-        raise RejectedError(what, "an integer and two tuples of integers", kind(offset))
+        raise RejectedError(what, "an integer and two tuples of integers", describe_value(offset))
     if len(shape) != len(strides) or len(shape) > MAX_RANK:
         found = f"{len(shape)} sizes and {len(strides)} strides"
         raise RejectedError(

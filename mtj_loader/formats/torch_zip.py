@@ -15,7 +15,7 @@ from mtj_loader.dtypes import BITS
 from mtj_loader.errors import FormatError
 from mtj_loader.formats.records import FOREIGN_MAGIC, TensorRecord, check_name
 from mtj_loader.formats.restricted_pickle import read_pickle
-from mtj_loader.formats.torch_objects import StorageRef, TensorRef, kind
+from mtj_loader.formats.torch_objects import StorageRef, TensorRef, describe_value
 from mtj_loader.formats.zip_archive import (
     Directory,
     Member,
@@ -29,6 +29,7 @@ _MAX_PICKLE_BYTES = 32 << 20  # a dict of 100,000 tensors takes 20,000,000
 _MAX_WORD_BYTES = 16  # of a member that contains one word
 _MAX_ELEMENTS = 2**59  # numpy counts bytes with 63 bits, even if another dimension is 0
 
+_NOT_TORCH = "not a file written by torch.save"
 _SAVE_AGAIN = "save it again with a current torch, as a dict of plain tensors, or as safetensors"
 _MAGIC = FOREIGN_MAGIC | {
     b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.": "several pickles, as written before torch 1.6",
@@ -54,7 +55,7 @@ def read_records(storage: Storage, version: FileVersion) -> list[TensorRecord]:
     """
     _check_start(storage, version)
     directory = read_directory(storage, version)
-    folder = _folder(directory, version.path)
+    folder = _find_folder(directory, version.path)
     found = find_members(storage, version, directory)
     members = {name.removeprefix(folder): member for name, member in found.items()}
     _check_byte_order(storage, version.path, members)
@@ -62,7 +63,9 @@ def read_records(storage: Storage, version: FileVersion) -> list[TensorRecord]:
     tensors = read_pickle(pickle, file=version.path)
     if not isinstance(tensors, dict):
         expected = "a dict, tensor name → tensor"
-        raise FormatError("not a dict", file=version.path, expected=expected, found=kind(tensors))
+        raise FormatError(
+            "not a dict", file=version.path, expected=expected, found=describe_value(tensors)
+        )
     records = [_record(name, value, version.path, members) for name, value in tensors.items()]
     return sorted(records, key=lambda record: (record.offset_bytes, record.size_bytes))
 
@@ -76,7 +79,7 @@ def _check_start(storage: Storage, version: FileVersion) -> None:
     if start[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
         found = "a tar archive, as written by the first versions of torch"
     raise FormatError(
-        "not a file written by torch.save",
+        _NOT_TORCH,
         file=version.path,
         expected="a zip archive that starts at byte 0",
         found=found or (start[:8].hex(" ") if start else "an empty file"),
@@ -84,7 +87,7 @@ def _check_start(storage: Storage, version: FileVersion) -> None:
     )
 
 
-def _folder(directory: Directory, file: str) -> str:
+def _find_folder(directory: Directory, file: str) -> str:
     """The folder that contains all members of the archive, with its slash."""
     names = [entry.name for entry in directory.entries]
     folders = {name.partition("/")[0] + "/" for name in names}
@@ -96,9 +99,7 @@ def _folder(directory: Directory, file: str) -> str:
     if len(folders) != 1 or "data.pkl" not in inside:
         expected = "one folder that contains data.pkl"
         found = f"{len(names)} members in {len(folders)} folders"
-        raise FormatError(
-            "not a file written by torch.save", file=file, expected=expected, found=found
-        )
+        raise FormatError(_NOT_TORCH, file=file, expected=expected, found=found)
     return folder
 
 
@@ -115,15 +116,19 @@ def _record(name: str, value: object, file: str, members: Mapping[str, Member]) 
     check_name(name, file)
     if not isinstance(value, TensorRef):
         what = "a value of the dict is not a tensor"
-        raise FormatError(what, file=file, key=name, expected="a tensor", found=kind(value))
-    member = _data(name, value.storage, file, members)
+        raise FormatError(
+            what, file=file, key=name, expected="a tensor", found=describe_value(value)
+        )
+    member = _find_storage(name, value.storage, file, members)
     _check_window(name, value, file)
     offset = member.offset_bytes + value.offset * BITS[value.storage.dtype] // 8
     strides = None if _is_row_major(value) else value.strides
     return TensorRecord(name, file, offset, value.storage.dtype, value.shape, strides)
 
 
-def _data(name: str, storage: StorageRef, file: str, members: Mapping[str, Member]) -> Member:
+def _find_storage(
+    name: str, storage: StorageRef, file: str, members: Mapping[str, Member]
+) -> Member:
     """The member that contains a storage."""
     member = members.get(f"data/{storage.key}")
     if member is None or member.size_bytes != storage.size_bytes:

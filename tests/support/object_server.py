@@ -222,9 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _write(self, path: str, body: memoryview) -> None:
         rate = self.state.rates.get(path, 0)
-        step = (
-            min(_PIECE_BYTES, rate // 20) or _PIECE_BYTES
-        )  # slow servers send 20 times a second
+        step = min(_PIECE_BYTES, rate // 20) or _PIECE_BYTES  # slow servers send often
         started = time.monotonic()
         for start in range(0, len(body), step):
             piece = body[start : start + step]
