@@ -81,9 +81,8 @@ class _Machine:
         self.opcode = "STOP"
         result = self.pop()
         if self.stack or self.marks:
-            _reject(
-                "the pickle ends with a nonempty stack", "an empty stack", f"{len(self.stack)} more"
-            )
+            what = "the pickle ends with a nonempty stack"
+            _reject(what, "an empty stack", f"{len(self.stack)} more")
         if (rest := len(self.data) - self.position) > 0:
             _reject("bytes after the end of the pickle", "none", f"{rest:,} bytes")
         return result
@@ -129,9 +128,8 @@ class _Machine:
     def long(self) -> None:
         length = self.number("<B")
         if length > _MAX_LONG_BYTES:
-            _reject(
-                "a number in the pickle is too long", f"at most {_MAX_LONG_BYTES} bytes", length
-            )
+            what = "a number in the pickle is too long"
+            _reject(what, f"at most {_MAX_LONG_BYTES} bytes", length)
         self.push(int.from_bytes(self.take(length), "little", signed=True))
 
     def put(self, index: int) -> None:
@@ -174,21 +172,15 @@ class _Machine:
         if not isinstance(target, OrderedMapping) or not isinstance(state, dict):
             _reject("the pickle sets attributes of an object that is not a state dict")
         if other := sorted(state.keys() - {"_metadata"}):
-            _reject(
-                "the pickle sets unknown attributes of a dict",
-                "_metadata",
-                describe_value(other[0]),
-            )
+            what = "the pickle sets unknown attributes of a dict"
+            _reject(what, "_metadata", describe_value(other[0]))
 
     def set_items(self, items: list[object]) -> None:
         target = self.pop()
         self.push(target)
         if not isinstance(target, dict) or len(items) % 2:
-            _reject(
-                "the pickle sets items of an object that is not a dict",
-                "a dict",
-                describe_value(target),
-            )
+            what = "the pickle sets items of an object that is not a dict"
+            _reject(what, "a dict", describe_value(target))
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is not str or key in target:
                 what = "a dict has a duplicate key, or one that is not a string"

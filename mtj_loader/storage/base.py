@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from mtj_loader.errors import CheckpointError
@@ -65,11 +64,12 @@ class Reader(Protocol):
         ...
 
 
-class Storage(Protocol):
+class Storage(ABC):
     """A set of files, named by relative paths with forward slashes.
 
     All methods are thread-safe. File names are untrusted input: every method raises FormatError
-    for a path that could leave the set.
+    for a path that could leave the set. Several users may enter `with storage` at once; the last
+    one to leave closes it.
 
     Attributes:
       location: the folder, URL or repository, for messages; contains no secrets.
@@ -82,21 +82,25 @@ class Storage(Protocol):
     costs: ReadCosts
     checks_versions: bool
 
+    def __init__(self) -> None:
+        self._users = 0
+        self._users_lock = threading.Lock()
+
+    @abstractmethod
     def names(self) -> list[str]:
         """The files at the top level, sorted."""
-        ...
 
+    @abstractmethod
     def exists(self, path: str) -> bool:
         """Whether the file exists."""
-        ...
 
+    @abstractmethod
     def version(self, path: str) -> FileVersion:
         """The file's current size and version."""
-        ...
 
     def versions(self, paths: Sequence[str]) -> list[FileVersion]:
-        """Like `version`, for many files in parallel."""
-        ...
+        """Like `version`, for many files."""
+        return [self.version(path) for path in paths]
 
     def prepare(self, paths: Iterable[str]) -> dict[str, FileVersion]:
         """Announces files whose first bytes will be read next.
@@ -104,16 +108,17 @@ class Storage(Protocol):
         Returns:
           The versions of those that exist.
         """
-        ...
+        return {path: self.version(path) for path in paths if self.exists(path)}
 
+    @abstractmethod
     def read(self, path: str, offset_bytes: int, length_bytes: int) -> bytes:
         """Reads exactly this many bytes; checks the file's size before it allocates memory."""
-        ...
 
+    @abstractmethod
     def read_into(self, path: str, offset_bytes: int, buffer: memoryview | np.ndarray) -> None:
         """Fills all of a writable, contiguous buffer of bytes, or raises."""
-        ...
 
+    @abstractmethod
     def reader(self, runs: Iterable[Run], budget_bytes: int) -> Reader:
         """A reader for a known sequence of reads.
 
@@ -121,20 +126,21 @@ class Storage(Protocol):
           runs: everything that will be read, in order.
           budget_bytes: most memory for data that is read ahead.
         """
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Releases files and connections; a later read reopens them."""
-        ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        with self._users_lock:
+            self._users += 1
+        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        with self._users_lock:
+            self._users -= 1
+            if self._users == 0:
+                self.close()
 
 
 @dataclass(frozen=True)
@@ -155,34 +161,6 @@ class StoredFile:
 
     def __str__(self) -> str:
         return self.name
-
-
-class SharedUse(ABC):
-    """Lets several users enter `with storage` at once; the last one to leave closes it."""
-
-    def __init__(self) -> None:
-        self._users = 0
-        self._users_lock = threading.Lock()
-
-    @abstractmethod
-    def close(self) -> None:
-        """See `Storage.close`."""
-
-    def __enter__(self) -> Self:
-        with self._users_lock:
-            self._users += 1
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._users_lock:
-            self._users -= 1
-            if self._users == 0:
-                self.close()
 
 
 def closing_all(*storages: Storage) -> ExitStack:

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from mtj_loader.storage.base import (
     FileVersion,
     ReadCosts,
     Run,
-    SharedUse,
+    Storage,
     as_bytes,
     is_relative_name,
     truncated_error,
@@ -33,7 +33,7 @@ DISK = ReadCosts(1200 * 2**20, 100_000, range_bytes=1 << 20, high_latency=False)
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
-class LocalStorage(SharedUse):
+class LocalStorage(Storage):
     """The files of one folder; each is opened once, and read with `preadv` by any thread.
 
     A symbolic link may point anywhere inside the folder. In a snapshot folder of the Hugging Face
@@ -81,14 +81,6 @@ class LocalStorage(SharedUse):
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
             raise FormatError("not a regular file", file=path)
         return FileVersion(path, status.st_size, str(status.st_mtime_ns))
-
-    def versions(self, paths: Sequence[str]) -> list[FileVersion]:
-        """Like `version`, for several files."""
-        return [self.version(path) for path in paths]
-
-    def prepare(self, paths: Iterable[str]) -> dict[str, FileVersion]:
-        """The versions of those that exist; see `version`."""
-        return {path: self.version(path) for path in paths if self.exists(path)}
 
     def read(self, path: str, offset_bytes: int, length_bytes: int) -> bytes:
         """Reads exactly this many bytes.

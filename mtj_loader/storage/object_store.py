@@ -19,7 +19,7 @@ from mtj_loader.storage.base import (
     FileVersion,
     ReadCosts,
     Run,
-    SharedUse,
+    Storage,
     as_bytes,
     changed_error,
     is_relative_name,
@@ -85,7 +85,7 @@ class Origin(Protocol):
         ...
 
 
-class ObjectStorage(SharedUse):
+class ObjectStorage(Storage):
     """The objects below one URL, or of one commit of a Hugging Face repository.
 
     Every response is compared with the first one for its object: another version or size is an
