@@ -105,8 +105,8 @@ def _header_length(storage: Storage, version: FileVersion) -> int:
     file, size_bytes = version.path, version.size_bytes
     start = storage.read(file, 0, min(size_bytes, _MAX_MAGIC_BYTES))
     length_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
-    most = min(MAX_HEADER_BYTES, size_bytes - _LENGTH_BYTES)
-    if 2 <= length_bytes <= most:  # `{}` is the shortest header
+    max_bytes = min(MAX_HEADER_BYTES, size_bytes - _LENGTH_BYTES)
+    if 2 <= length_bytes <= max_bytes:  # `{}` is the shortest header
         return length_bytes
     meaning = next((_MAGIC[magic] for magic in _MAGIC if start.startswith(magic)), None)
     if meaning or size_bytes < _LENGTH_BYTES:
@@ -115,7 +115,7 @@ def _header_length(storage: Storage, version: FileVersion) -> int:
     raise FormatError(
         "the header's length is impossible",
         file=file,
-        expected=f"2 to {most:,} bytes in a file of {size_bytes:,}",
+        expected=f"2 to {max_bytes:,} bytes in a file of {size_bytes:,}",
         found=f"{length_bytes:,} bytes",
     )
 

@@ -62,10 +62,8 @@ def read_records(storage: Storage, version: FileVersion) -> list[TensorRecord]:
     pickle = read_member(storage, version.path, members["data.pkl"], _MAX_PICKLE_BYTES)
     tensors = read_pickle(pickle, file=version.path)
     if not isinstance(tensors, dict):
-        expected = "a dict, tensor name → tensor"
-        raise FormatError(
-            "not a dict", file=version.path, expected=expected, found=describe_value(tensors)
-        )
+        expected, found = "a dict, tensor name → tensor", describe_value(tensors)
+        raise FormatError("not a dict", file=version.path, expected=expected, found=found)
     records = [_record(name, value, version.path, members) for name, value in tensors.items()]
     return sorted(records, key=lambda record: (record.offset_bytes, record.size_bytes))
 

@@ -102,10 +102,11 @@ def open_adapter(path: PathLike) -> Adapter:
       AdapterError: it is no LoRA adapter, or one that does something unsupported.
       CheckpointError: its files are damaged.
     """
-    storage = (
-        open_url(str(path), file_suffix=SUFFIX)[0] if is_url(path) else LocalStorage(Path(path))
-    )
-    folder = str(path) if isinstance(storage, LocalStorage) else storage.location
+    if is_url(path):
+        storage, _ = open_url(str(path), file_suffix=SUFFIX)
+        folder = storage.location
+    else:
+        storage, folder = LocalStorage(Path(path)), str(path)
     with storage:
         there = storage.prepare([CONFIG_FILE, *_WEIGHT_FILES])
         if CONFIG_FILE not in there:

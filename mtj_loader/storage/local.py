@@ -68,7 +68,7 @@ class LocalStorage(Storage):
         return status is not None and stat.S_ISREG(status.st_mode)
 
     def version(self, path: str) -> FileVersion:
-        """The file's current size and modification time, also if it was replaced.
+        """The file's current size and modification time, looked up by its name each time.
 
         Raises:
           CheckpointError: the file does not exist.
@@ -170,11 +170,8 @@ def _readable_folders(root: Path) -> list[Path]:
     for folder in root.parents:
         if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
             repository, cache = folder.parent, folder.parent.parent
-            return [
-                root,
-                repository / "blobs",
-                cache / "blobs",
-            ]  # the last is shared
+            # The cache's own folder of blobs is shared by all repositories.
+            return [root, repository / "blobs", cache / "blobs"]
     return [root]
 
 
