@@ -32,13 +32,13 @@ def sort_files(checkpoint: Checkpoint, others: Iterable[str]) -> tuple[list[str]
     storage = checkpoint.storage
     anew = {CONFIG_FILE, INDEX_FILE, *checkpoint.index.files}
     names = [name for name in storage.names() if name not in anew]
-    copied = [name for name in names if is_small_file(name, storage.stamp(name).size_bytes)]
+    copied = [name for name in names if is_small_file(name, storage.version(name).size_bytes)]
     return copied, sorted({*names, *others} - anew - set(copied))
 
 
 def copy_file(storage: Storage, name: str, path: Path) -> None:
     """Copies a file of the checkpoint; raises what reading and writing raise."""
-    size_bytes = storage.stamp(name).size_bytes
+    size_bytes = storage.version(name).size_bytes
     write_at(path, 0, memoryview(b""))  # also of an empty file there is a copy
     for start in range(0, size_bytes, _COPIED_BYTES):
         data = storage.read(name, start, min(_COPIED_BYTES, size_bytes - start))

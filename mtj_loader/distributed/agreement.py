@@ -13,9 +13,8 @@ from jax.sharding import Mesh
 
 from mtj_loader.distributed.hosts import Hosts
 from mtj_loader.errors import HostError, StorageError, UsageError
-from mtj_loader.formats.records import FileVersion
 from mtj_loader.planning.load_plan import LoadPlan
-from mtj_loader.storage.base import RemoteStorage, Storage, StoredFile
+from mtj_loader.storage.base import FileVersion, Storage, StoredFile
 from mtj_loader.version import version
 
 _SAMPLES = 64  # over all files; training changes nearly every weight
@@ -126,7 +125,7 @@ def _samples(storage: Storage, stamp: FileVersion, count: int) -> str:
 
     For an object in a store, its version: every response about it is compared with that.
     """
-    if isinstance(storage, RemoteStorage):
+    if storage.checks_versions:
         return stamp.version
     total = hashlib.sha256()
     step = max(_SAMPLE_BYTES, stamp.size_bytes // count)

@@ -10,8 +10,8 @@ from typing import Any
 from mtj_loader.distributed.hosts import Hosts
 from mtj_loader.errors import CheckpointError
 from mtj_loader.formats.checkpoint import Checkpoint, Headers
-from mtj_loader.formats.records import FileVersion, TensorIndex, TensorRecord
-from mtj_loader.storage.base import RemoteStorage, Storage
+from mtj_loader.formats.records import TensorIndex, TensorRecord
+from mtj_loader.storage.base import FileVersion, Storage
 
 Open = Callable[[Headers | None, str | None], Checkpoint]
 
@@ -82,11 +82,11 @@ def _local_version(storage: Storage, theirs: FileVersion) -> FileVersion:
 
     Copies on local disks have their own modification times; in a store there is one object.
     """
-    if isinstance(storage, RemoteStorage):
+    if storage.checks_versions:
         return theirs  # every response about the object is compared with this
     if not storage.exists(theirs.path):
         raise CheckpointError("a file that host 0 has is missing on this host", file=theirs.path)
-    mine = storage.stamp(theirs.path)
+    mine = storage.version(theirs.path)
     if mine.size_bytes != theirs.size_bytes:
         raise CheckpointError(
             "this host's copy of a file differs in size from host 0's",

@@ -1,4 +1,4 @@
-"""Opens a checkpoint, wherever it is: a folder, a safetensors file, a URL, or a Hugging Face id."""
+"""Opens a checkpoint from a folder, a safetensors file, a URL or a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -9,38 +9,43 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtj_loader.errors import CheckpointError, UsageError
-from mtj_loader.formats.checkpoint_index import build_index
+from mtj_loader.errors import CheckpointError, StorageError, UsageError
+from mtj_loader.formats.checkpoint_index import build_index, read_index
 from mtj_loader.formats.file_names import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
     SUFFIX,
     TOKENIZER_FILES,
     USUAL_FILES,
-    listed,
+    choose_files,
+    join_names,
 )
 from mtj_loader.formats.records import TensorIndex
+from mtj_loader.formats.strict_json import read_object
 from mtj_loader.options import Source
-from mtj_loader.storage.base import Storage, StoredFile, read_object
+from mtj_loader.storage.base import Storage, StoredFile
 from mtj_loader.storage.local import LocalStorage
-from mtj_loader.storage.remote import is_url, open_repository, open_url
+from mtj_loader.storage.urls import is_url, open_url
 
 if TYPE_CHECKING:
+    from mtj_loader.storage.hub import Repository
     from mtj_loader.storage.object_store import ObjectStorage
 
-_MAX_CONFIG_BYTES = 10_000_000  # a config has a few KB; with long label lists a few MB
+_MAX_CONFIG_BYTES = 10_000_000  # a config has a few KB, or a few MB with long label lists
 
-# A name or owner/name; anything else that is no file here is a path that was mistyped.
+# A name or owner/name; anything else that does not exist is a mistyped path.
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class Headers:
-    """What is read of a checkpoint to plan with; a host that has it from another reads nothing.
+    """What planning needs of a checkpoint; a host that gets it from another host reads nothing.
 
     Attributes:
-      config, generation_config: the JSON objects; the latter is empty where there is none.
-      index: its tensors.
+      config, generation_config: the JSON objects; the latter is empty if there is no such file.
+      index: the tensors.
     """
 
     config: dict[str, object]
@@ -50,15 +55,15 @@ class Headers:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers were read and whose tensors were not.
+    """A checkpoint whose headers were read, but not its tensors.
 
     Attributes:
-      location: where it is, for people: a path, a URL, or `owner/name@commit`.
-      storage: its files, closed; reading opens them, so close it again at the end.
-      config, generation_config: the JSON objects; the latter is empty where there is none.
-      index: its tensors.
-      tokenizer_files: by name, of `TOKENIZER_FILES` those that are there.
-      commit: of a Hugging Face repository; None for what has no commits.
+      location: for messages: a path, a URL, or `owner/name@commit`.
+      storage: the files, closed; a read opens them, so close it again afterwards.
+      config, generation_config: the JSON objects; the latter is empty if there is no such file.
+      index: the tensors.
+      tokenizer_files: those of `TOKENIZER_FILES` that exist, by name.
+      commit: of a Hugging Face repository, None otherwise.
     """
 
     location: str
@@ -96,38 +101,67 @@ def open_checkpoint(
     if source.local_files_only and (source.stream or is_remote):
         raise UsageError("a URL or streaming needs the network", key="local_files_only")
     if is_remote:
-        return _open_distant(*open_url(str(source.path)), headers)
+        opened = open_url(str(source.path), file_suffix=SUFFIX, fallback_names=USUAL_FILES)
+        return _open_remote(*opened, headers)
     from mtj_loader.storage import hub  # noqa: PLC0415 -- its client takes 0.2 s to import
 
+    cache = None if source.cache_dir is None else Path(source.cache_dir)
     repo_id = _hub_id(source.path)
+    repository = hub.Repository(repo_id, source.token, cache, source.local_files_only)
     if source.stream:
-        storage, files = open_repository(repo_id, revision=source.revision, token=source.token)
-        checkpoint = _open_distant(storage, files, headers)
+        checkpoint = _open_remote(hub.open_repository(repository, source.revision), None, headers)
         return replace(checkpoint, commit=checkpoint.location.rpartition("@")[2])
-    folder = hub.download(
-        repo_id,
-        files=(CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *also),
-        revision=source.revision,
-        token=source.token,
-        cache_dir=source.cache_dir,
-        local_files_only=source.local_files_only,
-    )
+    folder = _download(repository, source.revision, also)
     checkpoint = _open(LocalStorage(folder), f"{repo_id}@{folder.name}", None, headers)
     return replace(checkpoint, commit=folder.name)
 
 
 def repository_files(source: Source) -> list[str]:
-    """The names of all files of a Hugging Face repository; empty for what is none.
+    """The names of all files of a Hugging Face repository; empty for a path or URL.
 
     Raises:
-      UsageError: no such path, repository or revision, or no access to it.
+      UsageError: no such path, repository or revision, or access is denied.
       StorageError: the network failed.
     """
     if is_url(source.path) or existing_path(source.path) is not None:
         return []
-    from mtj_loader.storage import hub  # noqa: PLC0415 -- see above
+    from mtj_loader.storage.hub import Repository  # noqa: PLC0415 -- see `open_checkpoint`
 
-    return hub.list_files(_hub_id(source.path), revision=source.revision, token=source.token)
+    return Repository(_hub_id(source.path), source.token).list_files(source.revision)[1]
+
+
+def _download(repository: Repository, revision: str | None, also: Iterable[str]) -> Path:
+    """Fetches a repository's weights and small files into the cache.
+
+    Returns:
+      The folder of the snapshot; its name is the commit.
+    """
+    small = (CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *also, INDEX_FILE)
+    folder = repository.download(revision, small)
+    weights = _weight_files(repository, folder)
+    if not all((folder / name).is_file() for name in weights):
+        if repository.local_files_only:
+            raise repository.not_cached()
+        repository.download(folder.name, weights, show_progress=True)
+    return folder
+
+
+def _weight_files(repository: Repository, folder: Path) -> list[str]:
+    """The names of a snapshot's weights, from as few requests as possible."""
+    with LocalStorage(folder) as storage:
+        if storage.exists(INDEX_FILE):
+            return read_index(storage).shards
+    cached = [path.name for path in folder.glob(f"*{SUFFIX}")]
+    if SINGLE_FILE in cached:
+        return [SINGLE_FILE]
+    if repository.local_files_only:
+        return choose_files(cached or [SINGLE_FILE])
+    try:
+        return choose_files(repository.list_files(folder.name)[1])
+    except StorageError:
+        if not cached:
+            raise
+    return choose_files(cached)
 
 
 def _hub_id(path_or_id: str | os.PathLike[str]) -> str:
@@ -137,15 +171,15 @@ def _hub_id(path_or_id: str | os.PathLike[str]) -> str:
 
 
 def existing_path(path_or_id: str | os.PathLike[str]) -> Path | None:
-    """The path, if there is something; None for what may be a Hugging Face id.
+    """The path if it exists; None for what may be a Hugging Face id.
 
     Raises:
-      UsageError: the system cannot even look.
+      UsageError: the operating system rejects the path.
     """
     try:
         path = Path(path_or_id).expanduser()
         return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError) as error:  # too long, ~nobody, a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown ~user, a NUL
         raise UsageError(
             "cannot use this path", file=ascii(path_or_id), found=str(error)
         ) from error
@@ -162,10 +196,10 @@ def _open_folder(path: Path, headers: Headers | None) -> Checkpoint:
     return _open(LocalStorage(path), str(path), None, headers)
 
 
-def _open_distant(
+def _open_remote(
     storage: ObjectStorage, files: list[str] | None, headers: Headers | None
 ) -> Checkpoint:
-    """Asks for all files that are usual at once; without this, one after the other."""
+    """Requests all usual files together, instead of one after another."""
     try:
         if headers is None:
             storage.prepare([*USUAL_FILES, *(files or ())])
@@ -182,7 +216,7 @@ def _open_distant(
 def _open(
     storage: Storage, location: str, files: Sequence[str] | None, headers: Headers | None
 ) -> Checkpoint:
-    with storage:  # closed after the headers; a later read opens it anew
+    with storage:  # closed after the headers; a later read reopens it
         read = headers or _read_headers(storage, files)
         return Checkpoint(
             location=location,
@@ -190,11 +224,13 @@ def _open(
             config=read.config,
             generation_config=read.generation_config,
             index=read.index,
-            tokenizer_files={n: _file(storage, n) for n in TOKENIZER_FILES if storage.exists(n)},
+            tokenizer_files={
+                n: _tokenizer_file(storage, n) for n in TOKENIZER_FILES if storage.exists(n)
+            },
         )
 
 
-def _file(storage: Storage, name: str) -> Path | StoredFile:
+def _tokenizer_file(storage: Storage, name: str) -> Path | StoredFile:
     return storage.root / name if isinstance(storage, LocalStorage) else StoredFile(storage, name)
 
 
@@ -208,7 +244,7 @@ def _read_config(storage: Storage) -> dict[str, object]:
         raise CheckpointError(
             "not a checkpoint: there is no config.json",
             file=storage.location,
-            found=listed(storage.names()) or "no file at all",
+            found=join_names(storage.names()) or "no files",
         )
     return read_object(storage, CONFIG_FILE, _MAX_CONFIG_BYTES)
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are the weights: decided by name, never by trying."""
+"""File names of a checkpoint, and which files are the weights: decided by name alone."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-# What is asked for at once where every question takes a round trip.
+# Requested together from a storage where each request takes a round trip.
 USUAL_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, SINGLE_FILE, *TOKENIZER_FILES)
 
-# Nine digits: a stranger's number must not be long.
+# At most nine digits: the number is untrusted input.
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<k>[0-9]{1,9})-of-(?P<n>[0-9]{1,9})\.safetensors")
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".npz", ".onnx")
-_NAMES_SHOWN = 5  # of a list in a message
+_MAX_NAMES_SHOWN = 5  # in a message
 
 
 def choose_files(names: Iterable[str]) -> list[str]:
     """Picks the weights of a folder that has no index.
 
-    In this order: a complete set of `model-00001-of-0000N.safetensors`; `model.safetensors`; the
-    only safetensors file there is.
+    Takes a complete set of `model-00001-of-0000N.safetensors`, else `model.safetensors`, else the
+    only safetensors file.
 
     Raises:
       CheckpointError: none of these, or both of the first two.
-      FormatError: the set is not complete.
+      FormatError: the set is incomplete.
     """
     names = sorted(names)
     candidates = [name for name in names if name.endswith(SUFFIX) and "/" not in name]
@@ -48,14 +48,14 @@ def choose_files(names: Iterable[str]) -> list[str]:
         return [SINGLE_FILE]
     if len(candidates) == 1:
         return candidates
-    raise _unclear(candidates) if candidates else _no_weights(names)
+    raise _ambiguous(candidates) if candidates else _no_weights(names)
 
 
 def check_numbering(files: Iterable[str]) -> None:
-    """Checks that of files named k of N all of 1 … N are there, with one N.
+    """Checks that files named k of N have a single N, and are complete from 1 to N.
 
     Raises:
-      FormatError: a gap, or two values of N.
+      FormatError: a shard is missing, or there are two values of N.
     """
     groups: dict[str, list[tuple[int, int]]] = {}
     for file in files:
@@ -66,24 +66,25 @@ def check_numbering(files: Iterable[str]) -> None:
 
 
 def shard_total(file: str) -> int | None:
-    """The N of a file named k of N, None for any other name."""
+    """The N of a file named k of N; None for any other name."""
     match = _SHARD.fullmatch(file)
     return int(match["n"]) if match else None
 
 
-def listed(names: Sequence[str]) -> str:
-    """A list of names for a message, cut where it gets long."""
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown}, … ({len(names)} in all)"
+def join_names(names: Sequence[str]) -> str:
+    """A list of names for a message, shortened if it is long."""
+    shown = ", ".join(names[:_MAX_NAMES_SHOWN])
+    return shown if len(names) <= _MAX_NAMES_SHOWN else f"{shown}, … ({len(names)} in total)"
 
 
 def _check_group(file: str, numbers: Sequence[tuple[int, int]]) -> None:
     totals = sorted({n for _, n in numbers})
     if len(totals) > 1:
         found = " and ".join(f"of-{n}" for n in totals)
-        raise FormatError("shards of two sets", file=file, expected="one total", found=found)
+        what = "shards of two different sets"
+        raise FormatError(what, file=file, expected="one total", found=found)
     present, total = {k for k, _ in numbers}, totals[0]
-    if len(present) < total:  # compared before a range of a stranger's length is walked
+    if len(present) < total:  # so the loop finds a gap soon, however large the total is
         gap = next(k for k in range(1, total + 1) if k not in present)
         found = f"{len(present)} of them; shard {gap} is missing"
         raise FormatError("a shard is missing", file=file, expected=f"{total} shards", found=found)
@@ -97,20 +98,21 @@ def _is_model_shard(name: str) -> bool:
     return match is not None and match["stem"] == "model"
 
 
-def _unclear(candidates: Sequence[str]) -> CheckpointError:
+def _ambiguous(candidates: Sequence[str]) -> CheckpointError:
     return CheckpointError(
         "it is not clear which files are the weights",
         expected=f"{INDEX_FILE}, or one set of weights",
-        found=listed(candidates),
-        hint="name one .safetensors file, or write the index",
+        found=join_names(candidates),
+        hint="pass the path of one .safetensors file, or write the index",
     )
 
 
 def _no_weights(names: Sequence[str]) -> CheckpointError:
     other = [name for name in names if name.endswith(OTHER_WEIGHTS)]
+    hint = "convert the weights to safetensors; other formats are not supported"
     return CheckpointError(
         "no safetensors weights",
         expected=f"{INDEX_FILE}, {SINGLE_FILE} or another {SUFFIX} file",
-        found=listed(other or names) or "no file at all",
-        hint="convert the weights to safetensors; other formats are not read" if other else None,
+        found=join_names(other or names) or "no files",
+        hint=hint if other else None,
     )

@@ -1,4 +1,4 @@
-"""Where tensors lie in files: the plain facts that every checkpoint format is reduced to."""
+"""Where tensors are in files: the common result of reading every checkpoint format."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mtj_loader import dtypes
+from mtj_loader.errors import FormatError
+from mtj_loader.storage.base import FileVersion
 
+MAX_RANK = 64  # numpy's limit
 
-@dataclass(frozen=True)
-class FileVersion:
-    """A file as it was when its header was read; a change between plan and read is an error."""
-
-    path: str  # as the Storage that lists it names it
-    size_bytes: int
-    version: str  # modification time in nanoseconds, or an object store's etag
+# How files start that are often found in place of weights.
+FOREIGN_MAGIC = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself (run `git lfs pull`)",
+    b"<!DOCTYPE html": "a web page",
+    b"<html": "a web page",
+}
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,12 @@ class TensorRecord:
     """One tensor in one file.
 
     Attributes:
-      name: the checkpoint's name for it; never used as a path.
+      name: in the checkpoint; never used as a path.
       file: the key of its file in `TensorIndex.files`.
       offset_bytes: absolute byte offset of its first element in that file.
-      dtype: a key of `dtypes.BITS`, as safetensors spells it.
+      dtype: a key of `dtypes.BITS`, spelled as in safetensors.
       shape: logical shape.
-      strides: in elements; None means row-major contiguous (always so in safetensors).
+      strides: in elements; None means row-major, as always in safetensors.
     """
 
     name: str
@@ -40,11 +42,11 @@ class TensorRecord:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its elements in the file."""
+        """Size of its elements in the file."""
         return math.prod(self.shape) * dtypes.BITS[self.dtype] // 8
 
     def to_dict(self) -> dict[str, object]:
-        """The record as JSON types; docs/json.md describes them."""
+        """The record as JSON types; see docs/json.md."""
         return {
             "name": self.name,
             "dtype": self.dtype,
@@ -57,8 +59,20 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class TensorIndex:
-    """All tensors of a checkpoint by name, in file order, and what was noticed on the way."""
+    """All tensors of a checkpoint by name, in file order, and warnings about its files."""
 
     records: Mapping[str, TensorRecord]
     files: Mapping[str, FileVersion]
     warnings: tuple[str, ...] = field(default=())
+
+
+def check_name(name: str, file: str) -> None:
+    """Checks a tensor's name, because names are printed and other tools turn them into paths.
+
+    Raises:
+      FormatError: a control character, an empty name, or `..` between slashes.
+    """
+    has_parent = ".." in name and ".." in name.replace("\\", "/").split("/")
+    if not name or not name.isprintable() or has_parent:
+        expected = "printable characters, no `..` between slashes"
+        raise FormatError("bad tensor name", file=file, tensor=ascii(name), expected=expected)

@@ -1,8 +1,8 @@
-"""A reader of the pickles that torch.save writes: a small machine that knows a few opcodes.
+"""A restricted reader for the pickles that torch.save writes.
 
-It makes strings, numbers, tuples, dicts and references to tensors, and can make nothing else. The
-opcodes are described in Python's own module pickletools; those that torch does not write for a dict
-of tensors are refused, and so is whatever would need another way of reading.
+It supports the few opcodes that torch uses for a dict of tensors, and rejects all others. It
+creates only strings, numbers, tuples, dicts and references to tensors. Python's module pickletools
+describes the opcodes.
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from mtj_loader.errors import FormatError
+from mtj_loader.formats.records import MAX_RANK
 from mtj_loader.formats.torch_objects import (
     OrderedMapping,
-    RefusedError,
+    RejectedError,
     call,
+    describe_value,
     find_global,
     find_storage,
-    kind,
 )
 
-_PROTOCOL = 2  # torch.save's own, unless it is told another
-_MAX_STACK = 10_000  # pickles write dicts in batches of 1,000 items
-_MAX_TUPLE = 64  # a shape's rank; arguments are fewer
+_PROTOCOL = 2  # the default of torch.save
+_MAX_STACK = 10_000  # pickle writes dicts in batches of 1,000 items
+_MAX_TUPLE = MAX_RANK  # shapes are the longest tuples
 _MAX_NAME = 200  # characters of a global
-_MAX_LONG_BYTES = 9  # more than 64 bits count nothing that exists
+_MAX_LONG_BYTES = 9  # 64 bits and a sign
 
 
 def read_pickle(data: bytes, *, file: str) -> object:
-    """Runs a pickle to its end and returns what it leaves.
+    """Runs a pickle and returns its result.
 
     Raises:
-      FormatError: an opcode, a name or a value that is not allowed, or a damaged pickle; always
-        with the byte at which it was noticed.
+      FormatError: an opcode, a name or a value is not allowed, or the pickle is damaged; names the
+        byte where this was found.
     """
     machine = _Machine(data)
     try:
         return machine.run()
-    except RefusedError as error:
+    except RejectedError as error:
         raise FormatError(
             error.what,
             file=file,
@@ -49,7 +50,7 @@ def read_pickle(data: bytes, *, file: str) -> object:
 
 
 class _Machine:
-    """A pickle, its stack and its memo; `at` is where the running opcode stands."""
+    """A pickle, its stack and its memo; `at` is the position of the current opcode."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.position, self.at = data, 0, 0
@@ -61,7 +62,7 @@ class _Machine:
     def run(self) -> object:
         if not self.data.startswith(bytes([0x80, _PROTOCOL])):
             found = self.data[:2].hex(" ") or "nothing"
-            _refuse("not a pickle as torch writes it", f"protocol {_PROTOCOL}", found)
+            _reject("not a pickle written by torch.save", f"protocol {_PROTOCOL}", found)
         self.position = 2
         while True:
             self.at = self.position
@@ -70,25 +71,26 @@ class _Machine:
                 return self.stop()
             if code not in _OPCODES:
                 self.opcode = f"opcode {code.hex()}"
-                _refuse("the pickle has an opcode that is not allowed", None, _named(code))
+                _reject("the pickle has an opcode that is not allowed", None, _name_opcode(code))
             self.opcode, step = _OPCODES[code]
             step(self)
             if len(self.stack) > _MAX_STACK:
-                _refuse("the pickle's stack is too high", f"at most {_MAX_STACK:,}")
+                _reject("the pickle's stack is too high", f"at most {_MAX_STACK:,}")
 
     def stop(self) -> object:
         self.opcode = "STOP"
         result = self.pop()
         if self.stack or self.marks:
-            _refuse("the pickle leaves things behind", "an empty stack", f"{len(self.stack)} more")
+            what = "the pickle ends with a nonempty stack"
+            _reject(what, "an empty stack", f"{len(self.stack)} more")
         if (rest := len(self.data) - self.position) > 0:
-            _refuse("bytes after the end of the pickle", "none", f"{rest:,} bytes")
+            _reject("bytes after the end of the pickle", "none", f"{rest:,} bytes")
         return result
 
     def take(self, count: int) -> bytes:
         taken = self.data[self.position : self.position + count]
         if len(taken) < count:
-            _refuse("the pickle is truncated", f"{count:,} bytes", f"{len(taken):,} bytes")
+            _reject("the pickle is truncated", f"{count:,} bytes", f"{len(taken):,} bytes")
         self.position += count
         return taken
 
@@ -100,12 +102,12 @@ class _Machine:
 
     def pop(self) -> object:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            _refuse("the pickle takes from an empty stack")
+            _reject("the pickle pops from an empty stack")
         return self.stack.pop()
 
     def pop_to_mark(self) -> list[object]:
         if not self.marks:
-            _refuse("the pickle has no mark to go back to")
+            _reject("the pickle pops to a missing mark")
         height = self.marks.pop()
         items = self.stack[height:]
         del self.stack[height:]
@@ -114,21 +116,20 @@ class _Machine:
     def mark(self) -> None:
         self.marks.append(len(self.stack))
         if len(self.marks) > _MAX_TUPLE:
-            _refuse("the pickle's marks are nested too deep", f"at most {_MAX_TUPLE}")
+            _reject("the pickle's marks are nested too deeply", f"at most {_MAX_TUPLE}")
 
     def text(self) -> None:
         raw = self.take(self.number("<I"))
         try:
             self.push(raw.decode())
         except UnicodeDecodeError as error:
-            _refuse("a text in the pickle is not UTF-8", None, error)
+            _reject("a string in the pickle is not UTF-8", None, error)
 
     def long(self) -> None:
         length = self.number("<B")
         if length > _MAX_LONG_BYTES:
-            _refuse(
-                "a number in the pickle is too long", f"at most {_MAX_LONG_BYTES} bytes", length
-            )
+            what = "a number in the pickle is too long"
+            _reject(what, f"at most {_MAX_LONG_BYTES} bytes", length)
         self.push(int.from_bytes(self.take(length), "little", signed=True))
 
     def put(self, index: int) -> None:
@@ -138,7 +139,7 @@ class _Machine:
 
     def get(self, index: int) -> None:
         if index not in self.memo:
-            _refuse("the pickle's memo has no such entry", None, f"number {index}")
+            _reject("the pickle's memo has no such entry", None, f"number {index}")
         self.push(self.memo[index])
 
     def find(self) -> None:
@@ -148,16 +149,16 @@ class _Machine:
     def line(self) -> str:
         end = self.data.find(b"\n", self.position, self.position + _MAX_NAME)
         if end < 0:
-            _refuse("a name in the pickle does not end", f"at most {_MAX_NAME} bytes")
+            _reject("a name in the pickle is too long", f"at most {_MAX_NAME} bytes")
         raw = self.take(end - self.position)
         self.position = end + 1
         return raw.decode("ascii", "backslashreplace")
 
     def make_tuple(self, items: list[object]) -> None:
-        """Tuples hold no tuples that hold tuples: shapes inside arguments are the deepest."""
+        """Rejects more than two levels of tuples: the deepest are shapes inside of arguments."""
         nested = (item for value in items if type(value) is tuple for item in value)
         if len(items) > _MAX_TUPLE or any(type(item) is tuple for item in nested):
-            _refuse("a tuple in the pickle is too long or too deep", f"at most {_MAX_TUPLE} items")
+            _reject("a tuple in the pickle is too long or too deep", f"at most {_MAX_TUPLE} items")
         self.push(tuple(items))
 
     def reduce(self) -> None:
@@ -165,28 +166,30 @@ class _Machine:
         self.push(call(self.pop(), arguments))
 
     def build(self) -> None:
-        """A state dict's `_metadata`, versions of torch's modules, says nothing of tensors."""
+        """Ignores a state dict's `_metadata`, which has only versions of torch's modules."""
         state, target = self.pop(), self.pop()
         self.push(target)
         if not isinstance(target, OrderedMapping) or not isinstance(state, dict):
-            _refuse("the pickle gives attributes to something else than a state dict")
+            _reject("the pickle sets attributes of an object that is not a state dict")
         if other := sorted(state.keys() - {"_metadata"}):
-            _refuse("the pickle gives a dict unknown attributes", "_metadata", kind(other[0]))
+            what = "the pickle sets unknown attributes of a dict"
+            _reject(what, "_metadata", describe_value(other[0]))
 
     def set_items(self, items: list[object]) -> None:
         target = self.pop()
         self.push(target)
         if not isinstance(target, dict) or len(items) % 2:
-            _refuse("the pickle sets items of something else than a dict", "a dict", kind(target))
+            what = "the pickle sets items of an object that is not a dict"
+            _reject(what, "a dict", describe_value(target))
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is not str or key in target:
-                what = "a key of a dict is not a string, or is there twice"
-                _refuse(what, "each string once", kind(key))
+                what = "a dict has a duplicate key, or one that is not a string"
+                _reject(what, "unique strings", describe_value(key))
             target[key] = value
 
 
-def _refuse(what: str, expected: object = None, found: object = None) -> NoReturn:
-    raise RefusedError(what, expected, found)
+def _reject(what: str, expected: object = None, found: object = None) -> NoReturn:
+    raise RejectedError(what, expected, found)
 
 
 def _last(machine: _Machine, count: int) -> list[object]:
@@ -221,7 +224,7 @@ _OPCODES: dict[bytes, tuple[str, Callable[[_Machine], None]]] = {
     b"b": ("BUILD", _Machine.build),
 }
 
-# Names for the message only: what attacks and other writers use.
+# Opcodes of attacks and of other writers; named only in messages.
 _OTHERS = {
     b"i": "INST", b"o": "OBJ", b"P": "PERSID", b"]": "EMPTY_LIST", b"l": "LIST", b"a": "APPEND",
     b"e": "APPENDS", b"\x81": "NEWOBJ", b"\x92": "NEWOBJ_EX", b"\x93": "STACK_GLOBAL",
@@ -231,5 +234,5 @@ _OTHERS = {
 }  # fmt: skip
 
 
-def _named(code: bytes) -> str:
+def _name_opcode(code: bytes) -> str:
     return _OTHERS.get(code, f"byte {code.hex()}")

@@ -1,9 +1,9 @@
-"""The safetensors format: a header in JSON, read here, and the tensors' bytes, which are not.
+"""Reads the JSON header of safetensors files.
 
     8 bytes  N, little-endian    N bytes  JSON, padded with spaces    the rest  tensors, no gaps
 
-The rules are those of the reference reader (github.com/huggingface/safetensors), and stricter where
-it lets a damaged file pass: every key once, every field known, names that can be printed.
+Follows the reference reader (github.com/huggingface/safetensors), but is stricter where that one
+accepts damaged files: no duplicate keys, no unknown fields, only printable names.
 """
 
 from __future__ import annotations
@@ -17,45 +17,41 @@ import numpy as np
 from mtj_loader.dtypes import BITS
 from mtj_loader.errors import FormatError
 from mtj_loader.formats import strict_json
-from mtj_loader.formats.records import FileVersion, TensorRecord
-from mtj_loader.storage.base import Storage
+from mtj_loader.formats.records import FOREIGN_MAGIC, MAX_RANK, TensorRecord, check_name
+from mtj_loader.storage.base import FileVersion, Storage
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit; 100,000 tensors take 12,000,000
-_LENGTH_BYTES = 8  # of the header's length, which comes first
-_U64_MAX = 2**64 - 1  # of every number in a header
-_MAX_TENSOR_BITS = 2**63 - 1  # numpy counts with 63 bits; also for a size that a 0 makes harmless
-_MAX_RANK = 64  # numpy's limit; the product of a long shape costs quadratic time
+_LENGTH_BYTES = 8  # of N
+_MAX_U64 = 2**64 - 1  # of every number in a header
+_MAX_TENSOR_BITS = 2**63 - 1  # numpy counts with 63 bits, even if another dimension is 0
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
-# What lies under the name of a safetensors file when it is none; asked only when N is impossible.
-_MAGIC = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself (run `git lfs pull`)",
-    b"<!DOCTYPE html": "a web page",
-    b"<html": "a web page",
-    b"PK\x03\x04": "a zip archive, as torch.save writes it",
+# What other files start with; checked only if N is impossible.
+_MAGIC = FOREIGN_MAGIC | {
+    b"PK\x03\x04": "a zip archive, as written by torch.save",
     b"\x80\x02": "a Python pickle",
     b"\x93NUMPY": "a numpy array",
     b"GGUF": "a GGUF file",
 }
-_LONGEST_MAGIC = max(map(len, _MAGIC))
+_MAX_MAGIC_BYTES = max(map(len, _MAGIC))
 
 
-def read_records(storage: Storage, stamp: FileVersion) -> list[TensorRecord]:
-    """Reads one file's header, and nothing else of it.
+def read_records(storage: Storage, version: FileVersion) -> list[TensorRecord]:
+    """Reads the header of one file.
 
     Args:
       storage: where the file is.
-      stamp: taken before; its size is what the header has to account for, to the byte.
+      version: of the file; the header must account for every byte of its size.
 
     Returns:
       The tensors in the order of their offsets.
 
     Raises:
-      FormatError: any rule of the format is broken.
+      FormatError: the header violates the format.
     """
-    length_bytes = _header_length(storage, stamp)
-    header = storage.read(stamp.path, _LENGTH_BYTES, length_bytes)
-    return parse_header(header, file=stamp.path, size_bytes=stamp.size_bytes)
+    length_bytes = _header_length(storage, version)
+    header = storage.read(version.path, _LENGTH_BYTES, length_bytes)
+    return parse_header(header, file=version.path, size_bytes=version.size_bytes)
 
 
 def parse_header(header: bytes, *, file: str, size_bytes: int) -> list[TensorRecord]:
@@ -63,11 +59,11 @@ def parse_header(header: bytes, *, file: str, size_bytes: int) -> list[TensorRec
 
     Args:
       header: the JSON, without the eight bytes before it.
-      file: its file's name, for the records and for errors.
+      file: name of the file, for the records and for errors.
       size_bytes: of the whole file.
 
     Raises:
-      FormatError: any rule of the format is broken.
+      FormatError: the header violates the format.
     """
     if not header.startswith(b"{"):
         found = brief(header[:_LENGTH_BYTES])
@@ -83,15 +79,15 @@ def parse_header(header: bytes, *, file: str, size_bytes: int) -> list[TensorRec
 
 
 def check_bool_bytes(record: TensorRecord, data: np.ndarray, first: int = 0) -> None:
-    """Checks a BOOL tensor's bytes (uint8): numpy and XLA take other values than 0 and 1 on trust.
+    """Checks that a BOOL tensor's bytes are 0 or 1, because numpy and XLA do not.
 
     Args:
       record: the tensor.
-      data: its bytes from number `first` on.
-      first: see `data`.
+      data: some of its bytes (uint8).
+      first: position of `data` in the tensor.
 
     Raises:
-      FormatError: with the position and the value of the first bad byte.
+      FormatError: names the position and value of the first bad byte.
     """
     bad = np.flatnonzero(data > 1)
     if bad.size:
@@ -104,13 +100,13 @@ def check_bool_bytes(record: TensorRecord, data: np.ndarray, first: int = 0) -> 
         )
 
 
-def _header_length(storage: Storage, stamp: FileVersion) -> int:
-    """Reads N, and refuses it before anything is allocated for it."""
-    file, size_bytes = stamp.path, stamp.size_bytes
-    start = storage.read(file, 0, min(size_bytes, _LONGEST_MAGIC))
+def _header_length(storage: Storage, version: FileVersion) -> int:
+    """Reads N, and checks it before memory is allocated for it."""
+    file, size_bytes = version.path, version.size_bytes
+    start = storage.read(file, 0, min(size_bytes, _MAX_MAGIC_BYTES))
     length_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
-    most = min(MAX_HEADER_BYTES, size_bytes - _LENGTH_BYTES)
-    if 2 <= length_bytes <= most:  # `{}` is the shortest header
+    max_bytes = min(MAX_HEADER_BYTES, size_bytes - _LENGTH_BYTES)
+    if 2 <= length_bytes <= max_bytes:  # `{}` is the shortest header
         return length_bytes
     meaning = next((_MAGIC[magic] for magic in _MAGIC if start.startswith(magic)), None)
     if meaning or size_bytes < _LENGTH_BYTES:
@@ -119,7 +115,7 @@ def _header_length(storage: Storage, stamp: FileVersion) -> int:
     raise FormatError(
         "the header's length is impossible",
         file=file,
-        expected=f"2 to {most:,} bytes in a file of {size_bytes:,}",
+        expected=f"2 to {max_bytes:,} bytes in a file of {size_bytes:,}",
         found=f"{length_bytes:,} bytes",
     )
 
@@ -133,12 +129,10 @@ def _check_metadata(metadata: object, file: str) -> None:
 
 
 def _record(name: str, entry: object, file: str, data_start: int) -> TensorRecord:
-    if not is_plain_name(name):
-        expected = "printable characters, no `..` between slashes"
-        raise FormatError("bad tensor name", file=file, tensor=ascii(name), expected=expected)
+    check_name(name, file)
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         found = ", ".join(map(brief, entry)) if isinstance(entry, dict) else brief(entry)
-        expected = "dtype, shape and data_offsets, nothing else"
+        expected = "exactly dtype, shape and data_offsets"
         raise FormatError(
             "bad tensor entry", file=file, tensor=name, expected=expected, found=found
         )
@@ -147,28 +141,21 @@ def _record(name: str, entry: object, file: str, data_start: int) -> TensorRecor
         raise _bad_field(file, name, "dtype", f"one of {', '.join(BITS)}", dtype)
     if not _are_u64(shape):
         raise _bad_field(file, name, "shape", "a list of integers from 0 to 2^64 − 1", shape)
-    if len(shape) > _MAX_RANK:
-        raise _bad_field(file, name, "shape", f"at most {_MAX_RANK} dimensions", shape)
+    if len(shape) > MAX_RANK:
+        raise _bad_field(file, name, "shape", f"at most {MAX_RANK} dimensions", shape)
     if not _are_u64(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _bad_field(file, name, "data_offsets", "[begin, end] with begin ≤ end", offsets)
     _check_span(file, name, dtype, shape, offsets[1] - offsets[0])
     return TensorRecord(name, file, data_start + offsets[0], dtype, tuple(shape))
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether a tensor may be called so: names are printed, and other tools make paths of them."""
-    if not name or not name.isprintable():
-        return False
-    return ".." not in name or ".." not in name.replace("\\", "/").split("/")
-
-
 def _are_u64(values: object) -> bool:
-    # `type`, not `isinstance`, to which True is an int
-    return isinstance(values, list) and all(type(v) is int and 0 <= v <= _U64_MAX for v in values)
+    # `type`, not `isinstance`: True is an int for the latter
+    return isinstance(values, list) and all(type(v) is int and 0 <= v <= _MAX_U64 for v in values)
 
 
 def _check_span(file: str, name: str, dtype: str, shape: Sequence[int], span_bytes: int) -> None:
-    """The bytes that the offsets enclose are the bytes that the shape needs."""
+    """Checks that the offsets span exactly the bytes that the shape needs."""
     bits = math.prod(shape) * BITS[dtype]
     if bits == span_bytes * 8 and bits:
         return
@@ -191,7 +178,7 @@ def _check_span(file: str, name: str, dtype: str, shape: Sequence[int], span_byt
 def _check_tiling(
     records: Sequence[TensorRecord], file: str, data_start: int, size_bytes: int
 ) -> None:
-    """Every byte after the header belongs to exactly one tensor."""
+    """Checks that every byte after the header belongs to exactly one tensor."""
     position = data_start
     for record in records:
         if record.offset_bytes != position:
@@ -200,7 +187,7 @@ def _check_tiling(
                 "bytes that belong to no tensor" if gap else "two tensors overlap",
                 file=file,
                 tensor=record.name,
-                expected=f"data_offsets that begin at {position - data_start:,}",
+                expected=f"data_offsets that start at {position - data_start:,}",
                 found=f"{record.offset_bytes - data_start:,}",
             )
         position += record.size_bytes

@@ -1,7 +1,7 @@
-"""JSON as strangers send it: read by the letter of RFC 8259, within bounds, or refused by name.
+"""A strict, bounded JSON parser for untrusted input; follows RFC 8259 to the letter.
 
-Python's own reader accepts more than it should here: of two equal keys it silently keeps the last,
-`NaN` and `1e999` become numbers, and a long integer costs quadratic time.
+Python's own parser is too lenient: it silently keeps the last of two equal keys, turns `NaN` and
+`1e999` into numbers, and spends quadratic time on a long integer.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from reprlib import repr as brief
 
 from mtj_loader.errors import FormatError
+from mtj_loader.storage.base import Storage, prepare_file
 
-MAX_DEPTH = 64  # headers, maps and configs nest less than ten deep; the parser recurses
-MAX_DIGITS = 1_000  # no such file holds more than 31 (an "infinite" length); int() is quadratic
+MAX_DEPTH = 64  # headers, maps and configs nest less than ten levels; the parser recurses
+MAX_DIGITS = 1_000  # real files have up to 31 (an "infinite" length); int() is quadratic
 
-_SHOWN = 60  # characters of a stranger's text that an error quotes
+_SHOWN = 60  # characters of untrusted text that an error quotes
 
 _STEP = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
 _NOT_BRACKETS = bytes(set(range(256)) - set(_STEP))
@@ -28,28 +29,28 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class _Fault:
-    """What Python's parser accepts and we do not; `holder` is found again in the parsed tree."""
+    """A violation that Python's parser accepts; `holder` locates it in the parsed tree."""
 
     what: str
     found: str
-    holder: object  # the very object, compared by identity
-    key: str | None = None  # a key of the holder, when that is what is wrong
+    holder: object  # compared by identity
+    key: str | None = None  # the key of the holder that is wrong, if any
 
 
 def parse(data: bytes | str, *, file: str, max_bytes: int | None = None) -> object:
     """Parses one JSON document.
 
     Args:
-      data: UTF-8 without a byte order mark; nothing but white space may follow the document.
-      file: the name to give in errors.
-      max_bytes: refuse more than this; None for data whose size was bounded before.
+      data: UTF-8 without a byte order mark; only white space may follow the document.
+      file: the name for error messages.
+      max_bytes: upper bound of the size; None if the caller has checked it.
 
     Returns:
-      dicts, lists, strings, ints, finite floats, bools, None. `-0` is a float, as elsewhere.
+      dicts, lists, strings, ints, finite floats, bools, None. `-0` is a float, as in other parsers.
 
     Raises:
-      FormatError: not JSON; a repeated key; NaN or infinity; half a surrogate pair; deeper than
-        `MAX_DEPTH`; an integer of more than `MAX_DIGITS` digits.
+      FormatError: not JSON; a duplicate key; NaN or infinity; half a surrogate pair; nested deeper
+        than `MAX_DEPTH`; an integer of more than `MAX_DIGITS` digits.
     """
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     text = _decode(raw, file, max_bytes)
@@ -57,7 +58,7 @@ def parse(data: bytes | str, *, file: str, max_bytes: int | None = None) -> obje
     faults: list[_Fault] = []
     value = _decode_value(text, file, faults)
     if faults:
-        raise _located(faults[0], value, file)
+        raise _fault_error(faults[0], value, file)
     if _SURROGATE.search(text):
         _check_surrogates(value, file)
     return value
@@ -66,10 +67,10 @@ def parse(data: bytes | str, *, file: str, max_bytes: int | None = None) -> obje
 def parse_object(
     data: bytes | str, *, file: str, max_bytes: int | None = None
 ) -> dict[str, object]:
-    """Like `parse`, for a document that has to be an object.
+    """Like `parse`, for a document that must be an object.
 
     Raises:
-      FormatError: as `parse`, or the document is something else than an object.
+      FormatError: as `parse`, or the document is not an object.
     """
     value = parse(data, file=file, max_bytes=max_bytes)
     if not isinstance(value, dict):
@@ -77,16 +78,27 @@ def parse_object(
     return value
 
 
+def read_object(storage: Storage, path: str, max_bytes: int) -> dict[str, object]:
+    """Reads a JSON file whose document is an object, see `parse`.
+
+    Raises:
+      FormatError: the file has more than `max_bytes`, or is not such a document.
+    """
+    # One byte more than the maximum is enough for `parse` to reject the file.
+    length_bytes = min(prepare_file(storage, path).size_bytes, max_bytes + 1)
+    return parse_object(storage.read(path, 0, length_bytes), file=path, max_bytes=max_bytes)
+
+
 def _decode(raw: bytes, file: str, max_bytes: int | None) -> str:
     if max_bytes is not None and len(raw) > max_bytes:
         raise FormatError(
-            "too large for what it is",
+            "the file is too large",
             file=file,
             expected=f"at most {max_bytes:,} bytes",
             found=f"{len(raw):,} bytes",
         )
     if raw.startswith(b"\xef\xbb\xbf"):
-        raise FormatError("JSON begins with a byte order mark", file=file, expected="plain UTF-8")
+        raise FormatError("JSON starts with a byte order mark", file=file, expected="plain UTF-8")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -109,12 +121,12 @@ def _decode_value(text: str, file: str, faults: list[_Fault]) -> object:
     def make_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            faults.append(_repeated_key(pairs, result))
+            faults.append(_duplicate_key(pairs, result))
         return result
 
     def make_integer(digits: str) -> int | float:
         if len(digits) > MAX_DIGITS:
-            return refuse("an integer is too long", f"{len(digits):,} digits")
+            return reject("an integer is too long", f"{len(digits):,} digits")
         return int(digits) if digits != "-0" else -0.0
 
     def make_float(digits: str) -> float:
@@ -122,10 +134,10 @@ def _decode_value(text: str, file: str, faults: list[_Fault]) -> object:
         return value if math.isfinite(value) else make_constant(digits)
 
     def make_constant(name: str) -> float:
-        return refuse("not a finite number", name[:_SHOWN])
+        return reject("not a finite number", name[:_SHOWN])
 
-    def refuse(what: str, found: str) -> float:
-        placeholder = float("nan")  # a new object every time: it marks the place
+    def reject(what: str, found: str) -> float:
+        placeholder = float("nan")  # a new object each time, which marks the place
         faults.append(_Fault(what, found, placeholder))
         return placeholder
 
@@ -144,14 +156,14 @@ def _decode_value(text: str, file: str, faults: list[_Fault]) -> object:
         raise FormatError("not valid JSON", file=file, found=found) from error
 
 
-def _repeated_key(pairs: list[tuple[str, object]], result: dict[str, object]) -> _Fault:
+def _duplicate_key(pairs: list[tuple[str, object]], result: dict[str, object]) -> _Fault:
     seen: set[str] = set()
     key = next(key for key, _ in pairs if key in seen or seen.add(key))
     count = sum(other == key for other, _ in pairs)
     return _Fault("duplicate key", f"{count} times", result, key)
 
 
-def _located(fault: _Fault, root: object, file: str) -> FormatError:
+def _fault_error(fault: _Fault, root: object, file: str) -> FormatError:
     path = next((path for path, value in _walk(root) if value is fault.holder), None)
     if path is not None and fault.key is not None:
         path = _child(path, fault.key)
@@ -159,7 +171,7 @@ def _located(fault: _Fault, root: object, file: str) -> FormatError:
 
 
 def _walk(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Every value below this one with its path: `rope_scaling.factors[3]`."""
+    """This value and all values in it, each with its path, such as `rope_scaling.factors[3]`."""
     yield path, value
     if isinstance(value, dict):
         for key, item in value.items():

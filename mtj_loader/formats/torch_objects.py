@@ -1,6 +1,6 @@
-"""What torch.save puts into a pickle, as plain data: nothing is imported and nothing is called.
+"""Plain data for the objects in a pickle by torch.save; nothing is imported or called.
 
-The few names that a dict of tensors needs are known here; every other name is refused.
+Only the names that a dict of tensors needs are supported; all others are rejected.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from mtj_loader.dtypes import BITS
+from mtj_loader.formats.records import MAX_RANK
 
 _MAX_INT = 2**63 - 1  # torch counts elements with signed 64 bits
-_MAX_RANK = 64  # numpy's limit
-_SHOWN_CHARS = 80  # of a stranger's text in a message
+_SHOWN_CHARS = 80  # of untrusted text in a message
 
 
-class RefusedError(Exception):
-    """Something in a pickle that is not allowed; whoever knows file and place adds them."""
+class RejectedError(Exception):
+    """Something in a pickle is not allowed; the caller adds file and position."""
 
     def __init__(self, what: str, expected: object = None, found: object = None) -> None:
         super().__init__(what)
@@ -24,21 +24,21 @@ class RefusedError(Exception):
 
 
 class OrderedMapping(dict[str, object]):
-    """A collections.OrderedDict of a pickle; the only thing that may be given attributes."""
+    """A collections.OrderedDict; the only object whose attributes a pickle may set."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class StorageType:
-    """torch.FloatStorage and its like; `dtype` as safetensors spells it."""
+    """A class such as torch.FloatStorage; `dtype` is spelled as in safetensors."""
 
     dtype: str
 
 
 @dataclass(frozen=True)
 class StorageRef:
-    """`elements` numbers in the archive's member `data/<key>`."""
+    """A storage: `elements` numbers in the archive's member `data/<key>`."""
 
     dtype: str
     key: str
@@ -46,13 +46,13 @@ class StorageRef:
 
     @property
     def size_bytes(self) -> int:
-        """What the member has to hold."""
+        """Size of the member."""
         return self.elements * BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A strided window on a storage; offset and strides in elements."""
+    """A strided view of a storage; offset and strides are in elements."""
 
     storage: StorageRef
     offset: int
@@ -62,7 +62,7 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class Function:
-    """One of the three names that may be called, which happens in `call`."""
+    """One of the three functions that a pickle may call; `call` evaluates them."""
 
     name: str
 
@@ -79,12 +79,12 @@ _ALLOWED: dict[str, Function | StorageType] = {
     **{f"torch {name}Storage": StorageType(dtype) for name, dtype in _STORAGES.items()},
 }
 
-# What is known and refused, in plain words.
+# Explanations of names that are rejected.
 _MEANINGS = {
     "torch._utils _rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils _rebuild_qtensor": "a quantized tensor",
     "torch._utils _rebuild_nested_tensor": "a nested tensor",
-    "torch._utils _rebuild_tensor_v3": "a tensor of a dtype that old versions of torch lack",
+    "torch._utils _rebuild_tensor_v3": "a tensor with a dtype that old versions of torch lack",
     "torch._utils _rebuild_parameter_with_state": "a parameter with attributes",
     "torch._utils _rebuild_wrapper_subclass": "a tensor subclass",
     "torch._utils _rebuild_meta_tensor_no_storage": "a meta tensor, which has no data",
@@ -93,16 +93,16 @@ _MEANINGS = {
 
 
 def find_global(name: str) -> Function | StorageType:
-    """What stands for a global, named as `module name`.
+    """Looks up a global by `module name`.
 
     Raises:
-      RefusedError: it is not on the list.
+      RejectedError: the name is not allowed.
     """
     if name not in _ALLOWED:
         meaning = f" ({_MEANINGS[name]})" if name in _MEANINGS else ""
-        raise RefusedError(
-            "the pickle names something that is not allowed",
-            "plain tensors of a dict",
+        raise RejectedError(
+            "the pickle uses a name that is not allowed",
+            "a dict of plain tensors",
             f"{name.replace(' ', '.')[:_SHOWN_CHARS]}{meaning}",
         )
     return _ALLOWED[name]
@@ -112,21 +112,21 @@ def find_storage(persistent_id: object) -> StorageRef:
     """The storage of a persistent id: ("storage", type, key, device, elements).
 
     Raises:
-      RefusedError: the id is another.
+      RejectedError: the id has another form.
     """
     match persistent_id:
         case ("storage", StorageType(dtype), str(key), str(), elements) if _is_count(elements):
             if key.isascii() and key.isdigit():
                 return StorageRef(dtype, key, elements)
     expected = '("storage", type, number, device, count)'
-    raise RefusedError("bad persistent id in the pickle", expected, kind(persistent_id))
+    raise RejectedError("bad persistent id in the pickle", expected, describe_value(persistent_id))
 
 
 def call(function: object, arguments: object) -> object:
-    """What torch would get by calling the function: an empty mapping or a tensor.
+    """The result of a function call: an empty mapping or a tensor.
 
     Raises:
-      RefusedError: it is not one of ours, or the arguments are not what torch writes.
+      RejectedError: the function is not allowed, or torch does not write such arguments.
     """
     match function, arguments:
         case Function(_ORDERED_DICT.name), ():
@@ -144,16 +144,14 @@ def call(function: object, arguments: object) -> object:
             if not hooks:
                 return tensor
     if not isinstance(function, Function):
-        expected = "a function of the list"
-        raise RefusedError(
-            "the pickle calls something that is not allowed", expected, kind(function)
-        )
-    found = f"{function.name.replace(' ', '.')} of {kind(arguments)}"
-    raise RefusedError("the pickle calls a function with wrong arguments", None, found)
+        what, expected = "the pickle calls a function that is not allowed", "a supported function"
+        raise RejectedError(what, expected, describe_value(function))
+    found = f"{function.name.replace(' ', '.')} of {describe_value(arguments)}"
+    raise RejectedError("the pickle calls a function with wrong arguments", None, found)
 
 
-def kind(value: object) -> str:
-    """What a value is, in a few words: never its whole content, which may be endless."""
+def describe_value(value: object) -> str:
+    """Describes a value briefly, without its whole content."""
     if isinstance(value, str):
         return repr(value[:_SHOWN_CHARS])
     if value is None or isinstance(value, int):
@@ -167,21 +165,23 @@ def kind(value: object) -> str:
 def _tensor(
     storage: StorageRef, offset: object, shape: object, strides: object, rest: list[object]
 ) -> TensorRef:
-    """`rest` is hooks and, for views such as conjugates, metadata: both have to be empty."""
+    """`rest` has hooks, and metadata for views such as conjugates; both must be empty."""
     if not _is_count(offset) or not _are_counts(shape) or not _are_counts(strides):
-        what = "a tensor's offset, shape or strides are not numbers from 0 on"
-        raise RefusedError(what, "three numbers or tuples of them", kind(offset))
-    if len(shape) != len(strides) or len(shape) > _MAX_RANK:
+        what = "a tensor's offset, shape or strides are not nonnegative integers"
+        raise RejectedError(what, "an integer and two tuples of integers", describe_value(offset))
+    if len(shape) != len(strides) or len(shape) > MAX_RANK:
         found = f"{len(shape)} sizes and {len(strides)} strides"
-        raise RefusedError("a tensor's rank is wrong", f"one of at most {_MAX_RANK}", found)
+        raise RejectedError(
+            "a tensor's rank is wrong", f"the same number, at most {MAX_RANK}", found
+        )
     if not rest or len(rest) > 2 or any(rest) or not isinstance(rest[0], OrderedMapping):
         what = "a tensor has hooks or is a conjugate or negative view"
-        raise RefusedError(what, "a plain tensor", f"{len(rest)} more arguments")
+        raise RejectedError(what, "a plain tensor", f"{len(rest)} more arguments")
     return TensorRef(storage, offset, shape, strides)
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value <= _MAX_INT  # `type`: True is an int to isinstance
+    return type(value) is int and 0 <= value <= _MAX_INT  # `type`: True is an int for isinstance
 
 
 def _are_counts(values: object) -> TypeGuard[tuple[int, ...]]:

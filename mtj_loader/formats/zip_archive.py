@@ -1,10 +1,10 @@
-"""The zip archives that torch.save writes: stored members, one after another, nothing else.
+"""Reads the zip archives that torch.save writes: uncompressed members without gaps.
 
-    local header, name, padding, data, descriptor   (for each member, with no gap)
-    the directory   the zip64 directory's end   its locator   the directory's end
+    local header, name, padding, data, descriptor   (for each member)
+    directory   end of the zip64 directory   its locator   end of the directory
 
-Stricter than zip: what is told twice must agree, and every byte must belong to something, so that
-no other reader can find another archive in the same file.
+Stricter than zip: redundant fields must agree and every byte must belong to something, so that no
+other reader can find a different archive in the same file.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from struct import Struct
 
 from mtj_loader.errors import FormatError
-from mtj_loader.formats.records import FileVersion
-from mtj_loader.storage.base import Storage
+from mtj_loader.storage.base import FileVersion, Storage
 
 _LOCAL = Struct("<4s5H3L2H")  # …, flags, method, …, crc, packed, size, name length, extra length
 _DIRECTORY = Struct("<4s6H3L5H2L")  # the same, …, comment length, disk, …, offset
@@ -24,19 +23,19 @@ _END = Struct("<4s4H2LH")  # …, disks, …, entries, directory's size and offs
 _END64 = Struct("<4sQ2H2L4Q")
 _LOCATOR = Struct("<4sLQL")  # …, disk, offset of the zip64 end, disks
 _TAIL_BYTES = _END64.size + _LOCATOR.size + _END.size
-_DESCRIPTOR = Struct("<4sL2L")  # …, crc, packed, size: what a writer learns after the data
+_DESCRIPTOR = Struct("<4sL2L")  # …, crc, packed, size: known only after the data
 _DESCRIPTOR64 = Struct("<4sL2Q")
-_TAG = Struct("<2H")  # of a field in `extra`: which, and how long
+_TAG = Struct("<2H")  # of a field in `extra`: kind and length
 
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "see the zip64 field"
+_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # mean: see the zip64 field
 _ZIP64_EXTRA = 1
 _ENCRYPTED, _HAS_DESCRIPTOR, _UTF8 = 0x1, 0x8, 0x800  # flags; torch sets the last two
-_MAX_DIRECTORY_BYTES = 32 << 20  # of 100,000 tensors it takes 10,000,000
+_MAX_DIRECTORY_BYTES = 32 << 20  # 100,000 tensors take 10,000,000
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the directory says of a member; `header_bytes` is the offset of its local header."""
+    """A member in the directory; `header_bytes` is the offset of its local header."""
 
     name: str
     header_bytes: int
@@ -49,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Directory:
-    """All entries in the order of the file, and where the directory begins."""
+    """All entries in file order, and where the directory starts."""
 
     entries: tuple[Entry, ...]
     start_bytes: int
@@ -57,7 +56,7 @@ class Directory:
 
 @dataclass(frozen=True)
 class Member:
-    """A file in the archive, stored as it is; `offset_bytes` is where its data begins."""
+    """An uncompressed file in the archive; its data starts at `offset_bytes`."""
 
     name: str
     offset_bytes: int
@@ -65,38 +64,41 @@ class Member:
     crc: int
 
 
-def read_directory(storage: Storage, stamp: FileVersion) -> Directory:
+def read_directory(storage: Storage, version: FileVersion) -> Directory:
     """Reads the directory at the end of an archive.
 
     Raises:
-      FormatError: there is none, it is damaged, or something follows it.
+      FormatError: the directory is missing or damaged, or bytes follow it.
     """
-    start, count, raw = _find_directory(storage, stamp)
-    entries = sorted(_entries(raw, count, stamp.path), key=lambda entry: entry.header_bytes)
+    start, count, raw = _find_directory(storage, version)
+    entries = sorted(_entries(raw, count, version.path), key=lambda entry: entry.header_bytes)
     return Directory(tuple(entries), start)
 
 
-def find_members(storage: Storage, stamp: FileVersion, directory: Directory) -> dict[str, Member]:
-    """Reads the header of every member and none of their data; members by name, in file order.
+def find_members(storage: Storage, version: FileVersion, directory: Directory) -> dict[str, Member]:
+    """Reads the headers of all members, but not their data.
+
+    Returns:
+      The members by name, in file order.
 
     Raises:
-      FormatError: a member is damaged, compressed, encrypted or there twice, or bytes belong to
-        none.
+      FormatError: a member is damaged, compressed, encrypted or duplicate, or bytes belong to no
+        member.
     """
     members: dict[str, Member] = {}
     position, start = 0, directory.start_bytes
     for entry in directory.entries:
-        _check_stored(entry, stamp.path)
+        _check_uncompressed(entry, version.path)
         if entry.name in members:
-            raise _bad(stamp.path, "a member is in the archive twice", entry.name)
+            raise _bad(version.path, "a member is in the archive twice", entry.name)
         if entry.header_bytes != position:
             gap = entry.header_bytes > position
             what = "bytes that belong to no member" if gap else "two members overlap"
-            raise _bad(stamp.path, what, entry.name, position, entry.header_bytes)
-        members[entry.name] = _check_local(storage, stamp, entry, start)
-        position = _end(storage, stamp, entry, members[entry.name], start)
+            raise _bad(version.path, what, entry.name, position, entry.header_bytes)
+        members[entry.name] = _check_local(storage, version, entry, start)
+        position = _end(storage, version, entry, members[entry.name], start)
     if position != start:
-        raise _bad(stamp.path, "bytes that belong to no member", None, position, start)
+        raise _bad(version.path, "bytes that belong to no member", None, position, start)
     return members
 
 
@@ -104,7 +106,7 @@ def read_member(storage: Storage, file: str, member: Member, max_bytes: int) -> 
     """The data of a member.
 
     Raises:
-      FormatError: it has more than `max_bytes`, or not the checksum that the directory has.
+      FormatError: it has more than `max_bytes`, or a wrong checksum.
     """
     if member.size_bytes > max_bytes:
         raise _bad(file, "a member is too large", member.name, max_bytes, member.size_bytes)
@@ -115,22 +117,22 @@ def read_member(storage: Storage, file: str, member: Member, max_bytes: int) -> 
     return data
 
 
-def _find_directory(storage: Storage, stamp: FileVersion) -> tuple[int, int, bytes]:
-    """Where the directory starts, how many entries it has, and its bytes."""
-    tail_bytes = min(stamp.size_bytes, _TAIL_BYTES)
-    tail = storage.read(stamp.path, stamp.size_bytes - tail_bytes, tail_bytes)
-    *disks, entries, count, size, start, comment = _unpack_end(tail, stamp.path)
-    after = stamp.size_bytes - _END.size  # where the directory has to stop
+def _find_directory(storage: Storage, version: FileVersion) -> tuple[int, int, bytes]:
+    """The start of the directory, its number of entries, and its bytes."""
+    tail_bytes = min(version.size_bytes, _TAIL_BYTES)
+    tail = storage.read(version.path, version.size_bytes - tail_bytes, tail_bytes)
+    *disks, entries, count, size, start, comment = _unpack_end(tail, version.path)
+    after = version.size_bytes - _END.size  # where the directory must end
     if tail[-_END.size - _LOCATOR.size :].startswith(b"PK\x06\x07"):
         after -= _LOCATOR.size + _END64.size
         short = (entries, count, size, start)
-        entries, count, size, start = _zip64_end(tail, after, short, stamp.path)
+        entries, count, size, start = _zip64_end(tail, after, short, version.path)
     if any(disks) or comment or entries != count or start + size != after:
-        raise _bad(stamp.path, "the end of the archive is damaged", None, after, start + size)
+        raise _bad(version.path, "the end of the archive is damaged", None, after, start + size)
     if size > _MAX_DIRECTORY_BYTES:
         what = "the archive's directory is too large"
-        raise _bad(stamp.path, what, None, _MAX_DIRECTORY_BYTES, size)
-    return start, count, storage.read(stamp.path, start, size)
+        raise _bad(version.path, what, None, _MAX_DIRECTORY_BYTES, size)
+    return start, count, storage.read(version.path, start, size)
 
 
 def _unpack_end(tail: bytes, file: str) -> tuple[int, ...]:
@@ -143,7 +145,7 @@ def _unpack_end(tail: bytes, file: str) -> tuple[int, ...]:
 def _zip64_end(
     tail: bytes, offset_bytes: int, short: tuple[int, ...], file: str
 ) -> tuple[int, int, int, int]:
-    """Entries here, entries, size and start of the directory; `short` has them in fewer bits."""
+    """Entries on this disk, all entries, size and start; `short` has the same in fewer bits."""
     damaged = _bad(file, "the end of the archive is damaged", None, "one zip64 directory")
     if len(tail) < _TAIL_BYTES or not tail.startswith(b"PK\x06\x06"):
         raise damaged
@@ -171,14 +173,14 @@ def _entries(raw: bytes, count: int, file: str) -> Iterator[Entry]:
         position = comment_start + fields[12]
         name = _decode(raw[name_start:extra_start], file)
         narrow = [fields[9], fields[8], fields[16]]
-        size, packed, offset = _widened(raw[extra_start:comment_start], narrow, name, file)
+        size, packed, offset = _widen(raw[extra_start:comment_start], narrow, name, file)
         yield Entry(name, offset, size, packed, fields[4], fields[3], fields[7])
     if position != len(raw):
         raise _bad(file, "the archive's directory is damaged", None, len(raw), position)
 
 
-def _widened(extra: bytes, narrow: list[int], name: str, file: str) -> list[int]:
-    """Size, packed size and offset, each from the zip64 field where it does not fit 32 bits."""
+def _widen(extra: bytes, narrow: list[int], name: str, file: str) -> list[int]:
+    """Size, packed size and offset, from the zip64 field if they do not fit in 32 bits."""
     wide = _extra_field(extra, _ZIP64_EXTRA)
     numbers = iter([int.from_bytes(wide[i : i + 8], "little") for i in range(0, len(wide), 8)])
     if len(wide) != 8 * narrow.count(_FULL32):
@@ -187,7 +189,7 @@ def _widened(extra: bytes, narrow: list[int], name: str, file: str) -> list[int]
 
 
 def _extra_field(extra: bytes, wanted: int) -> bytes:
-    """The first field with this tag, empty if there is none: tag, length, content, and so on."""
+    """The content of the first field with this tag, empty if there is none."""
     while len(extra) >= _TAG.size:
         tag, length = _TAG.unpack_from(extra)
         field, extra = extra[_TAG.size : _TAG.size + length], extra[_TAG.size + length :]
@@ -196,47 +198,47 @@ def _extra_field(extra: bytes, wanted: int) -> bytes:
     return b""
 
 
-def _check_stored(entry: Entry, file: str) -> None:
+def _check_uncompressed(entry: Entry, file: str) -> None:
     if entry.flags & _ENCRYPTED:
         raise _bad(file, "a member is encrypted", entry.name)
     if entry.method or entry.size_bytes != entry.packed_bytes:
-        expected = "stored, as torch.save writes it"
+        expected = "uncompressed, as written by torch.save"
         raise _bad(file, "a member is compressed", entry.name, expected, f"method {entry.method}")
     if entry.flags & ~(_HAS_DESCRIPTOR | _UTF8):
         raise _bad(file, "a member has unknown flags", entry.name, None, f"{entry.flags:#x}")
 
 
-def _check_local(storage: Storage, stamp: FileVersion, entry: Entry, start: int) -> Member:
-    """The member, if its local header says what the directory says."""
+def _check_local(storage: Storage, version: FileVersion, entry: Entry, start: int) -> Member:
+    """The member, after a check that its local header agrees with the directory."""
     raw_name = entry.name.encode()
     head_bytes = _LOCAL.size + len(raw_name)
     if entry.header_bytes + head_bytes > start:
-        raise _bad(stamp.path, "a member reaches into the directory", entry.name)
-    head = storage.read(stamp.path, entry.header_bytes, head_bytes)
-    magic, _, flags, method, _, _, *told, name_bytes, extra_bytes = _LOCAL.unpack_from(head)
-    later = flags & _HAS_DESCRIPTOR  # then the descriptor has what is 0 here
-    known = [0, 0, 0] if later else [entry.crc, entry.size_bytes, entry.size_bytes]
+        raise _bad(version.path, "a member overlaps the directory", entry.name)
+    head = storage.read(version.path, entry.header_bytes, head_bytes)
+    magic, _, flags, method, _, _, *sizes, name_bytes, extra_bytes = _LOCAL.unpack_from(head)
+    is_later = flags & _HAS_DESCRIPTOR  # then these are 0 here, and in the descriptor
+    expected = [0, 0, 0] if is_later else [entry.crc, entry.size_bytes, entry.size_bytes]
     same = (magic, flags, method, name_bytes) == (b"PK\x03\x04", entry.flags, 0, len(raw_name))
-    if not same or head[_LOCAL.size :] != raw_name or told != known:
-        raise _bad(stamp.path, "a member's header and the directory differ", entry.name)
+    if not same or head[_LOCAL.size :] != raw_name or sizes != expected:
+        raise _bad(version.path, "a member's header and the directory differ", entry.name)
     offset = entry.header_bytes + head_bytes + extra_bytes
     return Member(entry.name, offset, entry.size_bytes, entry.crc)
 
 
-def _end(storage: Storage, stamp: FileVersion, entry: Entry, member: Member, start: int) -> int:
-    """Where the member ends: after its data, or after the descriptor that follows."""
+def _end(storage: Storage, version: FileVersion, entry: Entry, member: Member, start: int) -> int:
+    """Where the member ends: after its data, or after its descriptor."""
     end = member.offset_bytes + member.size_bytes
     length = _DESCRIPTOR64.size if entry.flags & _HAS_DESCRIPTOR else 0
     if end + (length and _DESCRIPTOR.size) > start:
-        raise _bad(stamp.path, "a member reaches into the directory", entry.name, start, end)
+        raise _bad(version.path, "a member overlaps the directory", entry.name, start, end)
     if not length:
         return end
-    raw = storage.read(stamp.path, end, length)  # the directory is longer than what it lacks
+    raw = storage.read(version.path, end, length)  # may extend into the directory
     for form in (_DESCRIPTOR, _DESCRIPTOR64):
-        told = (b"PK\x07\x08", entry.crc, entry.size_bytes, entry.size_bytes)
-        if form.unpack_from(raw) == told:
+        expected = (b"PK\x07\x08", entry.crc, entry.size_bytes, entry.size_bytes)
+        if form.unpack_from(raw) == expected:
             return end + form.size
-    raise _bad(stamp.path, "a member's descriptor and the directory differ", entry.name)
+    raise _bad(version.path, "a member's descriptor and the directory differ", entry.name)
 
 
 def _decode(raw: bytes, file: str) -> str:

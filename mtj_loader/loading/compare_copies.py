@@ -11,13 +11,11 @@ from mtj_loader.errors import VerifyError
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.lora.factors import gather
 from mtj_loader.lora.low_rank import CarriedCopy
-from mtj_loader.storage.base import RemoteStorage, Storage
-from mtj_loader.storage.prefetch import Reader, ahead_bytes, range_bytes, reader_for
-from mtj_loader.storage.ranges import Run
+from mtj_loader.storage.base import Reader, Run, Storage
+from mtj_loader.storage.prefetch import prefetch_bytes, range_bytes
 from mtj_loader.weights.resolve import Comparison
 from mtj_loader.weights.view import view_of
 
-_PART_BYTES = 1 << 20  # of a tied copy, compared at a time
 _SLAB_ELEMENTS = 2 << 20  # of a carried copy; float32 of both take 16 MiB
 
 
@@ -34,9 +32,8 @@ def compare_tied(
     Raises:
       VerifyError: two differ; shows the first byte of both that does.
     """
-    budget_bytes = ahead_bytes(storage, host_memory_bytes)
-    is_distant = isinstance(storage, RemoteStorage)
-    part_bytes = range_bytes(storage, budget_bytes) if is_distant else _PART_BYTES
+    budget_bytes = prefetch_bytes(storage, host_memory_bytes)
+    part_bytes = range_bytes(storage, budget_bytes)
     parts = [
         (pair, start)
         for pair in comparisons
@@ -45,7 +42,7 @@ def compare_tied(
     runs = [
         _run(record, at, part_bytes) for pair, at in parts for record in (pair.copy, pair.original)
     ]
-    reader = reader_for(storage, runs, budget_bytes)
+    reader = storage.reader(runs, budget_bytes)
     try:
         for (pair, start), one, other in zip(parts, runs[::2], runs[1::2], strict=True):
             _compare(pair, start, _read(reader, one), _read(reader, other))

@@ -24,7 +24,7 @@ from mtj_loader.lora.adapter import Adapter
 from mtj_loader.lora.merge import merge_all
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.topology import topology
-from mtj_loader.storage.base import RemoteStorage, check_unchanged
+from mtj_loader.storage.base import check_unchanged
 
 _LOOK_SECONDS = 0.5  # a look takes well under a millisecond a file
 
@@ -139,13 +139,13 @@ def _watched(
 
     Not at those in a store: each of its answers says which version it is of.
     """
-    is_near = not isinstance(plan.checkpoint.storage, RemoteStorage)
+    must_check_files = not plan.checkpoint.storage.checks_versions
     looked = time.monotonic()
 
     def advance(done: int) -> None:
         nonlocal looked
         hosts.check()
-        if is_near and time.monotonic() - looked > _LOOK_SECONDS:
+        if must_check_files and time.monotonic() - looked > _LOOK_SECONDS:
             _check_files(plan)
             looked = time.monotonic()
         progress(done)

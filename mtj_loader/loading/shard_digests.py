@@ -122,7 +122,7 @@ def read_digests(path: Path) -> Digests:
       StorageError: it cannot be read.
     """
     with LocalStorage(path.parent) as storage:
-        size_bytes = min(storage.stamp(path.name).size_bytes, _MAX_FILE_BYTES + 1)
+        size_bytes = min(storage.version(path.name).size_bytes, _MAX_FILE_BYTES + 1)
         data = storage.read(path.name, 0, size_bytes)
     document = strict_json.parse_object(data, file=str(path), max_bytes=_MAX_FILE_BYTES)
     return from_dict(document, file=path)

@@ -24,7 +24,7 @@ from mtj_loader.loading.jobs import Batch, Job, Task, batches, byte_runs, tasks
 from mtj_loader.loading.placement import Params, Placer
 from mtj_loader.loading.schedule import CHUNK_BYTES, Step
 from mtj_loader.planning.load_plan import LoadPlan
-from mtj_loader.storage.prefetch import ahead_bytes, reader_for
+from mtj_loader.storage.prefetch import prefetch_bytes
 from mtj_loader.weights import kernels
 
 _BATCHES_AHEAD = 2  # one is read while one is placed
@@ -77,12 +77,12 @@ class Streamer:
         self.device_seconds = 0.0
         platform = mesh.devices.flat[0].platform
         storage = plan.checkpoint.storage
-        ahead = ahead_bytes(storage, plan.options.host_memory_bytes)
+        ahead = prefetch_bytes(storage, plan.options.host_memory_bytes)
         budget = plan.options.host_memory_bytes - ahead
         self.threads = _threads(budget)
         self._buffers = buffers or buffers_for(platform, budget, self.threads)
         runs = byte_runs(plan, self.host, self._buffers)
-        self._reader = reader_for(storage, runs, ahead)
+        self._reader = storage.reader(runs, ahead)
         self._placer = Placer(plan, mesh, self.host, self._buffers)
         self._tallies: list[ReadStats] = []
         self._local = threading.local()

@@ -14,11 +14,13 @@ from typing import TypeVar
 
 from mtj_loader.errors import AdapterError
 from mtj_loader.formats import safetensors, torch_zip
-from mtj_loader.formats.records import FileVersion, TensorRecord
+from mtj_loader.formats.file_names import SUFFIX
+from mtj_loader.formats.records import TensorRecord
+from mtj_loader.formats.strict_json import read_object
 from mtj_loader.lora import patterns
-from mtj_loader.storage.base import Storage, read_object
+from mtj_loader.storage.base import FileVersion, Storage
 from mtj_loader.storage.local import LocalStorage
-from mtj_loader.storage.remote import is_url, open_url
+from mtj_loader.storage.urls import is_url, open_url
 
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
@@ -100,8 +102,11 @@ def open_adapter(path: PathLike) -> Adapter:
       AdapterError: it is no LoRA adapter, or one that does something unsupported.
       CheckpointError: its files are damaged.
     """
-    storage = open_url(str(path))[0] if is_url(path) else LocalStorage(Path(path))
-    folder = str(path) if isinstance(storage, LocalStorage) else storage.location
+    if is_url(path):
+        storage, _ = open_url(str(path), file_suffix=SUFFIX)
+        folder = storage.location
+    else:
+        storage, folder = LocalStorage(Path(path)), str(path)
     with storage:
         there = storage.prepare([CONFIG_FILE, *_WEIGHT_FILES])
         if CONFIG_FILE not in there:

@@ -18,9 +18,8 @@ from mtj_loader.formats.records import TensorRecord
 from mtj_loader.lora.low_rank import LowRank
 from mtj_loader.parameters import ParamSpec
 from mtj_loader.planning.topology import topology
-from mtj_loader.storage.base import RemoteStorage, Storage
-from mtj_loader.storage.prefetch import ahead_bytes, reader_for
-from mtj_loader.storage.ranges import Run
+from mtj_loader.storage.base import Run, Storage
+from mtj_loader.storage.prefetch import prefetch_bytes
 from mtj_loader.weights import kernels
 from mtj_loader.weights.copies import clip, distinct_layouts, runs, shard_copies, shard_layouts
 from mtj_loader.weights.view import Layout, View
@@ -41,10 +40,9 @@ class FactorReader:
         self._numbers = topology(mesh).shards_of(jax.process_index())
         storages = dict.fromkeys(term.storage for term in terms)
         self._readers = {
-            storage: reader_for(
-                storage,
+            storage: storage.reader(
                 self._announced(terms, storage),
-                ahead_bytes(storage, host_memory_bytes) // len(storages),
+                prefetch_bytes(storage, host_memory_bytes) // len(storages),
             )
             for storage in storages
         }
@@ -68,7 +66,7 @@ class FactorReader:
     def _factor(self, storage: Storage, view: View, spec: ParamSpec) -> jax.Array:
         layouts = shard_layouts(view.layout, spec.groups, spec.split, self._shards)
         mine = distinct_layouts(view.layout, spec, self._shards, self._numbers)
-        reads = _reads(mine, len(view.records), _at_once(storage))
+        reads = _reads(mine, len(view.records), storage.costs.high_latency)
         found = _gather(self._readers[storage], view.records, mine, reads)
         self._read_bytes += sum(stop - first for _, first, stop in _runs(view.records, reads))
         of_layout = dict(zip(mine, found, strict=True))
@@ -85,7 +83,9 @@ class FactorReader:
         """All that will be read of a storage, in order."""
         for view, spec in (factor for t in terms if t.storage is storage for factor in t.factors):
             mine = distinct_layouts(view.layout, spec, self._shards, self._numbers)
-            yield from _runs(view.records, _reads(mine, len(view.records), _at_once(storage)))
+            yield from _runs(
+                view.records, _reads(mine, len(view.records), storage.costs.high_latency)
+            )
 
 
 _Read = tuple[int, int, int]  # which record, its first element, and the one after the last
@@ -122,11 +122,6 @@ def _gather(
                 for part in clip(copy, start, stop):
                     kernels.run_copy(part, wide, start, target)
     return [target.reshape(layout.shape) for target, layout in zip(targets, layouts, strict=True)]
-
-
-def _at_once(storage: Storage) -> bool:
-    """Whether a factor is read from its first to its last needed byte: requests cost more."""
-    return isinstance(storage, RemoteStorage)
 
 
 def _reads(layouts: Sequence[Layout], records: int, at_once: bool) -> list[_Read]:

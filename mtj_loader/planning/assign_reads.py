@@ -2,15 +2,14 @@
 
 On one host every device reads its own shards. Several hosts divide what more than one of them
 needs, so that every byte is read once: on local files these are the replicas over `dp` and shards
-that are equal; on remote storage also weights that are split across the rows of the file, because
-each host would otherwise request a short range of every row.
+that are equal; on a storage with high latency also weights that are split across the rows of the
+file, because each host would otherwise request a short range of every row.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from mtj_loader.planning.read_assignment import (
     OwnShards,
@@ -20,31 +19,10 @@ from mtj_loader.planning.read_assignment import (
     slowest_axis,
 )
 from mtj_loader.planning.topology import Topology
-from mtj_loader.storage.base import RemoteStorage, Storage
+from mtj_loader.storage.base import ReadCosts
 from mtj_loader.weights.copies import Copy, Loop, runs, shard_copies
 from mtj_loader.weights.view import ZEROS, Layout
 
-
-@dataclass(frozen=True)
-class StorageSpeed:
-    """What one host gets from a storage.
-
-    Attributes:
-      bytes_per_second: in long requests, many at once.
-      requests_per_second: requests that can be started, however short they are.
-    """
-
-    bytes_per_second: float
-    requests_per_second: float
-
-
-# A zonal SSD persistent disk at one virtual machine: 1,200 MiB/s and 100,000 requests per second
-# (Google Cloud's documentation, "About Persistent Disk performance").
-DISK = StorageSpeed(1200 * 2**20, 100_000)
-# 0.7 GB/s is the highest reported rate from Google Cloud Storage on one TPU VM. S3's first byte
-# arrives after 100 to 200 ms ("Best practices design patterns", Amazon S3), with 32 requests at a
-# time.
-OBJECT_STORE = StorageSpeed(0.7e9, 32 / 0.1)
 # A TPU v5e pod of 32 hosts has 6.4 Tbit/s of data-center network (Google Cloud's documentation,
 # "TPU v5e"), or 200 Gbit/s for each host; we count on half of it. Within a slice a chip has 1,600
 # Gbit/s.
@@ -52,13 +30,8 @@ INTERCONNECT_BYTES_PER_SECOND = 12.5e9
 _MAX_REQUEST_BYTES = 16 << 20  # longer ranges are split into several requests
 
 
-def speed_of(storage: Storage) -> StorageSpeed:
-    """The speed to expect of a storage."""
-    return OBJECT_STORE if isinstance(storage, RemoteStorage) else DISK
-
-
 def assign_reads(
-    own: OwnShards, split_size: int | None, itemsize: int, topology: Topology, speed: StorageSpeed
+    own: OwnShards, split_size: int | None, itemsize: int, topology: Topology, costs: ReadCosts
 ) -> ReadAssignment:
     """The assignment that takes the least time; the first of those that are equally good.
 
@@ -67,18 +40,18 @@ def assign_reads(
       split_size: full size of the axis that is split; None if every shard is a full copy.
       itemsize: bytes per element in the file.
       topology: the mesh.
-      speed: of the storage.
+      costs: of the storage.
     """
     if len(topology.host_ids) == 1:
         return own
-    candidates = list(_candidates(own, split_size, topology, speed))
+    candidates = list(_candidates(own, split_size, topology, costs))
     if len(candidates) == 1:
         return candidates[0]
-    return min(candidates, key=lambda reads: _seconds(reads, itemsize, topology, speed))
+    return min(candidates, key=lambda reads: _seconds(reads, itemsize, topology, costs))
 
 
 def _candidates(
-    own: OwnShards, split_size: int | None, topology: Topology, speed: StorageSpeed
+    own: OwnShards, split_size: int | None, topology: Topology, costs: ReadCosts
 ) -> Iterator[ReadAssignment]:
     """The ways to read a parameter once in total.
 
@@ -94,7 +67,7 @@ def _candidates(
         return
     per_shard = _blocks(distinct_shards, topology, repeats, is_mixed=False)
     yield per_shard if per_shard and _hosts_share_a_shard(topology, repeats) else own
-    if speed is OBJECT_STORE and len(distinct_shards) > 1:
+    if costs.high_latency and len(distinct_shards) > 1:
         mixed = _blocks(distinct_shards, topology, repeats, is_mixed=True)
         if mixed is not None:
             yield mixed
@@ -117,15 +90,13 @@ def _hosts_share_a_shard(topology: Topology, repeats: int) -> bool:
     return False
 
 
-def _seconds(
-    reads: ReadAssignment, itemsize: int, topology: Topology, speed: StorageSpeed
-) -> float:
+def _seconds(reads: ReadAssignment, itemsize: int, topology: Topology, costs: ReadCosts) -> float:
     """Time for the first host to read and exchange a parameter; the other hosts are alike."""
     device_indices = topology.device_indices_of(topology.host_ids[0])
     read_bytes = reads.read_elements(device_indices) * itemsize
     received_bytes = reads.received_elements(device_indices) * itemsize
     requests = _requests(reads, device_indices, _MAX_REQUEST_BYTES // itemsize)
-    reading = max(read_bytes / speed.bytes_per_second, requests / speed.requests_per_second)
+    reading = max(read_bytes / costs.bytes_per_second, requests / costs.requests_per_second)
     return reading + received_bytes / INTERCONNECT_BYTES_PER_SECOND
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from mtj_loader.display import counted
 from mtj_loader.lora.low_rank import LowRank
 from mtj_loader.parameters import ParamSpec
-from mtj_loader.planning.assign_reads import StorageSpeed, assign_reads
+from mtj_loader.planning.assign_reads import assign_reads
 from mtj_loader.planning.read_assignment import OwnShards, ReadAssignment, distinct
 from mtj_loader.planning.topology import Topology
+from mtj_loader.storage.base import ReadCosts
 from mtj_loader.weights.view import ZEROS, Layout, Piece, View
 
 
@@ -152,14 +153,14 @@ def own_shards(spec: ParamSpec, shards: tuple[Layout, ...]) -> OwnShards:
 
 
 def with_reads(
-    params: Sequence[ParamPlan], topology: Topology, speed: StorageSpeed
+    params: Sequence[ParamPlan], topology: Topology, costs: ReadCosts
 ) -> tuple[ParamPlan, ...]:
     """The parameters with the read assignments that take the least time.
 
     Args:
       params: planned so that every device reads its own shard.
       topology: the mesh.
-      speed: of the storage that they are read from.
+      costs: of the storage that they are read from.
     """
     chosen: dict[object, ReadAssignment] = {}  # layers are alike and share their shards
     for param in params:
@@ -167,7 +168,7 @@ def with_reads(
         if key not in chosen:
             own, size = own_shards(param.spec, param.shards), param.spec.split_size()
             itemsize = param.source_dtype.itemsize
-            chosen[key] = assign_reads(own, size, itemsize, topology, speed)
+            chosen[key] = assign_reads(own, size, itemsize, topology, costs)
     return tuple(replace(p, reads=chosen[id(p.shards), p.source_dtype]) for p in params)
 
 

@@ -19,7 +19,6 @@ from mtj_loader.lora.adapter_resolve import resolve_adapter
 from mtj_loader.lora.low_rank import AdapterTerms, LowRank
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.options import LoadOptions, PathLike
-from mtj_loader.planning.assign_reads import speed_of
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan, own_shards, with_reads
 from mtj_loader.planning.topology import Topology
@@ -117,7 +116,7 @@ def make_plan(
         config,
         topology,
         options,
-        with_reads(params, topology, speed_of(checkpoint.storage)),
+        with_reads(params, topology, checkpoint.storage.costs),
         resolution.comparisons,
         resolution.skipped,
         resolution.unmapped,

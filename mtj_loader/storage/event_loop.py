@@ -1,10 +1,10 @@
-"""An event loop in a thread of its own, for code that waits for many answers at once."""
+"""An event loop in its own thread, for code that waits for many responses at once."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Runs coroutines for other threads; starts with the first, ends with `close`."""
+    """Runs coroutines for other threads; starts with the first one and ends with `close`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -20,11 +20,11 @@ class LoopThread:
         self._thread: threading.Thread | None = None
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Starts a coroutine; cancelling the future cancels it, too."""
+        """Starts a coroutine; cancelling the future cancels the coroutine."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                # A daemon: a storage that nobody closed must not keep the program from ending.
+                # A daemon: a storage that was not closed must not keep the process alive.
                 name = "mtj_loader objects"
                 self._thread = threading.Thread(
                     target=_run, args=(self._loop,), name=name, daemon=True
@@ -42,7 +42,7 @@ class LoopThread:
             raise
 
     def close(self) -> None:
-        """Cancels what runs, and ends the thread; a later `submit` starts another."""
+        """Cancels all coroutines and ends the thread; a later `submit` starts a new one."""
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
@@ -51,17 +51,27 @@ class LoopThread:
             thread.join()
 
 
+async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Returns all results; the first error cancels the other coroutines."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        await _cancel(tasks)
+        raise
+
+
 def _run(loop: asyncio.AbstractEventLoop) -> None:
-    """Until the loop is stopped; then ends whatever it still does."""
+    """Runs until the loop is stopped, then cancels the remaining tasks."""
     try:
         loop.run_forever()
-        loop.run_until_complete(_end(asyncio.all_tasks(loop)))
+        loop.run_until_complete(_cancel(asyncio.all_tasks(loop)))
         loop.run_until_complete(loop.shutdown_default_executor())
     finally:
         loop.close()
 
 
-async def _end(tasks: set[asyncio.Task[Any]]) -> None:
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,15 +1,19 @@
-"""Hugging Face repositories: what they hold, and the needed files brought into the local cache."""
+"""Hugging Face repositories: fetched into the local cache, or streamed by range requests."""
 
 from __future__ import annotations
 
+import asyncio
 import glob
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -20,27 +24,32 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import build_hf_headers, tqdm
 
 from mtj_loader.errors import MtjLoaderError, StorageError, UsageError
-from mtj_loader.formats.checkpoint_index import read_weight_map
-from mtj_loader.formats.file_names import INDEX_FILE, SINGLE_FILE, SUFFIX, choose_files
-from mtj_loader.storage.local import LocalStorage
-from mtj_loader.storage.retry import TRANSIENT_STATUS
+from mtj_loader.storage import retry
+from mtj_loader.storage.retry import RetryPolicy
+from mtj_loader.storage.server_errors import TRANSIENT_STATUS, TransientError
+from mtj_loader.storage.urls import connect, require_obstore
 
-_ANSWER_SECONDS = 15.0  # a hub that is there answers within one; its client would wait for ever
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+
+    from mtj_loader.storage.object_store import Located, ObjectStorage
+
+_API_SECONDS = 15.0  # a working hub answers within one; its client would wait forever
 
 # What the hub's HTTP client raises on a lost connection; the name of that client changes.
 _ClientError: type[Exception] = HfHubHTTPError.__bases__[0]
 
-# The first that fits; a gated repository counts as not found, too.
-_CALLERS_FAULT: tuple[tuple[type[Exception], str, str | None], ...] = (
+# The first match wins; a gated repository also counts as not found.
+_USAGE_ERRORS: tuple[tuple[type[Exception], str, str | None], ...] = (
     (HFValidationError, "no such folder, and not a Hugging Face id", None),
-    (GatedRepoError, "the repository is gated", "ask for access on its page, then give a token"),
+    (GatedRepoError, "the repository is gated", "ask for access on its page, then pass a token"),
     (
         RepositoryNotFoundError,
         "no such folder, and no such Hugging Face repository",
-        "check the name; if it is private, give a token",
+        "check the name; if the repository is private, pass a token",
     ),
     (RevisionNotFoundError, "the repository has no such revision", None),
 )
@@ -48,158 +57,194 @@ _CALLERS_FAULT: tuple[tuple[type[Exception], str, str | None], ...] = (
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository and how to get at it."""
+    """A repository and how to access it.
+
+    Attributes:
+      id: `name` or `owner/name`.
+      token: None means the one stored on this machine.
+      cache_dir: None means the default Hugging Face cache.
+      local_files_only: whether to use only the cache.
+      endpoint: the hub's URL. huggingface_hub reads the variable only when it is imported.
+    """
 
     id: str
-    token: str | None
-    cache_dir: Path | None
-    local_files_only: bool
-    endpoint: str | None
+    token: str | None = None
+    cache_dir: Path | None = None
+    local_files_only: bool = False
+    endpoint: str | None = field(default_factory=lambda: os.environ.get("HF_ENDPOINT"))
 
-    @classmethod
-    def of(cls, repo_id: str, token: str | None) -> Repository:
-        """A repository that is asked over the network, without a cache."""
-        endpoint = os.environ.get("HF_ENDPOINT")  # read anew: huggingface_hub does so at import
-        return cls(repo_id, token, None, False, endpoint)
+    def list_files(self, revision: str | None) -> tuple[str, list[str]]:
+        """The commit of a revision, and the names of all its files.
+
+        Raises:
+          UsageError: no such repository or revision, or access is denied.
+          StorageError: the network failed.
+        """
+        revision = revision or DEFAULT_REVISION
+        with self.converted_errors(revision):
+            api = HfApi(endpoint=self.endpoint, token=self.token)
+            info = api.model_info(self.id, revision=revision, timeout=_API_SECONDS)
+        return info.sha or revision, [sibling.rfilename for sibling in info.siblings or ()]
+
+    def download(
+        self, revision: str | None, names: Sequence[str], *, show_progress: bool = False
+    ) -> Path:
+        """Fetches files into the cache, if they exist and are not there yet.
+
+        If the hub cannot be reached, this uses what the cache has.
+
+        Returns:
+          The folder of the snapshot; its name is the commit.
+
+        Raises:
+          UsageError: no such repository or revision, access is denied, or it is not in the cache.
+          StorageError: the network or the disk failed.
+        """
+        with self.converted_errors(revision):
+            folder = snapshot_download(
+                self.id,
+                revision=revision,
+                allow_patterns=[glob.escape(name) for name in names],
+                endpoint=self.endpoint,
+                token=self.token,
+                cache_dir=self.cache_dir,
+                local_files_only=self.local_files_only,
+                tqdm_class=None if show_progress else _NoProgress,
+            )
+        return Path(folder)
+
+    def not_cached(self) -> UsageError:
+        """The error for files that the cache lacks."""
+        hint = "load it once with network access"
+        return UsageError("not in the local cache, or incomplete", file=self.id, hint=hint)
+
+    @contextmanager
+    def converted_errors(self, revision: str | None) -> Iterator[None]:
+        """Raises our errors in place of huggingface_hub's."""
+        try:
+            yield
+        except (HFValidationError, _ClientError, OSError) as error:
+            raise self._convert(error, revision) from error
+
+    def _convert(self, error: Exception, revision: str | None) -> MtjLoaderError:
+        if isinstance(error, LocalEntryNotFoundError):
+            if error.__cause__ is None or isinstance(error.__cause__, OfflineModeIsEnabled):
+                return self.not_cached()
+            if isinstance(error.__cause__, Exception):
+                error = error.__cause__  # the reason why only the cache was left
+        for kind, what, hint in _USAGE_ERRORS:
+            if isinstance(error, kind):
+                key = None if revision is None else f"revision {revision}"
+                return UsageError(what, file=self.id, key=key, hint=hint)
+        found = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            return UsageError("the hub rejects the token", file=self.id, found=found)
+        return StorageError("the download failed", file=self.id, found=found)
 
 
-def download(
-    repo_id: str,
-    *,
-    files: Sequence[str],
-    revision: str | None,
-    token: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-) -> Path:
-    """Fetches the weights and `files`, as far as they exist and are not in the cache already.
-
-    When the hub cannot be reached, what the cache has is used, if it is complete.
-
-    Returns:
-      The folder of the snapshot; its name is the commit.
-
-    Raises:
-      UsageError: no such repository or revision, no access to it, or not in the cache.
-      CheckpointError: the repository has no safetensors weights, or a malformed index.
-      StorageError: the network or the disk failed.
-    """
-    cache = None if cache_dir is None else Path(cache_dir)
-    endpoint = os.environ.get("HF_ENDPOINT")  # read anew: huggingface_hub does so at import only
-    repository = Repository(repo_id, token, cache, local_files_only, endpoint)
-    folder = _fetch(repository, revision, [*files, INDEX_FILE], bar=_NoBar)
-    weights = _weight_files(repository, folder)
-    if not all((folder / name).is_file() for name in weights):
-        if local_files_only:
-            raise _not_cached(repo_id)
-        _fetch(repository, folder.name, weights)
-    return folder
-
-
-def list_files(repo_id: str, *, revision: str | None, token: str | None) -> list[str]:
-    """The names of all files of a repository.
-
-    Raises:
-      UsageError: no such repository or revision, or no access to it.
-      StorageError: the network failed.
-    """
-    return list_commit(Repository.of(repo_id, token), revision)[1]
-
-
-def list_commit(repository: Repository, revision: str | None) -> tuple[str, list[str]]:
-    """The commit that a revision stands for, and the names of all its files.
-
-    Raises:
-      UsageError: no such repository or revision, or no access to it.
-      StorageError: the network failed.
-    """
-    revision = revision or DEFAULT_REVISION
-    with our_errors(repository, revision):
-        api = HfApi(endpoint=repository.endpoint, token=repository.token)
-        info = api.model_info(repository.id, revision=revision, timeout=_ANSWER_SECONDS)
-    return info.sha or revision, [sibling.rfilename for sibling in info.siblings or ()]
-
-
-class _NoBar(tqdm):
-    """The hub's progress bar, unseen: the small files need none."""
+class _NoProgress(tqdm):
+    """The hub's progress bar, disabled: small files need none."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **{**options, "disable": True})
 
 
-def _fetch(
-    repository: Repository,
-    revision: str | None,
-    names: Sequence[str],
-    bar: type[tqdm] | None = None,
-) -> Path:
-    with our_errors(repository, revision):
-        folder = snapshot_download(
-            repository.id,
-            revision=revision,
-            allow_patterns=[glob.escape(name) for name in names],
-            endpoint=repository.endpoint,
-            token=repository.token,
-            cache_dir=repository.cache_dir,
-            local_files_only=repository.local_files_only,
-            tqdm_class=bar,
+def open_repository(repository: Repository, revision: str | None) -> ObjectStorage:
+    """Opens a repository without the cache: every read is a range request to the hub.
+
+    Raises:
+      UsageError: no such repository or revision, access is denied, or obstore is not installed.
+      StorageError: the network failed.
+    """
+    with require_obstore():
+        from mtj_loader.storage.object_store import ObjectStorage  # noqa: PLC0415
+    commit, names = repository.list_files(revision)
+    policy = retry.RETRY_POLICY
+    return ObjectStorage(HubOrigin(repository, commit, names, policy), policy)
+
+
+class HubOrigin:
+    """The files of one commit; see `Origin`.
+
+    The hub redirects requests for a file to a signed address on another server. That address is
+    used for many ranges, and is renewed once it denies access.
+
+    Args:
+      repository: where the files are.
+      commit: pins their content, even if the branch moves.
+      names: of all files of the commit.
+      policy: for retries.
+    """
+
+    def __init__(
+        self, repository: Repository, commit: str, names: list[str], policy: RetryPolicy
+    ) -> None:
+        self.location = f"{repository.id}@{commit}"
+        self._repository, self._commit, self._policy = repository, commit, policy
+        self._all_names = names
+        self._located: dict[str, Located] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def locate(self, path: str) -> Located:
+        """See `Origin.locate`."""
+        if path not in self._all_names:
+            raise FileNotFoundError(f"{self.location} has no such file")
+        async with self._locks[path]:
+            if path not in self._located:
+                self._located[path] = await self._resolve(path)
+            return self._located[path]
+
+    async def relocate(self, path: str, refused: Located) -> Located:
+        """Gets a fresh address, once for all requests that the old one denied."""
+        async with self._locks[path]:
+            if self._located.get(path) is refused:
+                self._located[path] = await self._resolve(path)
+            return self._located[path]
+
+    async def names(self) -> list[str]:
+        """See `Origin.names`."""
+        return [name for name in self._all_names if "/" not in name]
+
+    def version(self, meta: ObjectMeta) -> str:
+        """The commit, which pins the content whatever server sends it."""
+        return self._commit
+
+    def close(self) -> None:
+        """See `Origin.close`."""
+        self._located.clear()
+        self._locks.clear()
+
+    async def _resolve(self, path: str) -> Located:
+        """Asks the hub for a file's address, with retries."""
+
+        def explain(found: str) -> StorageError:
+            return StorageError(
+                "the hub keeps failing", file=f"{self.location}/{path}", found=found
+            )
+
+        return await retry.retry(
+            lambda: asyncio.to_thread(self._request_address, path), self._policy, explain
         )
-    return Path(folder)
+
+    def _request_address(self, path: str) -> Located:
+        """Asks the hub for a file's address; the token is sent only to the hub's own host."""
+        repository = self._repository
+        url = hf_hub_url(repository.id, path, revision=self._commit, endpoint=repository.endpoint)
+        try:
+            with repository.converted_errors(self._commit):
+                address = get_hf_file_metadata(url, token=repository.token).location
+        except StorageError as error:
+            if not _is_transient(error):
+                raise
+            raise TransientError(error.found) from error
+        is_hub = urlsplit(address)[:2] == urlsplit(url)[:2]
+        headers = build_hf_headers(token=repository.token) if is_hub else {}
+        return connect(address, self._policy, headers), ""
 
 
-def _weight_files(repository: Repository, folder: Path) -> list[str]:
-    with LocalStorage(folder) as storage:
-        if storage.exists(INDEX_FILE):
-            return read_weight_map(storage).shards
-    weights = [path.name for path in folder.glob(f"*{SUFFIX}")]
-    if SINGLE_FILE in weights:
-        return [SINGLE_FILE]
-    if repository.local_files_only:
-        return choose_files(weights or [SINGLE_FILE])
-    try:
-        return choose_files(list_commit(repository, folder.name)[1])
-    except StorageError:
-        if not weights:
-            raise
-    return choose_files(weights)
-
-
-@contextmanager
-def our_errors(repository: Repository, revision: str | None) -> Iterator[None]:
-    """Raises our errors for those of huggingface_hub."""
-    try:
-        yield
-    except (HFValidationError, _ClientError, OSError) as error:
-        raise _translated(error, repository.id, revision) from error
-
-
-def may_pass(error: StorageError) -> bool:
-    """Whether the hub, asked again, may answer what it did not: it was overloaded, or not there."""
+def _is_transient(error: StorageError) -> bool:
+    """Whether the hub was overloaded or not reachable."""
     cause = error.__cause__
     if isinstance(cause, HfHubHTTPError):
         return cause.response.status_code in TRANSIENT_STATUS
     return isinstance(cause, _ClientError)
-
-
-def _translated(error: Exception, repo_id: str, revision: str | None) -> MtjLoaderError:
-    if isinstance(error, LocalEntryNotFoundError):
-        if error.__cause__ is None or isinstance(error.__cause__, OfflineModeIsEnabled):
-            return _not_cached(repo_id)
-        if isinstance(error.__cause__, Exception):
-            error = error.__cause__  # why it was looked for there at all
-    for kind, what, hint in _CALLERS_FAULT:
-        if isinstance(error, kind):
-            key = None if revision is None else f"revision {revision}"
-            return UsageError(what, file=repo_id, key=key, hint=hint)
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return UsageError("the hub refuses the token", file=repo_id, found=_first_line(error))
-    return StorageError("the download failed", file=repo_id, found=_first_line(error))
-
-
-def _not_cached(repo_id: str) -> UsageError:
-    hint = "load it once with the network on"
-    return UsageError("not in the local cache, or not all of it", file=repo_id, hint=hint)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

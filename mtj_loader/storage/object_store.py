@@ -1,32 +1,38 @@
-"""A checkpoint's files as objects of a store: read by ranges, many at once, through obstore.
+"""The objects of a store, read by range requests, many at once, through obstore.
 
-All requests are made in one event loop, so that they can be cancelled together and at once.
+All requests run in one event loop, so that they can be cancelled together and immediately.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedError
 
 from mtj_loader.errors import CheckpointError, FormatError, MtjLoaderError, StorageError
-from mtj_loader.formats.file_names import USUAL_FILES
-from mtj_loader.formats.records import FileVersion
-from mtj_loader.storage.base import SharedUse, changed, is_relative_name, truncated
-from mtj_loader.storage.event_loop import LoopThread
-from mtj_loader.storage.origins import Origin
-from mtj_loader.storage.retry import (
-    RetryPolicy,
+from mtj_loader.storage.base import (
+    FileVersion,
+    ReadCosts,
+    Run,
+    Storage,
+    as_bytes,
+    changed_error,
+    is_relative_name,
+    truncated_error,
+)
+from mtj_loader.storage.event_loop import LoopThread, gather
+from mtj_loader.storage.prefetch import PrefetchReader
+from mtj_loader.storage.retry import RetryPolicy, retry
+from mtj_loader.storage.server_errors import (
     TransientError,
-    harmless,
-    retry,
     status_of,
-    translated,
+    to_loader_error,
+    without_secrets,
 )
 
 if TYPE_CHECKING:
@@ -34,99 +40,137 @@ if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
     from obstore.store import ObjectStore
 
+    Located = tuple[ObjectStore, str]  # a store, and the object's key in it
+
 T = TypeVar("T")
 
-# A store begins to answer after 20 to 100 ms and then sends 50 to 100 MB/s on one connection:
+# A store starts to answer after 20 to 100 ms and then sends 50 to 100 MB/s on one connection:
 # shorter ranges spend their time waiting, longer ones only take memory.
 _RANGE_BYTES = 16 << 20
-_REQUESTS_AT_ONCE = 32  # fill a 10 Gbit/s link at that rate
-_BEGINNING_BYTES = 256 << 10  # holds the header of nearly every shard, and takes 5 ms at that rate
-_NOTHING_IN_RANGE = 416  # the HTTP status of some servers for any range of an empty object
-_CHUNK_BYTES = 256 << 10  # of a body handed over at a time: what is lost when it breaks off
+_MAX_REQUESTS = 32  # in flight; fill a 10 Gbit/s link at that rate
+# 0.7 GB/s is the most reported from Google Cloud Storage on one TPU VM; S3's first byte comes
+# after 100 to 200 ms ("Best practices design patterns", Amazon S3).
+OBJECT_STORE = ReadCosts(0.7e9, _MAX_REQUESTS / 0.1, range_bytes=_RANGE_BYTES, high_latency=True)
+_HEAD_BYTES = 256 << 10  # contains the header of nearly every shard, and takes 5 ms at that rate
+_RANGE_NOT_SATISFIABLE = 416  # the HTTP status of some servers for any range of an empty object
+_CHUNK_BYTES = 256 << 10  # of a body copied at a time, and so the most lost when it breaks off
 
 
-class ObjectStorage(SharedUse):
+class Origin(Protocol):
+    """Finds the objects of one checkpoint. Its coroutines run in the storage's event loop."""
+
+    @property
+    def location(self) -> str:
+        """For messages; contains no secrets."""
+        ...
+
+    async def locate(self, path: str) -> Located:
+        """Where a file is."""
+        ...
+
+    async def relocate(self, path: str, refused: Located) -> Located:
+        """Where a file is now, after `refused` denied access; `refused` itself if unchanged."""
+        ...
+
+    async def names(self) -> list[str] | None:
+        """The files at the top level; None if the server cannot list them."""
+        ...
+
+    def version(self, meta: ObjectMeta) -> str:
+        """What identifies an object's content, taken from a response."""
+        ...
+
+    def close(self) -> None:
+        """Drops the connections."""
+        ...
+
+
+class ObjectStorage(Storage):
     """The objects below one URL, or of one commit of a Hugging Face repository.
 
-    Every answer is compared with the first one about its object: another version or size is an
-    error. Failures that may pass are tried again, from where the body broke off.
+    Every response is compared with the first one for its object: another version or size is an
+    error. Transient failures are retried, from the byte where the body broke off.
 
     Args:
       origin: finds the objects.
-      policy: how long a failing server is borne with.
+      policy: for retries.
+      fallback_names: the files that `names` looks for if the server cannot list them.
     """
 
-    ideal_range_bytes = _RANGE_BYTES
+    costs = OBJECT_STORE
+    checks_versions = True
 
-    def __init__(self, origin: Origin, policy: RetryPolicy) -> None:
+    def __init__(
+        self, origin: Origin, policy: RetryPolicy, fallback_names: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.location = origin.location
         self.bytes_received = 0
-        self._origin, self._policy = origin, policy
+        self._origin, self._policy, self._fallback_names = origin, policy, fallback_names
         self._thread = LoopThread()
         self._slots: asyncio.Semaphore | None = None
-        self._seen: dict[str, FileVersion] = {}
-        self._beginnings: dict[str, bytes | None] = {}
+        self._versions: dict[str, FileVersion] = {}
+        self._heads: dict[str, bytes | None] = {}  # first bytes; None: no such object
         self._names: list[str] | None = None
 
     def names(self) -> list[str]:
-        """The files at the top level, sorted; of a server without listing, the usual ones it has.
+        """The files at the top level, sorted; see `fallback_names`.
 
         Raises:
-          CheckpointError: there is no such bucket.
-          StorageError: the server failed or refused.
+          CheckpointError: the bucket does not exist.
+          StorageError: the server failed or denied access.
         """
         if self._names is None:
             self._names = self._thread.run(self._list())
         if self._names is None:
-            self._names = list(self.prepare(USUAL_FILES))
+            self._names = list(self.prepare(self._fallback_names))
         return sorted(self._names)
 
     def exists(self, path: str) -> bool:
-        """Whether there is an object of this name; asks once until `close`."""
+        """Whether the object exists; the answer is kept until `close`."""
         return path in self.prepare([path])
 
-    def stamp(self, path: str) -> FileVersion:
-        """The object's size and version as they are now.
+    def version(self, path: str) -> FileVersion:
+        """The object's current size and version.
 
         Raises:
-          CheckpointError: there is no such object.
-          StorageError: the server failed or refused.
+          CheckpointError: the object does not exist.
+          StorageError: the server failed or denied access.
         """
-        return self.stamps([path])[0]
+        return self.versions([path])[0]
 
-    def stamps(self, paths: Sequence[str]) -> list[FileVersion]:
-        """As `stamp`, of all of them at once."""
-        return self._thread.run(_gather(map(self._head, paths)))
+    def versions(self, paths: Sequence[str]) -> list[FileVersion]:
+        """Like `version`, for many objects in parallel."""
+        return self._thread.run(gather(map(self._query_version, paths)))
 
     def prepare(self, paths: Iterable[str]) -> dict[str, FileVersion]:
-        """Fetches the beginnings of several objects at once and keeps them until `close`.
+        """Fetches the first bytes of several objects in parallel and keeps them until `close`.
 
         Returns:
-          The stamps of those that exist, as they were when they were first asked for.
+          The versions of those that exist, as in the first response for each.
         """
         paths = list(dict.fromkeys(paths))
-        new = [path for path in paths if path not in self._beginnings]
+        new = [path for path in paths if path not in self._heads]
         if new:
-            self._thread.run(_gather(map(self._begin, new)))
-        return {path: self._seen[path] for path in paths if self._beginnings[path] is not None}
+            self._thread.run(gather(map(self._fetch_head, new)))
+        return {path: self._versions[path] for path in paths if self._heads[path] is not None}
 
-    def expect(self, stamps: Iterable[FileVersion]) -> None:
-        """From now on these objects must be as another host has seen them."""
-        self._seen.update((stamp.path, stamp) for stamp in stamps)
+    def expect(self, versions: Iterable[FileVersion]) -> None:
+        """Makes every later read check for these versions, which another host found."""
+        self._versions.update((version.path, version) for version in versions)
 
     def read(self, path: str, offset_bytes: int, length_bytes: int) -> bytes:
-        """Exactly this many bytes.
+        """Reads exactly this many bytes.
 
         Raises:
-          CheckpointError: the object is missing, ends before, or changed.
-          StorageError: the server failed or refused.
+          CheckpointError: the object is missing, too short, or changed.
+          StorageError: the server failed or denied access.
         """
         stop = offset_bytes + length_bytes
-        self._check_inside(path, offset_bytes, stop)
-        beginning = self._beginnings.get(path) or b""
-        if stop <= len(beginning):
-            return beginning[offset_bytes:stop]
+        self._check_bounds(path, offset_bytes, stop)
+        head = self._heads.get(path) or b""
+        if stop <= len(head):
+            return head[offset_bytes:stop]
         buffer = bytearray(length_bytes)
         self.read_into(path, offset_bytes, memoryview(buffer))
         return bytes(buffer)
@@ -135,77 +179,80 @@ class ObjectStorage(SharedUse):
         """Fills all of a writable, contiguous buffer of bytes; large ones by several requests.
 
         Raises:
-          CheckpointError: the object is missing, ends before the buffer is full, or changed.
-          StorageError: the server failed or refused.
+          CheckpointError: the object is missing, too short, or changed.
+          StorageError: the server failed or denied access.
         """
-        if buffer.nbytes == 0:  # which cannot be cast
+        if not (view := as_bytes(buffer)):
             return
-        view = (buffer if isinstance(buffer, memoryview) else buffer.data).cast("B")
-        self._check_inside(path, offset_bytes, offset_bytes + len(view))
+        self._check_bounds(path, offset_bytes, offset_bytes + len(view))
         starts = range(0, len(view), _RANGE_BYTES)
         parts = ((offset_bytes + i, view[i : i + _RANGE_BYTES]) for i in starts)
-        self._thread.run(_gather(self._fill(path, start, part) for start, part in parts))
+        self._thread.run(gather(self._fill(path, start, part) for start, part in parts))
 
     def fetch(self, path: str, offset_bytes: int, buffer: np.ndarray) -> Future[None]:
-        """Begins to fill a buffer (uint8) by one request; see `read_into` for the errors."""
+        """Starts to fill a buffer (uint8) by one request; raises like `read_into`."""
         return self._thread.submit(self._fill(path, offset_bytes, buffer.data))
 
+    def reader(self, runs: Iterable[Run], budget_bytes: int) -> PrefetchReader:
+        """A reader that prefetches; see `Storage.reader`."""
+        return PrefetchReader(self, runs, budget_bytes)
+
     def close(self) -> None:
-        """Cancels every request and ends every connection; a later read connects anew."""
+        """Cancels every request and closes every connection; a later read reconnects."""
         self._thread.close()
         self._origin.close()
         self._slots, self._names = None, None
-        self._beginnings.clear()
+        self._heads.clear()
 
-    def _check_inside(self, path: str, start: int, stop: int) -> None:
-        if path not in self._seen and path not in self.prepare([path]):
-            raise CheckpointError("the file is missing", file=self._full(path))
-        size_bytes = self._seen[path].size_bytes
+    def _check_bounds(self, path: str, start: int, stop: int) -> None:
+        if path not in self._versions and path not in self.prepare([path]):
+            raise CheckpointError("the file is missing", file=self._full_name(path))
+        size_bytes = self._versions[path].size_bytes
         if stop > size_bytes:
-            raise truncated(self._full(path), start, stop - start, size_bytes - start)
+            raise truncated_error(self._full_name(path), start, stop - start, size_bytes - start)
 
     async def _list(self) -> list[str] | None:
-        return await self._tried("", None, self._origin.names)
+        return await self._retry("", None, self._origin.names)
 
-    async def _head(self, path: str) -> FileVersion:
+    async def _query_version(self, path: str) -> FileVersion:
         async def attempt() -> FileVersion:
-            return self._stamp(path, await self._ask(path, obstore.head_async))
+            return self._version(path, await self._request(path, obstore.head_async))
 
-        return await self._tried(path, None, attempt)
+        return await self._retry(path, None, attempt)
 
-    async def _begin(self, path: str) -> None:
-        """Takes the object's first bytes, and remembers its stamp from the same answer."""
+    async def _fetch_head(self, path: str) -> None:
+        """Stores the object's first bytes, and its version from the same response."""
 
         async def attempt() -> bytes:
-            answer = await self._get(path, 0, _BEGINNING_BYTES)
-            data = bytes(await answer.bytes_async())
-            if len(data) != answer.range[1]:
+            response = await self._get(path, 0, _HEAD_BYTES)
+            data = bytes(await response.bytes_async())
+            if len(data) != response.range[1]:
                 raise TransientError("the body ends early")
             self.bytes_received += len(data)
             return data
 
         try:
-            data = await self._tried(path, None, attempt)
+            data = await self._retry(path, None, attempt)
         except MtjLoaderError as error:
-            data = await self._without_beginning(path, error)
-        self._beginnings[path] = data
+            data = await self._explain_no_head(path, error)
+        self._heads[path] = data
 
-    async def _without_beginning(self, path: str, error: MtjLoaderError) -> bytes | None:
-        """What an object begins with that refused to send it: there is none, or it is empty."""
+    async def _explain_no_head(self, path: str, error: MtjLoaderError) -> bytes | None:
+        """The first bytes of an object after an error: None if it is missing, b"" if empty."""
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError):
             return None
-        refused = isinstance(cause, BaseError) and status_of(cause) == _NOTHING_IN_RANGE
-        if not refused and not isinstance(cause, NotSupportedError):
+        no_range = isinstance(cause, BaseError) and status_of(cause) == _RANGE_NOT_SATISFIABLE
+        if not no_range and not isinstance(cause, NotSupportedError):
             raise error
-        stamp = await self._head(path)
-        if stamp.size_bytes:
+        version = await self._query_version(path)
+        if version.size_bytes:
             raise error
-        self._seen[path] = stamp
+        self._versions[path] = version
         return b""
 
     async def _fill(self, path: str, start: int, view: memoryview) -> None:
-        """Fills a buffer by one request, and by more from wherever it breaks off."""
+        """Fills a buffer by one request, and by further ones from where a body breaks off."""
         done, stop = 0, start + len(view)
 
         async def attempt() -> None:
@@ -217,79 +264,67 @@ class ObjectStorage(SharedUse):
             if done < len(view):
                 raise TransientError(f"the body ends {len(view) - done:,} bytes early")
 
-        await self._tried(path, f"bytes {start:,} to {stop:,}", attempt)
+        await self._retry(path, f"bytes {start:,} to {stop:,}", attempt)
 
     async def _get(self, path: str, start: int, stop: int) -> GetResult:
-        """The answer to a range request, if it is about the object as it was first seen."""
+        """The response to a range request, after a check of the object's version."""
         options: GetOptions = {"range": (start, stop)}
 
-        async def question(store: ObjectStore, key: str) -> GetResult:
+        async def send(store: ObjectStore, key: str) -> GetResult:
             return await obstore.get_async(store, key, options=options)
 
-        answer = await self._ask(path, question)
-        stamp = self._stamp(path, answer.meta)
-        seen = self._seen.setdefault(path, stamp)
-        if stamp != seen:
-            seen = replace(seen, path=self._full(path))
-            raise changed(seen, stamp, key=f"bytes {start:,} to {stop:,}")
-        return answer
+        response = await self._request(path, send)
+        version = self._version(path, response.meta)
+        first = self._versions.setdefault(path, version)
+        if version != first:
+            first = replace(first, path=self._full_name(path))
+            raise changed_error(first, version, key=f"bytes {start:,} to {stop:,}")
+        return response
 
-    async def _ask(self, path: str, question: Callable[[ObjectStore, str], Awaitable[T]]) -> T:
-        """Puts a question to the object's store; if that refuses, once more at its new place."""
+    async def _request(self, path: str, send: Callable[[ObjectStore, str], Awaitable[T]]) -> T:
+        """Sends a request to the object's store; if access is denied, again to its new place."""
         located = await self._origin.locate(path)
         try:
-            return await question(*located)
+            return await send(*located)
         except PermissionDeniedError:
             now = await self._origin.relocate(path, located)
             if now is located:
                 raise
-            return await question(*now)
+            return await send(*now)
 
-    async def _tried(self, path: str, key: str | None, attempt: Callable[[], Awaitable[T]]) -> T:
-        """An attempt's result, after as many as `policy` allows, or our error."""
+    async def _retry(self, path: str, key: str | None, attempt: Callable[[], Awaitable[T]]) -> T:
+        """An attempt's result, after as many retries as the policy allows, or our error."""
         if path and not is_relative_name(path):
             raise FormatError("not a relative file name", file=ascii(path))
-        self._slots = self._slots or asyncio.Semaphore(_REQUESTS_AT_ONCE)
+        self._slots = self._slots or asyncio.Semaphore(_MAX_REQUESTS)
+        file = self._full_name(path)
 
-        def given_up(found: str) -> StorageError:
+        def explain(found: str) -> StorageError:
             return StorageError("the server keeps failing", file=file, key=key, found=found)
 
-        file = self._full(path)
         async with self._slots:
             try:
-                return await retry(attempt, self._policy, given_up)
+                return await retry(attempt, self._policy, explain)
             except (MtjLoaderError, BaseError, FileNotFoundError) as error:
-                final = _explained(error, file, key)
-        raise final  # not above, where the original would become its context
+                final = _final_error(error, file, key)
+        raise final  # outside of `except`, which would set the original as its context
 
-    def _stamp(self, path: str, meta: ObjectMeta) -> FileVersion:
+    def _version(self, path: str, meta: ObjectMeta) -> FileVersion:
         return FileVersion(path, meta["size"], self._origin.version(meta))
 
-    def _full(self, path: str) -> str:
+    def _full_name(self, path: str) -> str:
         return f"{self.location}/{path}" if path else self.location
 
 
-def _explained(error: Exception, file: str, key: str | None) -> MtjLoaderError:
-    """Our error for what ended the attempts, which refers to nothing secret and to no answer."""
+def _final_error(error: Exception, file: str, key: str | None) -> MtjLoaderError:
+    """Our error for what ended the attempts; it refers to no secret and to no response."""
     if isinstance(error, MtjLoaderError):
         ours, cause = error, error.__cause__
     else:
-        ours, cause = translated(error, file, key), error
+        ours, cause = to_loader_error(error, file, key), error
     ours.__context__ = None
     if cause is not None:
-        # The hub's own errors hold whole answers.
-        plain = isinstance(cause, BaseError) or type(cause) is FileNotFoundError
-        ours.__cause__ = harmless(cause) if plain else None
+        # The hub's errors hold whole responses.
+        is_plain = isinstance(cause, BaseError) or type(cause) is FileNotFoundError
+        ours.__cause__ = without_secrets(cause) if is_plain else None
     return ours.with_traceback(None)
-
-
-async def _gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results; the first error cancels the rest."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise

@@ -561,7 +561,7 @@ def test_command_warns(tmp_path):
     )
     shutil.copy(source / ONE, source / "other.safetensors")
     result = run(source, "--dtype", "float16", "--out", tmp_path / "out")
-    assert result.stderr.startswith("warning: model.safetensors.index.json decides; not in it")
+    assert result.stderr.startswith("warning: not in model.safetensors.index.json")
     assert "left out: other.safetensors\n" in result.stdout
 
 

@@ -1,4 +1,4 @@
-"""Opening a checkpoint: a folder, a file, a Hugging Face id served by a hub of our own."""
+"""Opening a checkpoint from a folder, a file, or a Hugging Face id on a local hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENIZER = ["merges.txt", "special_tokens_map.json", "tokenizer.json", "tokeniz
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint of two shards, with a tokenizer and with files that nobody needs."""
+    """A checkpoint of two shards, with a tokenizer and unneeded files."""
     folder = write_checkpoint(tmp_path / "model", {ONE: {"a": A}, TWO: {"b": B}}, CONFIG)
     (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
     for name in (
@@ -75,7 +75,7 @@ def test_folder(folder, kind):
     assert read_a(checkpoint) == A.tobytes()
 
 
-def test_folder_without_what_may_be_absent(single):
+def test_folder_without_optional_files(single):
     checkpoint = open_checkpoint(Source(single))
     assert checkpoint.generation_config == {}
     assert checkpoint.tokenizer_files == {}
@@ -97,7 +97,7 @@ def test_single_file(single):
     assert [*checkpoint.index.records] == ["c"]
 
 
-def test_file_of_another_kind(folder):
+def test_file_of_another_format(folder):
     message = refusal(folder / "pytorch_model.bin", UsageError)
     assert "not a checkpoint\n" in message
     assert "pytorch_model.bin\n" in message
@@ -111,9 +111,9 @@ def test_file_of_another_kind(folder):
     ids=ascii,
 )  # fmt: skip
 def test_path_that_does_not_exist(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody may ask a hub
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no hub may be contacted
     monkeypatch.chdir(tmp_path)
-    if path == "":  # the working folder
+    if path == "":  # the working directory
         assert "no config.json" in refusal(path, CheckpointError)
     else:
         assert f"no such file or folder\n  file: {path}\n" in refusal(path, UsageError)
@@ -122,7 +122,7 @@ def test_path_that_does_not_exist(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "path", ["x" * 5000, "~no-such-user-here/model", "a\0b"], ids=["long", "user", "nul"]
 )
-def test_path_that_is_none(path):
+def test_invalid_path(path):
     assert re.match("cannot use this path|no such file", refusal(path, UsageError))
 
 
@@ -230,11 +230,11 @@ def test_second_load_needs_no_network(hub, cache, repo_id, monkeypatch):
     first = open_checkpoint(Source(repo_id, cache_dir=cache))
     hub.fetched.clear()
     again = open_checkpoint(Source(repo_id, cache_dir=cache))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    asked_not_to = open_checkpoint(Source(repo_id, cache_dir=cache, local_files_only=True))
-    could_not = open_checkpoint(Source(repo_id, cache_dir=cache))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port, which is closed
+    offline = open_checkpoint(Source(repo_id, cache_dir=cache, local_files_only=True))
+    unreachable = open_checkpoint(Source(repo_id, cache_dir=cache))
     assert hub.fetched == []
-    for checkpoint in (again, asked_not_to, could_not):
+    for checkpoint in (again, offline, unreachable):
         assert checkpoint.location == first.location
         assert read_a(checkpoint) == A.tobytes()
 
@@ -257,7 +257,7 @@ def test_new_commit_on_the_hub_is_fetched(hub, cache):
 def test_shard_names_are_not_patterns(hub, cache):
     files = hub.repositories["org/sharded"]
     files["model[1].safetensors"] = files[ONE]
-    files["model1.safetensors"] = b"not asked for"
+    files["model1.safetensors"] = b"not needed"
     files[INDEX] = json.dumps({"weight_map": {"a": "model[1].safetensors"}}).encode()
     assert read_a(open_checkpoint(Source("org/sharded", cache_dir=cache))) == A.tobytes()
     assert "model1.safetensors" not in hub.fetched
@@ -296,7 +296,7 @@ def test_unknown_revision(hub, cache):
     assert "no such revision\n  file: single\n  key: revision v9\n" in message
 
 
-def test_name_that_is_no_id(hub, cache):
+def test_invalid_id(hub, cache):
     message = refusal("org/a--b..", UsageError, cache_dir=cache)
     assert "not a Hugging Face id\n  file: org/a--b..\n" in message
 
@@ -305,15 +305,15 @@ def test_name_that_is_no_id(hub, cache):
     ("answer", "kind", "words"),
     [
         ((403, "GatedRepo"), UsageError, ["is gated", "ask for access"]),
-        ((401, "RepoNotFound"), UsageError, ["if it is private", "give a token"]),
-        ((401, ""), UsageError, ["refuses the token", "401"]),
-        ((403, ""), UsageError, ["refuses the token", "403"]),
+        ((401, "RepoNotFound"), UsageError, ["if the repository is private", "pass a token"]),
+        ((401, ""), UsageError, ["rejects the token", "401"]),
+        ((403, ""), UsageError, ["rejects the token", "403"]),
         ((429, ""), StorageError, ["the download failed", "429"]),
         ((500, ""), StorageError, ["the download failed", "500"]),
         ((503, ""), StorageError, ["the download failed", "503"]),
     ],
 )
-def test_hub_that_refuses(hub, cache, answer, kind, words):
+def test_hub_errors(hub, cache, answer, kind, words):
     hub.failures["single"] = answer
     message = refusal("single", kind, cache_dir=cache, token="hf_secret")
     for word in ("file: single\n", *words):
@@ -330,18 +330,17 @@ def test_hub_that_cannot_be_reached(cache, monkeypatch):
 
 def test_nothing_in_the_cache(cache):
     message = refusal("org/name", UsageError, cache_dir=cache, local_files_only=True)
-    assert "not in the local cache, or not all of it\n  file: org/name\n" in message
+    assert "not in the local cache, or incomplete\n  file: org/name\n" in message
 
 
-def test_half_a_checkpoint_in_the_cache(hub, cache):
-    open_checkpoint(Source("org/sharded", cache_dir=cache))
+def test_incomplete_checkpoint_in_the_cache(hub, cache):
+    source = Source("org/sharded", cache_dir=cache)
+    open_checkpoint(source)
     snapshot = cache / "models--org--sharded" / "snapshots" / hub.commit("org/sharded")
     (snapshot / TWO).unlink()
     message = refusal("org/sharded", UsageError, cache_dir=cache, local_files_only=True)
-    assert "not in the local cache, or not all of it" in message
-    assert (
-        read_a(open_checkpoint(Source("org/sharded", cache_dir=cache))) == A.tobytes()
-    )  # fetched again
+    assert "not in the local cache, or incomplete" in message
+    assert read_a(open_checkpoint(source)) == A.tobytes()  # fetched again
 
 
 def test_a_url_is_not_read_without_the_network():

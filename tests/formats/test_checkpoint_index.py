@@ -1,4 +1,4 @@
-"""Which file holds which tensor: the index, its absence, and everything that contradicts it."""
+"""Which file contains which tensor, with and without an index, and contradictions to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtj_loader.errors import CheckpointError, FormatError
-from mtj_loader.formats.checkpoint_index import build_index, read_weight_map
+from mtj_loader.formats.checkpoint_index import build_index, read_index
 from mtj_loader.formats.file_names import check_numbering, choose_files
 from mtj_loader.storage.local import LocalStorage
 from tests.support.checkpoints import write_checkpoint, write_index, write_safetensors
@@ -52,7 +52,7 @@ def test_records_are_ordered_by_file_and_offset(folder):
     assert index.warnings == ()
 
 
-def test_shards_may_lie_in_a_folder_below(folder):
+def test_shards_may_be_in_a_subfolder(folder):
     (folder / "sub").mkdir()
     for name in (ONE, TWO):
         (folder / name).rename(folder / "sub" / name)
@@ -133,7 +133,7 @@ def test_bad_document(folder, text, words):
 def test_b32_missing_shard(folder):
     (folder / TWO).unlink()
     message = refusal(folder, CheckpointError)
-    assert "a file of the index is missing" in message
+    assert "a file in the index is missing" in message
     assert f"file: {INDEX}\n" in message
     assert f"found: no {TWO}\n" in message
 
@@ -149,7 +149,7 @@ def test_b33_tensor_in_another_shard(folder):
 def test_b33_tensor_in_no_shard(folder):
     write_index(folder, {"a": ONE, "b": ONE, "c": TWO, "d": TWO})
     message = refusal(folder)
-    for word in ("tensor: d", f"expected: {TWO}", "found: in no file of the index"):
+    for word in ("tensor: d", f"expected: {TWO}", "found: in none of the index's files"):
         assert f"{word}\n" in message
 
 
@@ -174,7 +174,7 @@ def test_b36_the_index_decides(folder):
     index = index_of(folder)
     assert {r.file for r in index.records.values()} == {ONE, TWO}
     assert index.warnings == (
-        f"{INDEX} decides; not in it, so not read: consolidated.safetensors, model.safetensors",
+        f"not in {INDEX}, so not read: consolidated.safetensors, model.safetensors",
     )
 
 
@@ -199,7 +199,7 @@ NUMBERINGS = {
     "B38-huge-total": (["model-00001-of-999999999.safetensors"], "shard 2 is missing"),
     "B38-two-totals": (
         [ONE, TWO, "model-00003-of-00003.safetensors"],
-        "shards of two sets", "expected: one total", "found: of-2 and of-3"),
+        "shards of two different sets", "expected: one total", "found: of-2 and of-3"),
     "B38-counted-from-0": (
         ["model-00000-of-00002.safetensors", ONE],
         "wrong shard numbers", "expected: 1 to 2", "found: 0 to 1"),
@@ -224,10 +224,10 @@ def test_numbering(tmp_path, files, words):
         assert word in with_index
 
 
-def test_sets_of_several_names_are_counted_apart():
+def test_sets_with_different_names_are_separate():
     check_numbering([ONE, TWO, "vision-00001-of-00001.safetensors", "extra.safetensors"])
     check_numbering(["model-000001-of-000001.safetensors"])
-    long = "1" * 5000  # int() of it would raise
+    long = "1" * 5000  # int() would raise
     check_numbering([f"model-{long}-of-{long}.safetensors"])
 
 
@@ -240,7 +240,7 @@ def test_sets_of_several_names_are_counted_apart():
     ],
     ids=["B39-empty-shard", "B39-lfs-pointer"],
 )  # fmt: skip
-def test_shard_that_is_no_shard(folder, data, words):
+def test_invalid_shard(folder, data, words):
     (folder / TWO).write_bytes(data)
     message = refusal(folder)
     for word in (f"file: {TWO}\n", *words):
@@ -256,10 +256,10 @@ def test_shard_that_is_a_folder(folder):
 def test_weights_without_a_tensor(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", {})
     message = refusal(tmp_path, CheckpointError)
-    assert "no tensor at all in the weights\n  file: model.safetensors" in message
+    assert "the weights contain no tensors\n  file: model.safetensors" in message
 
 
-def test_index_of_unbounded_size(folder):
+def test_oversized_index(folder):
     with (folder / INDEX).open("wb") as file:
         file.truncate(1 << 40)
     message = refusal(folder)
@@ -281,11 +281,11 @@ def test_tensor_twice_in_a_set_without_index(folder):
     assert "a tensor is in two files" in refusal(folder)
 
 
-def test_one_shard_by_name_says_so(folder):
+def test_one_shard_by_name_warns(folder):
     with LocalStorage(folder) as storage:
         index = build_index(storage, [ONE])
     assert [*index.records] == ["b", "a"]
-    assert index.warnings == (f"{ONE} is one of 2 files; name their folder to read them all",)
+    assert index.warnings == (f"{ONE} is one of 2 files; pass their folder to read all of them",)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_choice_by_name(names, chosen):
     [["model.safetensors", ONE, TWO], ["x.safetensors", "y.safetensors"]],
     ids=["single-and-set", "two-others"],
 )
-def test_no_choice_between_two(names):
+def test_ambiguous_choice(names):
     with pytest.raises(CheckpointError, match="not clear which files") as caught:
         choose_files(names)
     for name in names:
@@ -320,8 +320,8 @@ def test_no_choice_between_two(names):
         (["config.json", "pytorch_model.bin"], ["found: pytorch_model.bin", "convert"]),
         (["config.json", "flax_model.msgpack", "tf_model.h5"], ["flax_model.msgpack, tf_model.h5"]),
         (["config.json", "README.md"], ["found: README.md, config.json"]),
-        ([], ["found: no file at all"]),
-        ([f"{i}.bin" for i in range(9)], ["4.bin, … (9 in all)"]),
+        ([], ["found: no files"]),
+        ([f"{i}.bin" for i in range(9)], ["4.bin, … (9 in total)"]),
     ],
 )
 def test_no_weights(names, words):
@@ -335,4 +335,4 @@ def test_large_index(tmp_path):
     weight_map = {f"model.layers.{i}.weight": ONE if i % 2 else TWO for i in range(50_000)}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with LocalStorage(tmp_path) as storage:
-        assert read_weight_map(storage).shards == [ONE, TWO]
+        assert read_index(storage).shards == [ONE, TWO]

@@ -1,4 +1,4 @@
-"""The safetensors header: every rule of the format, each broken once, and the reference reader."""
+"""The safetensors header: a violation of each rule, and comparisons with the reference reader."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from mtj_loader.dtypes import BITS
 from mtj_loader.errors import CheckpointError, FormatError
-from mtj_loader.formats.records import FileVersion, TensorRecord
+from mtj_loader.formats.records import TensorRecord
 from mtj_loader.formats.safetensors import check_bool_bytes, parse_header, read_records
-from mtj_loader.storage.base import check_unchanged
+from mtj_loader.storage.base import FileVersion, check_unchanged
 from mtj_loader.storage.local import LocalStorage
 from tests.support.checkpoints import safetensors_bytes, write_safetensors
 
@@ -43,13 +43,13 @@ def text_file(text, data_bytes=8):
 def records_of(folder, raw):
     (folder / FILE).write_bytes(raw)
     with LocalStorage(folder) as storage:
-        return read_records(storage, storage.stamp(FILE))
+        return read_records(storage, storage.version(FILE))
 
 
 W = '"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 TWO = {"v": entry(offsets=(0, 8)), "w": entry(offsets=(8, 16))}
 
-# number and name → the file, and what the message must say
+# number and name → the file, and parts of the message
 REFUSED = {
     "A01-empty-file": (b"", "not a safetensors file", "found: an empty file"),
     "A01-under-8-bytes": (b"1234567", "not a safetensors file", "found: 7 bytes"),
@@ -101,7 +101,8 @@ REFUSED = {
     "A11-dtype-not-a-string": (tensor_file(dtype=["F32"]), "key: dtype", "found: ['F32']"),
     "A13-missing-dtype": (
         text_file('{"w":{"shape":[2],"data_offsets":[0,8]}}'),
-        "bad tensor entry", "tensor: w", "expected: dtype, shape and data_offsets", "'shape'"),
+        "bad tensor entry", "tensor: w",
+        "expected: exactly dtype, shape and data_offsets", "'shape'"),
     "A13-missing-shape": (text_file('{"w":{"dtype":"F32","data_offsets":[0,8]}}'), "tensor: w"),
     "A13-missing-offsets": (text_file('{"w":{"dtype":"F32","shape":[2]}}'), "tensor: w"),
     "A13-extra-field": (tensor_file(strides=[1]), "bad tensor entry", "tensor: w", "'strides'"),
@@ -177,7 +178,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("raw", "words"), [(c[0], c[1:]) for c in REFUSED.values()], ids=REFUSED)
-def test_refused(tmp_path, raw, words):
+def test_rejected(tmp_path, raw, words):
     with pytest.raises(FormatError) as caught:
         records_of(tmp_path, raw)
     for word in (f"file: {FILE}", *words):
@@ -189,11 +190,11 @@ def test_refused(tmp_path, raw, words):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "a web page"),
-        (b"PK\x03\x04\x00\x00\x08\x08rest of it", "a zip archive, as torch.save writes it"),
+        (b"PK\x03\x04\x00\x00\x08\x08rest of it", "a zip archive, as written by torch.save"),
         (b"\x80\x02}q\x00(X\x01\x00\x00\x00w", "a Python pickle"),
     ],
 )
-def test_other_files_are_called_by_their_name(tmp_path, start, meaning):
+def test_other_formats_are_named(tmp_path, start, meaning):
     with pytest.raises(FormatError, match="not a safetensors file") as caught:
         records_of(tmp_path, start)
     assert meaning in str(caught.value)
@@ -201,7 +202,7 @@ def test_other_files_are_called_by_their_name(tmp_path, start, meaning):
 
 @pytest.mark.parametrize("length", [0x0280, 0x04034B50], ids=["as-a-pickle", "as-a-zip"])
 def test_length_that_looks_like_another_format(tmp_path, length):
-    """The eight bytes of a length may be anything: other formats are guessed only on failure."""
+    """A valid length may look like another format, which is checked only on failure."""
     (tmp_path / FILE).write_bytes(safetensors_bytes(b"{}".ljust(0x0280)))
     assert records_of(tmp_path, safetensors_bytes(b"{}".ljust(0x0280))) == []
     if length > 0x0280:
@@ -209,11 +210,11 @@ def test_length_that_looks_like_another_format(tmp_path, length):
         with (tmp_path / FILE).open("r+b") as file:
             file.truncate(8 + length)
         with LocalStorage(tmp_path) as storage, pytest.raises(FormatError, match="JSON object"):
-            read_records(storage, storage.stamp(FILE))
+            read_records(storage, storage.version(FILE))
 
 
 class WatchedStorage(LocalStorage):
-    """Notes how much was read."""
+    """Records how much was read."""
 
     lengths: tuple[int, ...] = ()
 
@@ -222,12 +223,12 @@ class WatchedStorage(LocalStorage):
         super().read_into(path, offset_bytes, buffer)
 
 
-def test_a02_nothing_is_allocated_on_the_word_of_the_file(tmp_path):
+def test_a02_a_claimed_length_allocates_nothing(tmp_path):
     with (tmp_path / FILE).open("wb") as file:
         file.write(struct.pack("<Q", 100_000_001) + b"{")
         file.truncate(200_000_000)  # sparse: long enough for the header it claims
     with WatchedStorage(tmp_path) as storage, pytest.raises(FormatError) as caught:
-        read_records(storage, storage.stamp(FILE))
+        read_records(storage, storage.version(FILE))
     assert "expected: 2 to 100,000,000 bytes" in str(caught.value)
     assert max(storage.lengths) < 100
 
@@ -239,7 +240,7 @@ def test_only_the_header_of_a_40_gb_file_is_read(tmp_path):
     with (tmp_path / FILE).open("r+b") as file:
         file.truncate(len(raw) + 40_000_000_000)
     with WatchedStorage(tmp_path) as storage:
-        (record,) = read_records(storage, storage.stamp(FILE))
+        (record,) = read_records(storage, storage.version(FILE))
     assert record == TensorRecord("w", FILE, len(raw), "BF16", (20_000, 1_000_000))
     assert record.size_bytes == 40_000_000_000
     assert sum(storage.lengths) < len(raw) + 100
@@ -251,7 +252,7 @@ def test_a_hundred_thousand_tensors():
     raw = json.dumps(header).encode()
     start = time.process_time()
     records = parse_header(raw, file=FILE, size_bytes=8 + len(raw) + 400_000)
-    assert time.process_time() - start < 10  # about one on an idle machine; this is no benchmark
+    assert time.process_time() - start < 10  # about one on an idle machine; this is not a benchmark
     assert len(records) == 100_000
     assert records[-1].offset_bytes == 8 + len(raw) + 399_996
 
@@ -291,7 +292,7 @@ def test_unaligned_tensors_are_valid(tmp_path, padding):
     data = b"\x07" + np.array([1.5, -2.0], np.float32).tobytes()
     (tmp_path / FILE).write_bytes(safetensors_bytes(text, data))
     with LocalStorage(tmp_path) as storage:
-        _, record = read_records(storage, storage.stamp(FILE))
+        _, record = read_records(storage, storage.version(FILE))
         values = storage.read(record.file, record.offset_bytes, record.size_bytes)
         assert np.frombuffer(values, np.float32).tolist() == [1.5, -2.0]
 
@@ -324,12 +325,12 @@ def replace(path):
 def test_changed_file(tmp_path, change):
     path = write_safetensors(tmp_path / FILE, {"w": np.ones(2, np.float32)})
     with LocalStorage(tmp_path) as storage:
-        stamp = storage.stamp(FILE)
-        read_records(storage, stamp)
-        check_unchanged(storage, stamp)
+        version = storage.version(FILE)
+        read_records(storage, version)
+        check_unchanged(storage, version)
         change(path)
         with pytest.raises(CheckpointError, match="changed after its header was read") as caught:
-            check_unchanged(storage, stamp)
+            check_unchanged(storage, version)
     assert f"file: {FILE}" in str(caught.value)
     assert "expected: 77 bytes, version" in str(caught.value)
 
@@ -337,13 +338,13 @@ def test_changed_file(tmp_path, change):
 def test_a27_vanished_file(tmp_path):
     path = write_safetensors(tmp_path / FILE, {"w": np.ones(2, np.float32)})
     with LocalStorage(tmp_path) as storage:
-        stamp = storage.stamp(FILE)
+        version = storage.version(FILE)
         path.unlink()
         with pytest.raises(CheckpointError, match=f"the file is missing\n  file: {FILE}"):
-            check_unchanged(storage, stamp)
+            check_unchanged(storage, version)
 
 
-def test_file_that_shrinks_between_stamp_and_header(tmp_path):
+def test_file_that_shrinks_before_its_header_is_read(tmp_path):
     (tmp_path / FILE).write_bytes(struct.pack("<Q", 50) + b"{")
     with LocalStorage(tmp_path) as storage, pytest.raises(CheckpointError) as caught:
         read_records(storage, FileVersion(FILE, 100, "0"))
@@ -355,7 +356,7 @@ SMALL = safetensors.numpy.save(
 )
 
 
-def test_every_truncation_is_refused(tmp_path):
+def test_every_truncation_is_rejected(tmp_path):
     for length in range(len(SMALL)):
         with pytest.raises(FormatError, match=f"file: {FILE}"):
             records_of(tmp_path, SMALL[:length])
@@ -363,11 +364,11 @@ def test_every_truncation_is_refused(tmp_path):
 
 
 def compare_with_reference(folder, raw):
-    """What we accept, the reference accepts, with the same names, dtypes, shapes and bytes."""
+    """The reference accepts what we accept, with the same names, dtypes, shapes and bytes."""
     (folder / FILE).write_bytes(raw)
     with LocalStorage(folder) as storage:
         try:
-            records = read_records(storage, storage.stamp(FILE))
+            records = read_records(storage, storage.version(FILE))
         except FormatError:
             return False
         ours = {
@@ -397,7 +398,7 @@ tensor_names = st.text("abw._0é/", min_size=1, max_size=6).filter(lambda name: 
     st.dictionaries(tensor_names, arrays, min_size=1, max_size=5),
     st.dictionaries(st.text(), st.text()),
 )
-def test_what_the_reference_writes_we_read(tmp_path, tensors, metadata):
+def test_reads_what_the_reference_writes(tmp_path, tensors, metadata):
     assert compare_with_reference(tmp_path, safetensors.numpy.save(tensors, metadata))
 
 
@@ -424,7 +425,7 @@ headers = st.dictionaries(
 
 @many
 @given(headers, st.sampled_from([0, 4, 8, 16]), st.sampled_from(["", " ", "\n\t ", "\0", "x"]))
-def test_made_up_headers_against_the_reference(tmp_path, header, data_bytes, padding):
+def test_generated_headers_against_the_reference(tmp_path, header, data_bytes, padding):
     compare_with_reference(
         tmp_path, safetensors_bytes(json.dumps(header) + padding, bytes(data_bytes))
     )

@@ -1,4 +1,4 @@
-"""Strict JSON: what Python's reader lets pass is refused, with the place where it is."""
+"""Strict JSON: what Python's parser wrongly accepts is rejected, and located."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("data", "words"), [(c[0], c[1:]) for c in REFUSED.values()], ids=REFUSED)
-def test_refused_with_file_and_place(data, words):
+def test_rejected_with_file_and_location(data, words):
     with pytest.raises(FormatError) as caught:
         strict_json.parse(data, file="some.json")
     for word in ("file: some.json", *words):
@@ -75,14 +75,14 @@ def test_accepted(data, expected):
     assert value == (json.loads(data) if expected is None else expected)
 
 
-def test_types_are_kept_apart():
+def test_types_are_distinct():
     one, true, real, minus_zero = strict_json.parse(b"[1, true, 1.0, -0]", file="x")
     assert (type(one), type(true), type(real)) == (int, bool, float)
     assert type(minus_zero) is float
     assert math.copysign(1, minus_zero) == -1
 
 
-def test_first_of_several_faults_is_named():
+def test_first_of_several_faults_is_reported():
     with pytest.raises(FormatError, match="finite"):
         strict_json.parse(b'{"a": NaN, "b": {"c": 1, "c": 2}}', file="x")
 
@@ -94,7 +94,7 @@ def test_max_bytes_counts_bytes():
     assert "found: 4 bytes" in str(caught.value)
 
 
-def test_parse_object_wants_an_object():
+def test_parse_object_requires_an_object():
     assert strict_json.parse_object(b'{"a": 1}', file="x") == {"a": 1}
     with pytest.raises(FormatError, match="not a JSON object") as caught:
         strict_json.parse_object(b'["a"]', file="x")

@@ -21,9 +21,11 @@ from mtj_loader.loading import buffers, load_params
 from mtj_loader.loading.placement import Params
 from mtj_loader.loading.reshard import exchanged, reshard
 from mtj_loader.loading.verify import verify
-from mtj_loader.planning.assign_reads import DISK, OBJECT_STORE, StorageSpeed
 from mtj_loader.planning.read_assignment import SharedBlocks
 from mtj_loader.planning.topology import topology
+from mtj_loader.storage.base import ReadCosts
+from mtj_loader.storage.local import DISK
+from mtj_loader.storage.object_store import OBJECT_STORE
 from mtj_loader.weights.view import view_of
 from tests.planning.test_assign_reads import plan_of
 from tests.support import neox
@@ -33,7 +35,7 @@ GROUPED = DATA / "families/llama/llama_3"  # two key-value heads for eight heads
 MESHES = ["dp=2,mp=4", "dp=4,mp=2", "dp=1,mp=8"]
 
 
-def shared(folder: Path, mesh: str, hosts: int, speed: StorageSpeed, **options: Any) -> LoadPlan:
+def shared(folder: Path, mesh: str, hosts: int, speed: ReadCosts, **options: Any) -> LoadPlan:
     """The plan of several hosts, but every device belongs to this process."""
     plan = plan_of(folder, mesh, hosts, speed, **options)
     return replace(plan, topology=topology(mtj_loader.make_mesh(mesh)))
@@ -72,7 +74,7 @@ GPTJ = (DATA / "goldens/gptj", "float16", False)
     ],
 )
 def test_parameters_are_those_of_a_plain_load(
-    folder: Path, dtype: str, transposed_linear: bool, mesh: str, speed: StorageSpeed
+    folder: Path, dtype: str, transposed_linear: bool, mesh: str, speed: ReadCosts
 ) -> None:
     options = {"dtype": dtype, "transposed_linear": transposed_linear}
     plan = shared(folder, mesh, 4, speed, **options)

@@ -19,9 +19,11 @@ from mtj_loader.formats.records import TensorRecord
 from mtj_loader.loading.buffers import AdoptedBuffers, StagingBuffers
 from mtj_loader.loading.jobs import byte_runs
 from mtj_loader.parameters import axes
-from mtj_loader.planning.assign_reads import DISK, OBJECT_STORE, StorageSpeed
 from mtj_loader.planning.param_plan import ParamPlan, with_reads
 from mtj_loader.planning.read_assignment import ReadAssignment, SharedBlocks, slowest_axis
+from mtj_loader.storage.base import ReadCosts
+from mtj_loader.storage.local import DISK
+from mtj_loader.storage.object_store import OBJECT_STORE
 from mtj_loader.weights.copies import shard_layouts, source_elements
 from mtj_loader.weights.view import Layout, View, view_of, zeros
 from tests.support import neox
@@ -39,7 +41,7 @@ MODELS = [
 ]
 
 
-def plan_of(folder: Path, mesh: str, hosts: int, speed: StorageSpeed, **options: Any) -> LoadPlan:
+def plan_of(folder: Path, mesh: str, hosts: int, speed: ReadCosts, **options: Any) -> LoadPlan:
     pod = mtj_loader.make_abstract_mesh(mesh, hosts=hosts)
     plan = mtj_loader.plan(folder, pod, **options)
     params = with_reads(plan.unshared.params, plan.topology, speed)
@@ -72,7 +74,7 @@ def test_all_hosts_together_read_what_one_would(
     folder: Path,
     shape: tuple[int, int],
     hosts: int,
-    speed: StorageSpeed,
+    speed: ReadCosts,
     options: tuple[bool, int | None],
 ) -> None:
     (dp, mp), (transposed_linear, block_bytes) = shape, options
@@ -129,7 +131,7 @@ def test_ranges_of_rows_are_read_in_blocks_where_requests_are_dear(tmp_path: Pat
     folder = neox.write(tmp_path)
     name = "layer_0/~/linear_5"
 
-    def down(speed: StorageSpeed) -> tuple[ReadAssignment, list[int]]:
+    def down(speed: ReadCosts) -> tuple[ReadAssignment, list[int]]:
         plan = plan_of(folder, "mp=4", 2, speed)
         one = replace(plan, params=tuple(p for p in plan.params if p.spec.module == name)[:1])
         assert one.params[0].spec.param == "w"

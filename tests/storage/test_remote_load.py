@@ -1,4 +1,4 @@
-"""Loading over the network: from S3 and HTTP servers on this machine, and from a hub by ranges."""
+"""Loads from local S3 and HTTP servers, and streams from a local hub."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.object_server import Fault, serve
 FOLDER = Path("tests/data/shakespeare-neox")
 ONE, TWO = sorted(path.name for path in FOLDER.glob("*.safetensors"))
 FAST = RetryPolicy(attempts=6, first_wait_seconds=0.01, stalled_seconds=0.3)
-SLOW = 20_000  # bytes a second: a range takes a minute
+SLOW = 20_000  # bytes per second; a range takes a minute
 FILES = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.is_file()}
 
 
@@ -52,7 +52,7 @@ def digests(model) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def local():
-    """The parameters as a load from the folder gives them."""
+    """Digests of the parameters loaded from the folder."""
     return digests(load(FOLDER))
 
 
@@ -100,7 +100,7 @@ def test_network_bytes_are_counted(server):
     assert model.report.bytes_needed <= asked_bytes <= 1.02 * model.report.bytes_needed
     spans = sorted((r.path, r.start, r.stop) for r in weights)
     for (path, _, stop), (following, start, _) in pairwise(spans):
-        assert path != following or start >= stop  # nothing twice
+        assert path != following or start >= stop  # no byte twice
     assert len(spans) <= 10
 
 
@@ -141,8 +141,8 @@ def test_one_file(server):
     assert any("is one of 2 files" in warning for warning in checkpoint.index.warnings)
 
 
-def test_faults_on_the_way(server, local):
-    """Each passes, and every byte is right."""
+def test_transient_faults(server, local):
+    """Each fault is retried, and every byte is correct."""
     faults = [
         Fault(status=503),
         Fault(after_bytes=50_000, reset=True),
@@ -158,20 +158,20 @@ def test_faults_on_the_way(server, local):
     assert {name: len(faults) for name, faults in server.faults.items() if faults} == {}
 
 
-STAYING = {
+PERMANENT = {
     "500": (Fault(status=500), StorageError, "HTTP 500"),
     "403": (Fault(status=403), StorageError, "the server refuses access"),
     "404": (Fault(status=404), CheckpointError, "the file is missing"),
-    "whole": (Fault(whole=True), StorageError, "requests for a part of a file"),
+    "whole": (Fault(whole=True), StorageError, "does not support range requests"),
     "short": (Fault(after_bytes=100), StorageError, "the server keeps failing"),
     "stall": (Fault(after_bytes=100, stall=True), StorageError, "within the time limit"),
     "changed": (Fault(etag='"other"'), CheckpointError, "changed after its header was read"),
 }
 
 
-@pytest.mark.parametrize(("fault", "kind", "words"), STAYING.values(), ids=STAYING)
+@pytest.mark.parametrize(("fault", "kind", "words"), PERMANENT.values(), ids=PERMANENT)
 def test_faults_while_streaming(server, fault, kind, words):
-    """One file fails for good; nobody waits for the other, which is sent for minutes."""
+    """One file fails permanently; the load does not wait for the other, which is very slow."""
     plan = mtj_loader.plan(f"{server.url}/some/model", "mp=2")
     server.always[f"some/model/{TWO}"] = fault
     server.rates[f"some/model/{ONE}"] = SLOW
@@ -199,8 +199,8 @@ def test_an_object_replaced_around_the_load(server, moment):
         load_params(plan, mtj_loader.make_mesh("mp=2"), progress=replace)
 
 
-def test_an_interrupted_load_leaves_nothing(server):
-    """The server's fixture looks for threads and connections afterwards."""
+def test_an_interrupted_load_cleans_up(server):
+    """The server's fixture checks for threads and connections afterwards."""
     plan = mtj_loader.plan(f"{server.url}/some/model", "mp=2")
     server.rates = {f"some/model/{name}": SLOW for name in (ONE, TWO)}
 
@@ -316,20 +316,20 @@ def test_s3_object_replaced_between_header_and_read(s3):
     s3.put_object(Bucket="models", Key=key, Body=FILES[ONE])
 
 
-def test_s3_without_such_a_bucket(s3):
-    with pytest.raises(CheckpointError, match="the server knows no such place") as caught:
+def test_s3_missing_bucket(s3):
+    with pytest.raises(CheckpointError, match="bucket or endpoint not found") as caught:
         open_checkpoint(Source("s3://no-such-bucket/model"))
     assert "file: s3://no-such-bucket/model\n" in str(caught.value)
     assert "HTTP 404: NoSuchBucket, The specified bucket does not exist" in str(caught.value)
 
 
-def test_s3_without_such_a_prefix(s3):
+def test_s3_missing_prefix(s3):
     with pytest.raises(CheckpointError, match=r"there is no config\.json") as caught:
         open_checkpoint(Source("s3://models/nothing/here"))
-    assert "found: no file at all" in str(caught.value)
+    assert "found: no files" in str(caught.value)
 
 
-# ---- a hub
+# ---- the hub
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def test_hub_equals_local(hub, local, tmp_path):
     assert model.plan.checkpoint.location == f"org/neox@{hub.commit('org/neox')}"
     assert model.tokenizer is not None
     assert not (tmp_path / "cache").exists()
-    assert len(hub.signatures) == 2 * 2  # for each file one to plan, and one to load
+    assert len(hub.signatures) == 2 * 2  # one per file for planning, and one for loading
     assert hub.tokens == {"127.0.0.1": {"Bearer hf_secret"}, "localhost": {""}}
 
 
@@ -359,7 +359,7 @@ def test_addresses_that_expire(hub, local):
     assert len(hub.signatures) > 2 * 2
 
 
-def test_an_address_that_is_refused_for_good(hub):
+def test_an_address_that_is_always_denied(hub):
     hub.uses = 0
     with pytest.raises(StorageError, match="the server refuses access") as caught:
         open_checkpoint(Source("org/neox", stream=True))
@@ -368,13 +368,13 @@ def test_an_address_that_is_refused_for_good(hub):
     assert "sig=" not in str(caught.value)
 
 
-def test_a_hub_that_is_overloaded_for_a_while(hub, local):
+def test_a_hub_that_is_overloaded_briefly(hub, local):
     hub.refused = 5
     assert digests(load("org/neox", stream=True)) == local
     assert hub.refused == 0
 
 
-def test_a_hub_that_is_overloaded_for_good(hub):
+def test_a_hub_that_stays_overloaded(hub):
     hub.refused = 10**6
     with pytest.raises(StorageError, match="the hub keeps failing") as caught:
         open_checkpoint(Source("org/neox", stream=True))
@@ -383,7 +383,7 @@ def test_a_hub_that_is_overloaded_for_good(hub):
     assert "503" in str(caught.value)
 
 
-def test_a_hub_that_refuses_for_good_is_asked_once(hub):
+def test_a_permanent_error_of_the_hub_is_not_retried(hub):
     hub.refused, hub.refusal = 10**6, 410
     with pytest.raises(StorageError, match="the download failed") as caught:
         open_checkpoint(Source("org/neox", stream=True))
@@ -391,8 +391,8 @@ def test_a_hub_that_refuses_for_good_is_asked_once(hub):
     assert "attempts" not in str(caught.value)
 
 
-def test_a_commit_stays_what_it_is(hub):
-    """The branch moves on after planning; the load is of what was planned."""
+def test_a_commit_is_pinned(hub):
+    """The branch may move after planning; the load uses the planned commit."""
     checkpoint = open_checkpoint(Source("org/neox", stream=True))
     assert checkpoint.storage.location.endswith(hub.commit("org/neox"))
     with checkpoint.storage as storage:

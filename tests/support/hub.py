@@ -1,6 +1,6 @@
-"""A Hugging Face hub on 127.0.0.1, as small as huggingface_hub lets it be.
+"""A minimal Hugging Face hub on 127.0.0.1 for huggingface_hub.
 
-Where a test says so, files are answered with a redirect to signed addresses, which expire.
+Optionally redirects requests for files to signed addresses, which expire.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ _RESOLVE = re.compile(r"/(?P<id>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 
 @dataclass
 class Hub:
-    """What the server holds, and what it was asked for."""
+    """The server's contents, behavior and requests."""
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)  # id → file → bytes
     failures: dict[str, tuple[int, str]] = field(default_factory=dict)  # id → status, X-Error-Code
     fetched: list[str] = field(default_factory=list)  # a file name for every GET of a file
     url: str = ""
     redirects: bool = False  # to `other_host`, as for large files
-    refused: int = 0  # so many of the next questions about files get this status:
+    refused: int = 0  # how many of the next requests for files fail, with this status:
     refusal: int = 503
-    uses: int = 10**9  # of a signature, then its address answers 403
+    uses: int = 10**9  # of a signature; after them its address returns 403
     signatures: dict[str, int] = field(default_factory=dict)  # signature → uses left
     tokens: dict[str, set[str]] = field(default_factory=dict)  # host → Authorization headers seen
 
     @property
     def other_host(self) -> str:
-        """The same server under another name, so that it is another host to clients."""
+        """The same server under another name, which clients treat as another host."""
         return self.url.replace("127.0.0.1", "localhost")
 
     def signed(self, repo_id: str, file: str) -> str:
-        """A fresh address of a file; its signature has what must not be re-encoded."""
+        """A fresh address of a file; its signature has characters that must not be re-encoded."""
         signature = f"a/b+c%2F=={len(self.signatures)}"
         self.signatures[signature] = self.uses
         path = quote(f"/cdn/{repo_id}/-/{file}")
         return f"{self.other_host}{path}?sig={quote(signature, safe='')}"
 
     def commit(self, repo_id: str) -> str:
-        """The one commit of a repository: it changes with its contents."""
+        """The only commit of a repository, which depends on its contents."""
         digest = hashlib.sha1()
         for name, data in sorted(self.repositories[repo_id].items()):
             digest.update(f"{name} {len(data)} ".encode() + data)
@@ -57,7 +57,7 @@ class Hub:
 
 @contextmanager
 def serve(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
-    """Runs a hub with these repositories until the block ends."""
+    """Runs a hub with these repositories during the block."""
     hub = Hub({repo_id: dict(files) for repo_id, files in repositories.items()})
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

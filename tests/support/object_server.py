@@ -1,4 +1,4 @@
-"""An HTTP server on 127.0.0.1 that holds objects, answers ranges, and fails when it is told to."""
+"""An HTTP server on 127.0.0.1 with objects, range requests, and faults on demand."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-_PIECE_BYTES = 64 << 10  # what is written at a time, so that rates and faults are finely grained
+_PIECE_BYTES = 64 << 10  # written at a time; small, so that rates and faults are precise
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one answer.
+    """What goes wrong with one response.
 
     Attributes:
-      status: answered instead of the object.
+      status: sent instead of the object.
       headers: sent along with that status.
-      after_bytes: of the body, then `reset`, `stall` or the plain end of the connection.
+      after_bytes: length of the body before `reset`, `stall` or a normal close.
       reset: the connection is reset.
-      stall: nothing more comes, and the connection stays.
-      whole: the range is ignored and all of the object is sent.
-      etag: what the answer says it is; None: the truth.
+      stall: no more data is sent, and the connection stays open.
+      whole: the range is ignored and the whole object is sent.
+      etag: sent instead of the correct one.
     """
 
     status: int | None = None
@@ -45,7 +45,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """One request that came in: `start` and `stop` are the range asked for, 0 and 0 for none."""
+    """A received request: `start` and `stop` are its range, 0 and 0 if it has none."""
 
     method: str
     path: str
@@ -56,22 +56,22 @@ class Request:
 
 @dataclass
 class ObjectServer:
-    """What the server holds, how it behaves, and what it was asked for.
+    """The server's contents, behavior and requests.
 
     Attributes:
-      objects: path without its first slash → bytes.
-      faults: path → faults of the next GETs of it, in order.
+      objects: path without leading slash → bytes.
+      faults: path → faults of its next GETs, in order.
       always: path → the fault of every GET that `faults` does not cover.
-      spare_beginnings: GETs from the first byte on are answered right.
-      etags: whether answers carry one.
-      dates: whether they say when the object last changed.
-      latency_seconds: between a request and its answer.
-      rates: path → bytes a second of each answer with it.
-      bytes_sent: path → bytes of all answers with it.
-      requests: all of them, in order of arrival.
-      most_active: the most requests that waited for their answers at once.
-      connections: that are open now.
-      failed_at: when the first answer was wrong, by `time.perf_counter`; 0: none was.
+      spare_beginnings: no faults for GETs that start at byte 0.
+      etags: whether responses have one.
+      dates: whether responses have a modification time.
+      latency_seconds: between a request and its response.
+      rates: path → bytes per second of each of its responses.
+      bytes_sent: path → bytes of all its responses.
+      requests: in order of arrival.
+      most_active: the most requests that waited for responses at once.
+      connections: currently open.
+      failed_at: `time.perf_counter` at the first fault, 0 if there was none.
     """
 
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class ObjectServer:
         return [r for r in self.requests if r.method == "GET" and r.path == path]
 
     def fault(self, request: Request) -> Fault:
-        """What goes wrong with the next answer, in most cases nothing."""
+        """The fault of the next response, by default none."""
         spared = self.spare_beginnings and not request.start
         if request.method != "GET" or spared or not (self.faults | self.always).get(request.path):
             return Fault()
@@ -107,7 +107,7 @@ class ObjectServer:
 
     @contextmanager
     def waiting(self, request: Request) -> Iterator[None]:
-        """Counts the requests that wait for their answers; who has one may send the next."""
+        """Counts a request as waiting, until the response starts."""
         with self.lock:
             self.requests.append(request)
             self.active += 1
@@ -121,7 +121,7 @@ class ObjectServer:
 
 @contextmanager
 def serve(objects: Mapping[str, bytes], **behavior: object) -> Iterator[ObjectServer]:
-    """Runs a server with these objects until the block ends."""
+    """Runs a server with these objects during the block."""
     state = ObjectServer(dict(objects), **behavior)  # pyright: ignore[reportArgumentType]
     handler = type("Handler", (_Handler,), {"state": state})
     server = _Server(("127.0.0.1", 0), handler)
@@ -148,15 +148,15 @@ def _etag(data: bytes) -> str:
 class _Server(ThreadingHTTPServer):
     request_queue_size = 128  # many connections at once
     daemon_threads = True
-    block_on_close = False  # connections that are kept alive end when their client closes them
+    block_on_close = False  # clients close connections that are kept alive
 
     def handle_error(self, request: object, client_address: object) -> None:
-        pass  # clients go away in the middle: that is tested here
+        pass  # clients that disconnect early are part of the tests
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body are two writes
+    disable_nagle_algorithm = True  # headers and body are two writes
     state: ObjectServer
 
     def setup(self) -> None:
@@ -222,17 +222,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _write(self, path: str, body: memoryview) -> None:
         rate = self.state.rates.get(path, 0)
-        step = min(_PIECE_BYTES, rate // 20) or _PIECE_BYTES  # a slow server is never still
-        begun = time.monotonic()
+        step = min(_PIECE_BYTES, rate // 20) or _PIECE_BYTES  # slow servers send often
+        started = time.monotonic()
         for start in range(0, len(body), step):
             piece = body[start : start + step]
             with self.state.lock:
                 self.state.bytes_sent[path] += len(piece)
             self.wfile.write(piece)
             if rate:
-                time.sleep(max(0.0, begun + (start + len(piece)) / rate - time.monotonic()))
+                time.sleep(max(0.0, started + (start + len(piece)) / rate - time.monotonic()))
 
-    def _client_is_there(self) -> bool:
+    def _is_connected(self) -> bool:
         try:
             return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
         except BlockingIOError:
@@ -242,8 +242,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _break_off(self, fault: Fault) -> None:
         self.wfile.flush()
-        while fault.stall and not self.state.closing.wait(0.01) and self._client_is_there():
+        while fault.stall and not self.state.closing.wait(0.01) and self._is_connected():
             pass
-        if fault.reset:  # no lingering: the other side gets RST instead of an end
+        if fault.reset:  # the client gets RST instead of a normal close
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True

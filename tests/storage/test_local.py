@@ -1,4 +1,4 @@
-"""Local storage: exact reads by several threads, names that stay in the folder, clear errors."""
+"""Local storage: exact reads by several threads, safe file names, and error messages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from mtj_loader.errors import CheckpointError, FormatError, StorageError
+from mtj_loader.formats.strict_json import read_object
 from mtj_loader.storage.base import (
     check_unchanged,
     is_relative_name,
-    read_object,
 )
 from mtj_loader.storage.local import LocalStorage
 
@@ -40,7 +40,7 @@ def test_names_are_the_top_level_files(storage, tmp_path):
     assert not storage.exists("nothing")
 
 
-def test_names_of_a_folder_that_went_away(tmp_path):
+def test_names_of_a_missing_folder(tmp_path):
     with pytest.raises(StorageError, match="cannot list the folder") as caught:
         LocalStorage(tmp_path / "gone").names()
     assert "No such file" in str(caught.value)
@@ -99,24 +99,24 @@ def test_file_that_cannot_be_opened(storage, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a.bin/x", "nothing/x"], ids=["long", "in-file", "x"])
-def test_names_of_nothing(storage, name):
+def test_names_of_missing_files(storage, name):
     assert not storage.exists(name)
     with pytest.raises(CheckpointError, match="the file is missing"):
-        storage.stamp(name)
+        storage.version(name)
 
 
-def test_file_that_may_not_be_looked_at(storage, monkeypatch):
+def test_file_whose_status_cannot_be_read(storage, monkeypatch):
     def fail(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "stat", fail)
-    for method in (storage.exists, storage.stamp):
-        with pytest.raises(StorageError, match="cannot look at the file") as caught:
+    for method in (storage.exists, storage.version):
+        with pytest.raises(StorageError, match="cannot read the status of the file") as caught:
             method("a.bin")
         assert "found: Permission denied" in str(caught.value)
 
 
-def test_the_working_folder_may_change(storage, tmp_path, monkeypatch):
+def test_the_working_directory_may_change(storage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)
     relative = LocalStorage(Path(tmp_path.name))
     monkeypatch.chdir("/")
@@ -150,7 +150,7 @@ def test_a_file_is_opened_once_and_closed(tmp_path):
             storage.read("a", 0, 8)
         assert open_descriptors() == before + 1
     assert open_descriptors() == before
-    assert storage.read("a", 0, 1) == b"1"  # opened anew
+    assert storage.read("a", 0, 1) == b"1"  # reopened
     storage.close()
     assert open_descriptors() == before
 
@@ -174,7 +174,7 @@ UNSAFE = [
 @pytest.mark.parametrize("name", UNSAFE, ids=ascii)
 def test_names_that_could_leave_the_folder(storage, name):
     assert not is_relative_name(name)
-    for method in (storage.stamp, storage.exists, lambda n: storage.read(n, 0, 1)):
+    for method in (storage.version, storage.exists, lambda n: storage.read(n, 0, 1)):
         with pytest.raises(FormatError, match="not a relative file name") as caught:
             method(name)
         assert f"file: {name!a}" in str(caught.value)
@@ -190,7 +190,7 @@ def test_links(tmp_path):
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "real").write_bytes(b"inside")
     (tmp_path / "secret").write_bytes(b"outside")
-    (tmp_path / "model-2").mkdir()  # its path begins like the folder's
+    (tmp_path / "model-2").mkdir()  # its path starts like the folder's
     (tmp_path / "model-2" / "secret").touch()
     (folder / "good").symlink_to("sub/real")
     (folder / "absolute").symlink_to(folder / "sub" / "real")
@@ -210,12 +210,12 @@ def test_links(tmp_path):
             assert f"found: {tmp_path}" in str(caught.value)
     link = tmp_path / "link"
     link.symlink_to(folder)
-    with LocalStorage(link) as storage:  # the folder itself may be a link: its user named it
+    with LocalStorage(link) as storage:  # the user may choose a link
         assert storage.read("good", 0, 6) == b"inside"
 
 
 def test_snapshot_of_the_hub_cache(tmp_path):
-    """Its files are links to its blobs, which may be links to those that repositories share."""
+    """Its files are links to its blobs, which may be links to blobs shared by all repositories."""
     repository = tmp_path / "models--org--name"
     snapshot = repository / "snapshots" / "0123abc"
     for folder in (snapshot, repository / "blobs", tmp_path / "blobs" / "ab"):
@@ -236,12 +236,12 @@ def test_snapshot_of_the_hub_cache(tmp_path):
 
 
 def test_check_unchanged(storage, tmp_path):
-    stamp = storage.stamp("a.bin")
-    assert (stamp.path, stamp.size_bytes) == ("a.bin", 100)
-    check_unchanged(storage, stamp)
+    version = storage.version("a.bin")
+    assert (version.path, version.size_bytes) == ("a.bin", 100)
+    check_unchanged(storage, version)
     (tmp_path / "a.bin").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="changed after its header was read") as caught:
-        check_unchanged(storage, stamp)
+        check_unchanged(storage, version)
     assert "expected: 100 bytes" in str(caught.value)
     assert "found: 5 bytes" in str(caught.value)
 
