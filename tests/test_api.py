@@ -1,4 +1,4 @@
-"""The public face: what `Model` offers, as a user calls it."""
+"""The public interface of `Model`, as a user calls it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_logits_of_a_batch_that_dp_does_not_divide(model: mtj_loader.Model) -> N
         (np.zeros((1, 513), int), "513"),
     ],
 )
-def test_ids_that_cannot_be_are_refused(model: mtj_loader.Model, ids, words: str) -> None:
+def test_invalid_ids_are_rejected(model: mtj_loader.Model, ids, words: str) -> None:
     with pytest.raises(PromptError, match=words):
         model.logits(ids)
 
@@ -107,7 +107,7 @@ def test_an_optimizer_is_initialized_on_each_shard(model: mtj_loader.Model) -> N
 
 
 def test_a_model_without_its_generation_config_still_stops(tmp_path: Path) -> None:
-    """End-of-text then comes from config.json."""
+    """The end-of-text token then comes from config.json."""
     folder = tmp_path / "model"
     shutil.copytree(FIXTURE, folder)
     (folder / "generation_config.json").unlink()

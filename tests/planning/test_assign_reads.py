@@ -1,4 +1,4 @@
-"""Readings: whatever the mesh, hosts and storage, every byte is read by one host, and no other."""
+"""Read assignments: for every mesh, host count and storage, one host reads each byte."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plan_of(folder: Path, mesh: str, hosts: int, speed: ReadCosts, **options: An
 
 
 def reads(plan: LoadPlan, host: int, block_bytes: int | None = None) -> dict[str, np.ndarray]:
-    """How often one host reads every byte of every file, from the jobs that a load would do."""
+    """How often one host reads every byte of every file, counted over the jobs of a load."""
     buffers = AdoptedBuffers() if block_bytes is None else StagingBuffers(block_bytes)
     files = plan.checkpoint.index.files.values()
     counts = {stamp.path: np.zeros(stamp.size_bytes + 1, np.int64) for stamp in files}
@@ -103,7 +103,7 @@ def test_on_local_files_a_host_reads_no_more_than_it_holds(tmp_path: Path) -> No
         assert (reads(plan, host)["model.safetensors"] <= own).all()
 
 
-def test_what_one_host_alone_holds_is_not_shared_out(tmp_path: Path) -> None:
+def test_a_host_reads_itself_what_it_alone_holds(tmp_path: Path) -> None:
     plan = plan_of(neox.write(tmp_path), "mp=4", 2, DISK)
     shared = {param.spec.param for param in plan.params if param.reads.is_shared}
     assert shared == {"scale", "offset", "b"}
@@ -114,7 +114,7 @@ def test_what_one_host_alone_holds_is_not_shared_out(tmp_path: Path) -> None:
     )
 
 
-def test_equal_shards_on_one_host_are_not_shared_out() -> None:
+def test_equal_shards_on_one_host_are_not_divided() -> None:
     """Of eight shards, four and four hold the same key-value head."""
     folder = DATA / "families/llama/llama_3"
     kv = "layer_0/~/linear_1"
@@ -126,7 +126,7 @@ def test_equal_shards_on_one_host_are_not_shared_out() -> None:
     assert (blocks.repeats, len(blocks.shards)) == (4, 2)
 
 
-def test_ranges_of_rows_are_read_in_blocks_where_requests_are_dear(tmp_path: Path) -> None:
+def test_ranges_of_rows_are_read_in_blocks_if_requests_are_expensive(tmp_path: Path) -> None:
     """A host's part of `dense_4h_to_h` is a range in each of 24 rows; its block is one range."""
     folder = neox.write(tmp_path)
     name = "layer_0/~/linear_5"
@@ -147,7 +147,7 @@ def test_ranges_of_rows_are_read_in_blocks_where_requests_are_dear(tmp_path: Pat
     assert requests == [24, 24]
 
 
-def test_what_is_received_is_what_is_held_and_not_read(tmp_path: Path) -> None:
+def test_a_host_receives_what_it_holds_but_has_not_read(tmp_path: Path) -> None:
     for speed in (DISK, OBJECT_STORE):
         plan = plan_of(neox.write(tmp_path), "dp=2,mp=4", 4, speed)
         for host in range(4):
@@ -202,7 +202,7 @@ def shards_of(rows: int, columns: int, split: str | None, shards: int) -> tuple[
     st.integers(0, 1),
     st.booleans(),
 )
-def test_blocks_put_together_are_the_padded_shards(
+def test_blocks_together_are_the_padded_shards(
     shape: tuple[int, int], split: str | None, replicas: int, axis: int, is_mixed: bool
 ) -> None:
     rows, columns = shape
@@ -242,13 +242,13 @@ def test_blocks_put_together_are_the_padded_shards(
         (15, 4, 8, 0),  # one row short of even is even enough
     ],
 )
-def test_the_axis_that_is_cut(rows: int, columns: int, parts: int, axis: int) -> None:
+def test_the_axis_that_is_divided(rows: int, columns: int, parts: int, axis: int) -> None:
     (layout,) = shards_of(rows, columns, None, 1)
     assert slowest_axis(layout, parts) == axis
     assert slowest_axis(layout.transpose((1, 0)), parts) == 1 - axis
 
 
-def test_an_axis_that_repeats_is_not_cut() -> None:
+def test_an_axis_that_repeats_is_not_divided() -> None:
     (layout,) = shards_of(4, 4, None, 1)
     assert slowest_axis(layout.broadcast(0, 8), 4) == 1
     assert slowest_axis(zeros(()).layout, 4) is None

@@ -45,7 +45,7 @@ def param_of(plan: LoadPlan, module: str, param: str) -> ParamPlan:
         ("layer_1/~/linear_3", "b", Changes(False, False, 0, 0, 4)),
     ],
 )
-def test_changes_are_read_off_the_plan(tmp_path: Path, module: str, param: str, expected: Changes):
+def test_changes_follow_from_the_plan(tmp_path: Path, module: str, param: str, expected: Changes):
     assert param_of(plan_of(neox.write(tmp_path)), module, param).changes == expected
 
 
@@ -167,7 +167,7 @@ def test_layers_that_differ_get_rows_of_their_own(tmp_path: Path):
     assert "layer_{0...1}/~/linear_4 w" in text
 
 
-def test_dtype_changes_are_said(tmp_path: Path):
+def test_dtype_changes_are_listed(tmp_path: Path):
     assert "float32 → bfloat16 in 28 arrays" in plan_of(neox.write(tmp_path)).summary()
     assert "→" not in plan_of(FIXTURE).summary()
 
@@ -181,7 +181,7 @@ def test_hosts_that_read_alike_share_a_line(tmp_path: Path):
     assert lines == ["host 0", "hosts {1...3}"]
 
 
-def test_what_hosts_read_for_each_other_is_said():
+def test_bytes_from_other_hosts_are_listed():
     assert (
         "hosts {0...1}  read 3.82 MB each, 3.82 MB more from other hosts"
         in plan_of(FIXTURE, "dp=2,mp=4", hosts=2).summary()
@@ -189,7 +189,7 @@ def test_what_hosts_read_for_each_other_is_said():
     assert "more from" not in plan_of(FIXTURE, "dp=2,mp=4", hosts=1).summary()
 
 
-def test_notes_say_what_is_left_out_and_compared(tmp_path: Path):
+def test_notes_list_what_is_skipped_and_compared(tmp_path: Path):
     arrays = neox.tensors()
     arrays["embed_out.weight"] = arrays["gpt_neox.embed_in.weight"]
     for i in range(2):
