@@ -1,4 +1,4 @@
-"""`python -m mtj_loader.cli` is `mtj-loader`."""
+"""`python -m mtj_loader.cli` runs `mtj-loader`."""
 
 from mtj_loader.cli import main
 

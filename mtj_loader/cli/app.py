@@ -1,4 +1,4 @@
-"""The commands, put together."""
+"""The Typer application: all commands, and `--version`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtj_loader.cli.plan_command import plan
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,  # commands say themselves what went wrong
+    pretty_exceptions_enable=False,  # `exit_codes` in command.py prints errors
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -25,8 +25,8 @@ for _command in (inspect, plan, load, generate, convert, digests):
     app.command()(_command)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"mtj-loader {mtj_loader.__version__}")
         raise typer.Exit
 
@@ -36,12 +36,15 @@ def describe(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
         ),
     ] = False,
 ) -> None:
-    """Hugging Face checkpoints onto JAX device meshes, as Mesh Transformer JAX's parameters.
+    """Load Hugging Face checkpoints onto a JAX mesh as Mesh Transformer JAX parameters.
 
-    Exit codes: 0 done, 2 wrong usage, 3 checkpoint or map, 4 machine, 130 interrupted
-    (143 by SIGTERM).
+    Exit codes: 0 success, 2 usage error, 3 bad checkpoint, map or adapter, 4 machine error (memory,
+    disk, network, devices), 130 interrupted, 143 terminated.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mtj_loader.cli.output import print_apart
+from mtj_loader.cli.output import reserve_stdout
 from mtj_loader.cli.shared_options import Machine
 from mtj_loader.cli.tpu import on_cloud_tpu
 from mtj_loader.errors import UsageError
@@ -111,5 +111,5 @@ def _prepare() -> None:
     from mtj_loader.distributed.jax_runtime import find_runtime  # noqa: PLC0415
 
     runtime = find_runtime()  # jax.process_index() would wait for all hosts' devices
-    print_apart(muted=runtime is not None and runtime.process_id != 0)
+    reserve_stdout(muted=runtime is not None and runtime.process_id != 0)
     signals.call_before_exit(report_termination)

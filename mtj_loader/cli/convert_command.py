@@ -1,4 +1,4 @@
-"""`mtj-loader convert`: writes a checkpoint anew in another dtype. Does without JAX."""
+"""`mtj-loader convert`: writes a checkpoint in another dtype. Does not import JAX."""
 
 from __future__ import annotations
 
@@ -26,43 +26,45 @@ from mtj_loader.options import Source
 def convert(
     *,
     source: Source,
-    dtype: Annotated[NewDType, typer.Option(help="Of the new floats; integers stay as they are.")],
+    dtype: Annotated[NewDType, typer.Option(help="The new dtype of floats; integers are kept.")],
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="The folder to make; by default <name>-<dtype> beside PATH.",
+            help="The output folder; by default <name>-<dtype> next to PATH.",
             show_default=False,
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there already.")
+        bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")
     ] = False,
     on_overflow: Annotated[
         OnOverflow,
-        typer.Option(help="What is too large for the dtype is an error, or made its largest."),
+        typer.Option(
+            help="If a value is too large for the dtype: refuse to convert, or clamp the value."
+        ),
     ] = "refuse",
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Convert NaN and infinity all the same.")
+        bool, typer.Option("--allow-nonfinite", help="Convert NaN and infinity too.")
     ] = False,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="The most bytes of tensors in a file.")
+        str, typer.Option(metavar="SIZE", help="Maximum bytes of tensors per file.")
     ] = "5GB",
     progress: Annotated[
         bool,
         typer.Option(
-            "--progress/--no-progress", help="Show a progress bar, where there is a terminal."
+            "--progress/--no-progress", help="Show a progress bar if stderr is a terminal."
         ),
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint of any family anew in another dtype, with its config and tokenizer.
+    """Write a checkpoint of any family in another dtype, with its config and tokenizer.
 
-    The output appears whole or not at all.
+    The output folder appears only when it is complete.
 
     Example: [bold]mtj-loader convert mosaicml/mpt-7b-instruct --dtype float16[/bold]
     """
-    signals.raise_on_signal()  # through the removal of what is half written
+    signals.raise_on_signal()  # so that unfinished output is removed
     report = convert_checkpoint(
         source.path,
         out,
@@ -84,23 +86,23 @@ def convert(
     warn(report.warnings)
     print(report)
     print_lists(report)
-    if any(map(_losses, report.tensors)):
+    if any(map(_has_losses, report.tensors)):
         print_table(losses_table(report.tensors))
 
 
 def print_lists(report: ConvertReport) -> None:
-    """Says which other files were copied, and which were not."""
+    """Prints which other files were copied, and which were left out."""
     for verb, names in (("copied", report.copied), ("left out", report.left_out)):
         if names:
             print(f"{verb}: {', '.join(names)}")
 
 
 def losses_table(tensors: Iterable[TensorReport]) -> Table:
-    """The tensors that lost something, with the layers folded and their losses summed."""
+    """The tensors that lost values; identical layers share a row, with their losses summed."""
     groups: dict[object, list[TensorReport]] = {}
-    for tensor in filter(_losses, tensors):
-        likeness = blank_indices(tensor.name), tensor.source_dtype
-        groups.setdefault(likeness, []).append(tensor)
+    for tensor in filter(_has_losses, tensors):
+        key = blank_indices(tensor.name), tensor.source_dtype
+        groups.setdefault(key, []).append(tensor)
     table = display.table("tensor", "dtype", "overflowed", "became zero", "NaN or infinite")
     for group in groups.values():
         name = fold_names([tensor.name for tensor in group])
@@ -114,5 +116,5 @@ def _counts(tensor: TensorReport) -> tuple[int, int, int]:
     return tensor.overflow, tensor.underflow, tensor.nonfinite
 
 
-def _losses(tensor: TensorReport) -> bool:
+def _has_losses(tensor: TensorReport) -> bool:
     return any(_counts(tensor))

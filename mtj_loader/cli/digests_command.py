@@ -1,9 +1,13 @@
-"""`mtj-loader digests`: whether the shards of several loads make up the whole."""
+"""`load --digests` and `mtj-loader digests`: whether the shards of all hosts form the whole model.
+
+JAX is imported inside the functions, so that `--help` stays fast.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,26 +16,46 @@ from mtj_loader.cli.output import print_json
 from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.display import counted
 
+if TYPE_CHECKING:
+    from mtj_loader import Model
+    from mtj_loader.cli.cluster import Cluster
+
 
 @command
 def digests(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE…", help="What load --digests wrote.", show_default=False),
+        typer.Argument(metavar="FILE…", help="Files from load --digests.", show_default=False),
     ],
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Join the digests of hosts: every shard must be there, and be the same in every file.
+    """Combine digest files. Fails if a shard is missing or differs between two files.
 
     Example: [bold]mtj-loader digests host-*.json whole.json[/bold]
     """
-    from mtj_loader.loading import shard_digests as loading  # noqa: PLC0415 -- brings JAX
+    from mtj_loader.loading import shard_digests  # noqa: PLC0415
 
-    found = loading.joined({str(file): loading.read_digests(file) for file in files})
-    loading.check_whole(found)
+    found = shard_digests.joined({str(file): shard_digests.read_digests(file) for file in files})
+    shard_digests.check_whole(found)
     if as_json:
         print_json({"parameters": len(found.of), "shards": found.shards, "sha256": found.sha256})
         return
-    parameters = f"{counted(len(found.of), 'parameter')} of {counted(found.shards, 'shard')}"
-    print(f"{counted(len(files), 'file')}: the whole of {parameters}\nSHA-256 {found.sha256}")
+    parameters, shards = counted(len(found.of), "parameter"), counted(found.shards, "shard")
+    print(f"{counted(len(files), 'file')}: complete, {parameters} with {shards} each")
+    print(f"SHA-256 {found.sha256}")
+
+
+def digests_of_all_hosts(model: Model, cluster: Cluster) -> dict[str, object]:
+    """Collects the digests of every host, as JSON types.
+
+    Raises:
+      VerifyError: hosts that hold the same shard disagree about it.
+    """
+    from mtj_loader.loading import shard_digests  # noqa: PLC0415
+
+    with cluster.connect() as hosts, hosts.phase("digests"):
+        own = shard_digests.digests(model.params, model.plan.shards).to_dict()
+        documents = map(json.loads, hosts.gather("digests", json.dumps(own).encode()))
+        found = {f"host {i}": shard_digests.from_dict(one) for i, one in enumerate(documents)}
+        return shard_digests.joined(found).to_dict()

@@ -1,4 +1,4 @@
-"""`mtj-loader generate`: loads, and continues prompts."""
+"""`mtj-loader generate`: loads a model and continues prompts."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from mtj_loader.options import LoadOptions, Source
 if TYPE_CHECKING:
     from mtj_loader import Model
 
-_PROMPTS = "What is continued"
-_SAMPLING = "How tokens are chosen"
+_PROMPTS = "Prompts"
+_SAMPLING = "Sampling"
 
-_SECONDS = ("plan", "load", "compile", "overlap", "first_token")  # what there is to wait for
+_SECONDS = ("plan", "load", "compile", "overlap", "first_token")  # the stages of the start
 
 Prompt = str | list[int]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What to continue, each option as often as wanted."""
+    """The prompts; each option may be repeated, and they may be combined."""
 
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A text. Repeatable, as the next two.", rich_help_panel=_PROMPTS),
+        typer.Option(help="A text to continue. May be repeated.", rich_help_panel=_PROMPTS),
     ] = None
     prompt_file: Annotated[
         list[Path] | None,
@@ -45,29 +45,29 @@ class Prompts:
             metavar="FILE",
             exists=True,
             dir_okay=False,
-            help="A file whose whole content is one prompt.",
+            help="A file that contains one prompt. May be repeated.",
             rich_help_panel=_PROMPTS,
         ),
     ] = None
     ids: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="'12 7 …'", help="Token ids; token ids come back.", rich_help_panel=_PROMPTS
+            metavar="'12 7 …'",
+            help="A prompt as token ids; the output is token ids too. May be repeated.",
+            rich_help_panel=_PROMPTS,
         ),
     ] = None
 
     def read(self) -> list[Prompt]:
-        """All of them.
+        """All prompts: texts, then files, then token ids.
 
         Raises:
-          UsageError: there is none, a file is no text, or ids are no numbers.
+          UsageError: there is no prompt, a file is not text, or ids are not numbers.
         """
         given: list[Prompt] = [*(self.prompt or ()), *map(_read_file, self.prompt_file or ())]
         given += map(_read_ids, self.ids or ())
         if not given:
-            raise UsageError(
-                "there is no prompt", hint="--prompt, --prompt-file or --ids gives one"
-            )
+            raise UsageError("no prompt", hint="use --prompt, --prompt-file or --ids")
         return given
 
 
@@ -76,35 +76,36 @@ class Sampling:
     """The arguments of `Model.generate`."""
 
     max_new_tokens: Annotated[
-        int, typer.Option(help="The most tokens to make.", rich_help_panel=_SAMPLING)
+        int, typer.Option(help="Maximum number of tokens to generate.", rich_help_panel=_SAMPLING)
     ] = 64
     temperature: Annotated[
         float,
-        typer.Option(help="0 always takes the likeliest token.", rich_help_panel=_SAMPLING),
+        typer.Option(help="0 always picks the most likely token.", rich_help_panel=_SAMPLING),
     ] = 0.8
     top_k: Annotated[
         int,
         typer.Option(
-            help="Choose among this many of the likeliest; 0: all.", rich_help_panel=_SAMPLING
+            help="Sample from this many most likely tokens; 0 means all.",
+            rich_help_panel=_SAMPLING,
         ),
     ] = 0
     top_p: Annotated[
         float,
         typer.Option(
-            help="Choose among the likeliest that have this probability together.",
+            help="Sample from the most likely tokens whose probabilities add up to this.",
             rich_help_panel=_SAMPLING,
         ),
     ] = 1.0
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="End before this text. Repeatable.", rich_help_panel=_SAMPLING),
+        typer.Option(help="Stop before this text. May be repeated.", rich_help_panel=_SAMPLING),
     ] = None
     seed: Annotated[
         int, typer.Option(help="The same seed gives the same text.", rich_help_panel=_SAMPLING)
     ] = 0
 
     def numbers(self) -> dict[str, Any]:
-        """All but the stop strings, as fields of SamplingParams."""
+        """The fields of SamplingParams: everything but the stop strings."""
         return {key: value for key, value in asdict(self).items() if key != "stop"}
 
 
@@ -121,78 +122,79 @@ def generate(
     cluster: Cluster,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt; the continuation is printed as it is made.
+    """Continue a prompt and print the text while it is generated.
 
-    Several prompts run together, and are printed one after another at the end.
+    Several prompts run as one batch; their texts are printed at the end, one after another.
 
     Example: [bold]mtj-loader generate EleutherAI/pythia-70m --prompt "Once upon a time"[/bold]
     """
-    given = prompts.read()
-    run = start_up.options_for(given, sampling.numbers())
+    inputs = prompts.read()
+    run = start_up.options_for(inputs, sampling.numbers())
     run |= cluster.join(machine)
-    _agree(given, sampling, cluster)
+    _check_agreement(inputs, sampling, cluster)
     model = load_model(source, options, mesh, machine, run)
     note(describe(model))
     with cluster.connect() as hosts, hosts.phase("generate"):
-        _print_continued(model, given, sampling, as_json=as_json)
+        _print_completions(model, inputs, sampling, as_json=as_json)
     note(f"first token after {model.report.seconds['first_token']:.2f} s")
 
 
-def _agree(given: list[Prompt], sampling: Sampling, cluster: Cluster) -> None:
-    """Makes sure that all hosts continue the same prompts, before they load for nothing.
+def _check_agreement(inputs: list[Prompt], sampling: Sampling, cluster: Cluster) -> None:
+    """Checks before the load that all hosts were given the same prompts and sampling options.
 
     Raises:
-      HostError: one differs.
+      HostError: a host has different ones.
     """
-    from mtj_loader.distributed.agreement import check_same_generation  # noqa: PLC0415 -- brings JAX
+    from mtj_loader.distributed.agreement import check_same_generation  # noqa: PLC0415 -- imports JAX
 
     with cluster.connect() as hosts:
-        check_same_generation(hosts, given, asdict(sampling))
+        check_same_generation(hosts, inputs, asdict(sampling))
 
 
-def _print_continued(
-    model: Model, given: list[Prompt], sampling: Sampling, *, as_json: bool
+def _print_completions(
+    model: Model, inputs: list[Prompt], sampling: Sampling, *, as_json: bool
 ) -> None:
     if as_json:
-        print_json(to_dict(model, given, sampling))
-    elif len(given) == 1:
-        _print_stream(given[0], model.stream(given[0], **asdict(sampling)))
+        print_json(to_dict(model, inputs, sampling))
+    elif len(inputs) == 1:
+        _print_stream(inputs[0], model.stream(inputs[0], **asdict(sampling)))
     else:
-        _print_all(given, _generate(model, given, sampling))
+        _print_all(inputs, _generate(model, inputs, sampling))
 
 
 def to_dict(model: Model, prompts: Sequence[Prompt], sampling: Sampling) -> dict[str, object]:
-    """The continuations as JSON types; docs/json.md describes every key."""
-    made = zip(prompts, _generate(model, prompts, sampling), strict=True)
+    """The completions as JSON types; docs/json.md describes every key."""
+    completions = zip(prompts, _generate(model, prompts, sampling), strict=True)
     return {
         "location": model.plan.checkpoint.location,
         "model_type": model.plan.model_type,
         "sampling": asdict(sampling),
-        "completions": [{"prompt": prompt, "completion": text} for prompt, text in made],
+        "completions": [{"prompt": prompt, "completion": text} for prompt, text in completions],
         "seconds": {key: model.report.seconds[key] for key in _SECONDS},
     }
 
 
 def _generate(model: Model, prompts: Sequence[Prompt], sampling: Sampling) -> list[Prompt]:
-    made: Any = model.generate(list(prompts), **asdict(sampling))  # a list for a list
-    return made
+    completions: Any = model.generate(list(prompts), **asdict(sampling))
+    return completions  # a list, because the argument is one
 
 
 def _print_stream(prompt: Prompt, pieces: Iterator[str] | Iterator[list[int]]) -> None:
-    """A person sees the prompt too, in front of what continues it; a pipe gets what is new."""
+    """Prints pieces as they come; a terminal shows the prompt before them, a pipe does not."""
     if sys.stdout.isatty():
-        print(_shown(prompt), end=" " if isinstance(prompt, list) else "")
+        print(_to_text(prompt), end=" " if isinstance(prompt, list) else "")
     for piece in pieces:
-        print(_shown(piece), end=" " if isinstance(piece, list) else "", flush=True)
+        print(_to_text(piece), end=" " if isinstance(piece, list) else "", flush=True)
     print()
 
 
-def _print_all(prompts: Sequence[Prompt], made: Sequence[Prompt]) -> None:
-    for i, (prompt, text) in enumerate(zip(prompts, made, strict=True), start=1):
-        print(f"[{i}] {_shown(prompt)}{' ' if isinstance(prompt, list) else ''}{_shown(text)}\n")
+def _print_all(prompts: Sequence[Prompt], completions: Sequence[Prompt]) -> None:
+    for i, (prompt, text) in enumerate(zip(prompts, completions, strict=True), start=1):
+        space = " " if isinstance(prompt, list) else ""
+        print(f"[{i}] {_to_text(prompt)}{space}{_to_text(text)}\n")
 
 
-def _shown(piece: Prompt) -> str:
+def _to_text(piece: Prompt) -> str:
     return piece if isinstance(piece, str) else " ".join(map(str, piece))
 
 
@@ -206,5 +208,7 @@ def _read_file(path: Path) -> str:
 def _read_ids(text: str) -> list[int]:
     parts = re.split(r"[\s,]+", text.strip())
     if not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts):
-        raise UsageError("cannot read token ids", expected="like '12 7 300'", found=repr(text))
+        raise UsageError(
+            "cannot read token ids", expected="numbers, for example '12 7 300'", found=repr(text)
+        )
     return [int(part) for part in parts]

@@ -1,9 +1,9 @@
-"""`mtj-loader inspect`: what is in a checkpoint. Reads headers only, and does without JAX."""
+"""`mtj-loader inspect`: lists the tensors of a checkpoint. Reads only headers, without JAX."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Annotated
 
@@ -13,15 +13,20 @@ from rich.text import Text
 
 from mtj_loader import display
 from mtj_loader.cli.command import command
-from mtj_loader.cli.order import layer_of, model_order
 from mtj_loader.cli.output import print_json, print_table, warn
 from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.display import counted, show_bytes
-from mtj_loader.errors import UsageError
+from mtj_loader.errors import MtjLoaderError, UsageError
 from mtj_loader.formats.checkpoint import Checkpoint, open_checkpoint
 from mtj_loader.formats.records import TensorRecord
-from mtj_loader.names import blank_indices, fold_names
+from mtj_loader.names import blank_indices, fold_names, group_by, indices, natural_key
 from mtj_loader.options import Source
+from mtj_loader.weights.find_map import find_map
+from mtj_loader.weights.resolve import match_name
+from mtj_loader.weights.weight_map import WeightMap
+
+Place = tuple[int, int, int]  # a part of the model, a layer, a position in the map
+_BEFORE, _LAYERS, _AFTER = range(3)  # the parts of the model
 
 
 @command
@@ -31,20 +36,20 @@ def inspect(
     as_json: AsJson = False,
     topology: Annotated[
         bool,
-        typer.Option("--topology", help="Print `NAME torch.Size([…])`, a line for each tensor."),
+        typer.Option("--topology", help="Print one line per tensor: `NAME torch.Size([…])`."),
     ] = False,
 ) -> None:
-    """Show the tensors of a checkpoint: name, dtype, shape, file, bytes.
+    """List the tensors of a checkpoint: name, dtype, shape, file, bytes.
 
-    Only headers are read. Layers that are alike share a line; --topology and --json have them all.
+    Only headers are read. Identical layers share one line; --topology and --json list every tensor.
 
     Example: [bold]mtj-loader inspect EleutherAI/pythia-70m --topology[/bold]
     """
     if as_json and topology:
-        raise UsageError("--json and --topology exclude each other")
+        raise UsageError("--json and --topology cannot be combined")
     checkpoint = open_checkpoint(source)
     with checkpoint.storage:
-        records = model_order(
+        records = sort_by_model(
             checkpoint.index.records.values(), checkpoint.config.get("model_type")
         )
     if as_json:
@@ -58,8 +63,8 @@ def inspect(
 
 
 def topology_lines(records: Sequence[TensorRecord]) -> Iterator[str]:
-    """A line for each tensor, and an empty one wherever the layer changes."""
-    for i, (_, block) in enumerate(groupby(records, key=lambda record: layer_of(record.name))):
+    """One line per tensor, with an empty line between layers."""
+    for i, (_, block) in enumerate(groupby(records, key=lambda record: _layer(record.name))):
         if i:
             yield ""
         for record in block:
@@ -67,13 +72,13 @@ def topology_lines(records: Sequence[TensorRecord]) -> Iterator[str]:
 
 
 def tables(checkpoint: Checkpoint, records: Sequence[TensorRecord]) -> RenderableType:
-    """What is there in all, and a table of the tensors with the layers folded."""
-    groups: dict[object, list[TensorRecord]] = {}
-    for record in records:
-        likeness = blank_indices(record.name), record.dtype, record.shape
-        groups.setdefault(likeness, []).append(record)
+    """The totals, and a table of the tensors in which identical layers share a row."""
+
+    def key(record: TensorRecord) -> tuple[object, ...]:
+        return blank_indices(record.name), record.dtype, record.shape
+
     table = display.table("tensor", "dtype", "shape", "file", "bytes")
-    for group in groups.values():
+    for group in group_by(records, key):
         table.add_row(*map(Text, _cells(group)))
     return Group(display.facts(_facts(checkpoint, records)), table)
 
@@ -106,7 +111,55 @@ def to_dict(checkpoint: Checkpoint, records: Sequence[TensorRecord]) -> dict[str
     return {
         "location": checkpoint.location,
         "model_type": checkpoint.config.get("model_type"),
-        "files": [{"name": stamp.path, "bytes": stamp.size_bytes} for stamp in files],
+        "files": [{"name": file.path, "bytes": file.size_bytes} for file in files],
         "tensors": [record.to_dict() for record in records],
         "warnings": list(checkpoint.index.warnings),
     }
+
+
+def sort_by_model(records: Iterable[TensorRecord], model_type: object) -> list[TensorRecord]:
+    """Sorts tensors as the model uses them; files often list them alphabetically.
+
+    The embedding comes first, then the layers by number, then the rest; each part in the order of
+    the family's map. Without a map, names are sorted, with the numbers in them as numbers.
+    """
+    places = _places(model_type)
+
+    def key(record: TensorRecord) -> tuple[Place, list[tuple[int, str]]]:
+        return _place(record.name, places), natural_key(record.name)
+
+    return sorted(records, key=key)
+
+
+def _layer(name: str) -> int | None:
+    """The layer that a tensor belongs to: the first number in its name."""
+    return next(iter(indices(name)), None)
+
+
+def _places(model_type: object) -> dict[str, tuple[int, int]]:
+    """Name in the map, with blank indices → part of the model, position in the map."""
+    try:
+        weight_map = find_map(str(model_type))
+    except MtjLoaderError:  # no map for this family: the order only affects the output's layout
+        return {}
+    layered = [pattern.replace("{layer}", "0") for pattern in weight_map.layer]
+    parts = [(name, _part(weight_map, name)) for name in weight_map.static]
+    parts += [(blank_indices(name), _LAYERS) for name in layered]
+    return {name: (part, i) for i, (name, part) in enumerate(parts)}
+
+
+def _part(weight_map: WeightMap, name: str) -> int:
+    target = weight_map.static[name]
+    return _BEFORE if target and target.module.startswith("embedding_shard") else _AFTER
+
+
+def _place(name: str, places: dict[str, tuple[int, int]]) -> Place:
+    """Where a tensor comes; tensors that are not in the map come last in their layer."""
+    layer = _layer(name)
+    known = match_name(blank_indices(name), places)
+    if known is not None:
+        part, position = places[known]
+        return part, layer or 0, position
+    if not places:
+        return _LAYERS, 0, 0
+    return (_AFTER if layer is None else _LAYERS), layer or 0, len(places)

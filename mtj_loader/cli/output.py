@@ -1,4 +1,4 @@
-"""Where output goes: results to stdout, all else to stderr; colors to terminals alone."""
+"""Output of the commands: results go to stdout, everything else to stderr, colors to terminals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from mtj_loader.display import as_text
 
 _muted = threading.Event()
-_STDOUT = 1  # the number that libraries write to, whatever Python's sys.stdout is
+_STDOUT = 1  # the file descriptor that native libraries write to, whatever sys.stdout is
 
 
 def print_json(document: object) -> None:
@@ -22,39 +22,39 @@ def print_json(document: object) -> None:
 
 
 def print_table(renderable: RenderableType) -> None:
-    """Prints a table: folded into a terminal, or in its full width where no person is watching."""
+    """Prints a table: wrapped to fit a terminal, at full width anywhere else."""
     if sys.stdout.isatty():
         Console().print(renderable)
     else:
         print(as_text(renderable))
 
 
-def print_apart(*, muted: bool) -> None:
-    """From now on only our results go to stdout: libraries say there who they are connected to.
+def reserve_stdout(*, muted: bool) -> None:
+    """Sends what libraries print on stdout (their connection messages) to stderr from now on.
 
     Args:
-      muted: nor do ours, and notes go nowhere either, as another process prints the same.
+      muted: also discard our own results and notes, because another process prints the same ones.
     """
     if muted:
         _muted.set()
     sys.stdout.flush()
     target = os.open(os.devnull, os.O_WRONLY) if muted else os.dup(_STDOUT)
     os.dup2(sys.stderr.fileno(), _STDOUT)
-    sys.stdout = open(target, "w", errors="backslashreplace")  # noqa: PTH123, SIM115 -- for good
+    sys.stdout = open(target, "w", errors="backslashreplace")  # noqa: PTH123, SIM115 -- stays open
 
 
 def is_muted() -> bool:
-    """Whether another process prints what this one would."""
+    """Whether another process prints the results instead of this one."""
     return _muted.is_set()
 
 
 def note(message: object) -> None:
-    """Says something that is neither a result nor a warning."""
+    """Prints a message that is neither a result nor a warning to stderr."""
     if not is_muted():
         print(message, file=sys.stderr, flush=True)
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """Says what was noticed and is no error."""
+    """Prints warnings to stderr."""
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)

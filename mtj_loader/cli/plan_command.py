@@ -1,4 +1,4 @@
-"""`mtj-loader plan`: what a load would do, without doing it."""
+"""`mtj-loader plan`: shows what a load would do without doing it."""
 
 from __future__ import annotations
 
@@ -22,27 +22,30 @@ def plan(
     options: LoadOptions,
     machine: Machine,
     hosts: Annotated[
-        int, typer.Option(metavar="K", min=1, help="Hosts that share the devices of --mesh evenly.")
+        int,
+        typer.Option(
+            metavar="K", min=1, help="The number of hosts; each has an equal share of --mesh."
+        ),
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would be read, where it would go, and what it takes on each device and host.
+    """Show what each host would read, where each parameter would go, and how much memory it takes.
 
-    Neither the weights nor the devices are touched: the mesh need not be there.
+    Only headers are read and no device is used, so the mesh does not have to exist.
 
     Example: [bold]mtj-loader plan EleutherAI/gpt-neox-20b --mesh dp=2,mp=8 --hosts 4[/bold]
     """
     machine.prepare()
     if hosts > 1 and mesh is None:
-        raise UsageError("--hosts needs --mesh", hint="such as --mesh mp=8")
-    from mtj_loader.api import plan_source  # noqa: PLC0415 -- brings JAX
+        raise UsageError("--hosts needs --mesh", hint="for example --mesh mp=8")
+    from mtj_loader.api import plan_source  # noqa: PLC0415 -- imports JAX
 
     topology = None if mesh is None else mtj_loader.make_abstract_mesh(mesh, hosts)
-    made = plan_source(source, options, topology)
-    made.checkpoint.storage.close()
+    load_plan = plan_source(source, options, topology)
+    load_plan.checkpoint.storage.close()
     if as_json:
-        print_json(made.to_dict())
+        print_json(load_plan.to_dict())
     else:
-        from mtj_loader.planning import summary  # noqa: PLC0415 -- brings JAX
+        from mtj_loader.planning import summary  # noqa: PLC0415 -- imports JAX
 
-        print_table(summary.tables(made))
+        print_table(summary.tables(load_plan))

@@ -226,7 +226,9 @@ def test_command_loads_a_host_and_joins_it(tmp_path: Path):
     assert whole.exit_code == 0
     result = run("digests", *files, tmp_path / "whole.json")
     sha256 = read_digests(tmp_path / "whole.json").sha256
-    assert result.stdout == f"3 files: the whole of 76 parameters of 4 shards\nSHA-256 {sha256}\n"
+    assert (
+        result.stdout == f"3 files: complete, 76 parameters with 4 shards each\nSHA-256 {sha256}\n"
+    )
     found = json.loads(run("digests", *files, "--json").stdout)
     assert found == {"parameters": 76, "shards": 4, "sha256": sha256}
     result = run("digests", files[1])
@@ -249,9 +251,9 @@ def test_command_says_what_it_loaded():
         (["--mesh", "mp=4", "--simulate-host", "one"], "cannot read --simulate-host"),
         (["--mesh", "mp=4", "--simulate-host", "0/3"], "the hosts do not divide the devices"),
         (["--simulate-host", "0/2"], "--simulate-host needs --mesh"),
-        (["--mesh", "mp=4", "--simulate-host", "0/2", "--verify"], "--verify is for whole loads"),
-        (["--simulate-host", "0/2", "--warm-up", "1x8"], "--warm-up is for whole loads"),
-        (["--simulate-host", "0/2", "--processes", "2"], "--processes is for whole loads"),
+        (["--mesh", "mp=4", "--simulate-host", "0/2", "--verify"], "--verify cannot be used"),
+        (["--simulate-host", "0/2", "--warm-up", "1x8"], "--warm-up cannot be used"),
+        (["--simulate-host", "0/2", "--processes", "2"], "--processes cannot be used"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str):
