@@ -1,16 +1,16 @@
-# Every target makes the virtual environment that it needs, once, and reuses it until pyproject.toml
-# or the Python version changes. `make test PYTHON=python3.12 VENV=.venv312` keeps two side by side.
+# Every target creates its virtual environment once and reuses it until pyproject.toml or the Python
+# version changes. `make test PYTHON=python3.12 VENV=.venv312` keeps a second one.
 
 PYTHON ?= python3
 VENV ?= .venv
 FIXTURE := tests/data/shakespeare-neox
 
-# No word about newer releases of pip and pyright: neither is the reader's business here.
+# Suppress notices about newer releases of pip and pyright.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 BIN := $(VENV)/bin
-# The version is part of the stamps' names: with another Python none is there, and all is made anew.
+# The Python version is part of the stamps' names, so another Python rebuilds everything.
 STAMP := $(VENV)/.stamp-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 
 .DEFAULT_GOAL := help
@@ -19,7 +19,7 @@ STAMP := $(VENV)/.stamp-$(shell $(PYTHON) -c 'import platform; print(platform.py
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
 
-demo: $(STAMP)-core  ## load a small GPT-NeoX onto eight virtual devices, then let it write
+demo: $(STAMP)-core  ## load a small GPT-NeoX onto eight virtual devices and generate text
 	$(BIN)/mtj-loader load $(FIXTURE) --mesh mp=8 --cpu-devices 8
 	$(BIN)/mtj-loader generate $(FIXTURE) --mesh mp=8 --cpu-devices 8 --prompt "ROMEO." \
 	  --max-new-tokens 120 --temperature 0.8 --top-k 40 --seed 1
@@ -27,7 +27,7 @@ demo: $(STAMP)-core  ## load a small GPT-NeoX onto eight virtual devices, then l
 test: $(STAMP)-test  ## run the tests that need no torch
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not parity"
 
-lint: $(STAMP)-lint  ## check style, types, and which module imports which
+lint: $(STAMP)-lint  ## check style, types and import layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -36,7 +36,7 @@ lint: $(STAMP)-lint  ## check style, types, and which module imports which
 parity: $(STAMP)-parity  ## compare logits and text with Hugging Face transformers
 	$(BIN)/python -m pytest -n auto --dist loadfile -m parity
 
-bench: $(STAMP)-bench  ## measure loading against its peers
+bench: $(STAMP)-bench  ## measure load time against other loaders
 	$(BIN)/python -m benchmarks.load
 
 clean:  ## remove the virtual environment, caches and build products
@@ -48,7 +48,7 @@ $(STAMP)-venv:
 	$(PYTHON) -m venv --clear $(VENV)
 	touch $@
 
-# `core` is the package alone; any other name is an extra of pyproject.toml.
+# `core` is the package without extras; any other name is an extra of pyproject.toml.
 $(STAMP)-core $(STAMP)-test $(STAMP)-lint $(STAMP)-parity $(STAMP)-bench: $(STAMP)-%: pyproject.toml | $(STAMP)-venv
 	$(BIN)/python -m pip install --quiet --editable ".$(patsubst %,[%],$(filter-out core,$*))"
 	touch $@

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes a virtual environment on one TPU VM host and installs mtj_loader with JAX for TPU into it.
+# Creates a virtual environment on one TPU VM host and installs mtj_loader with JAX for TPU in it.
 #
 #   tpu_scripts/setup_vm.sh
 #
-# Run it on every host of a pod (run_all_hosts.sh does); it can be run again after an update.
+# Run it on every host of a pod (with run_all_hosts.sh), and again after an update.
 #
 # Environment:
 #   PYTHON  the interpreter, 3.11 or newer; default python3
-#   VENV    where the environment goes; default ~/mtj-loader-venv
+#   VENV    path of the environment; default ~/mtj-loader-venv
 set -euo pipefail
 
 python=${PYTHON:-python3}
@@ -23,6 +23,6 @@ fi
 "$venv/bin/python" -m pip install --quiet --upgrade pip
 "$venv/bin/python" -m pip install --quiet "${checkout}[tpu,remote]"
 
-# No device is touched here: on a pod, JAX would wait for all the other hosts.
+# This does not use the devices: on a pod, JAX would wait for all other hosts.
 "$venv/bin/mtj-loader" --version
 echo "ready: $venv/bin/mtj-loader"

@@ -85,7 +85,7 @@ class Sampling:
     top_k: Annotated[
         int,
         typer.Option(
-            help="Sample from this many most likely tokens; 0 means all.",
+            help="Sample from the K most likely tokens; 0 means all.",
             rich_help_panel=_SAMPLING,
         ),
     ] = 0
