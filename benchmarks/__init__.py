@@ -1,1 +1,1 @@
-"""Measurements of mtj_loader against the hardware and against its peers; see README.md."""
+"""Benchmarks of mtj_loader against the hardware's limit and other loaders; see README.md."""

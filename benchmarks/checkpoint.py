@@ -1,7 +1,7 @@
-"""Synthetic checkpoints, those of published sizes written once and kept.
+"""Synthetic checkpoints; those of published sizes are written once and kept.
 
-The weights are random, so that a check finds any two elements that changed places; they are
-finite and small, so that nothing is refused. Files are cut and ordered as transformers does it.
+The weights are random, so that a check notices any two swapped elements, and finite and small, so
+that no loader rejects them. Files are split and ordered as in transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 FILE_BYTES = 2_000_000_000  # several files for all but the smallest shapes
 _ITEM_BYTES = 2  # bfloat16
-_CHUNK_BYTES = 32 << 20  # made and written at a time
+_CHUNK_BYTES = 32 << 20  # generated and written at a time
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Shape:
     vocab_size: int = 50304
 
     def config(self) -> dict[str, object]:
-        """What config.json says."""
+        """The content of config.json."""
         return {
             "architectures": ["GPTNeoXForCausalLM"],
             "model_type": "gpt_neox",
@@ -83,7 +83,7 @@ class Mixture:
     vocab_size: int
 
     def config(self) -> dict[str, object]:
-        """What config.json says."""
+        """The content of config.json."""
         return {
             "model_type": "mixtral",
             "hidden_size": self.d_model,
@@ -101,7 +101,7 @@ class Mixture:
         }
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every tensor's name and shape: the file has an entry for every expert's every weight."""
+        """Every tensor's name and shape; every weight of every expert is a tensor."""
         d, f, kv = self.d_model, self.d_ff, self.d_model * self.kv_heads // self.heads
         yield "model.embed_tokens.weight", (self.vocab_size, d)
         for i in range(self.layers):
@@ -130,7 +130,7 @@ SHAPES = {
 
 
 def checkpoint(name: str, cache: Path, file_bytes: int = FILE_BYTES) -> Path:
-    """The folder with the checkpoint of a shape in SHAPES, made if it is not there yet."""
+    """The folder with the checkpoint of a shape in SHAPES, written if it does not exist."""
     folder = cache / f"{name}-{file_bytes}"
     if not (folder / "config.json").exists():
         write(SHAPES[name], folder, file_bytes)
@@ -138,7 +138,7 @@ def checkpoint(name: str, cache: Path, file_bytes: int = FILE_BYTES) -> Path:
 
 
 def write(shape: Shape | Mixture, folder: Path, file_bytes: int = FILE_BYTES) -> None:
-    """Writes weights, index and, last, config.json: a folder that has it is complete."""
+    """Writes weights, index and config.json; config.json comes last and marks a complete folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.Generator(np.random.SFC64(0))
     groups = list(_files(shape, file_bytes))
@@ -154,7 +154,7 @@ def write(shape: Shape | Mixture, folder: Path, file_bytes: int = FILE_BYTES) ->
 
 
 def _files(shape: Shape | Mixture, file_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Name → shape for each file: cut in the state dict's order, then sorted by name."""
+    """Name → shape for each file: split in the state dict's order, then sorted by name."""
     group: dict[str, tuple[int, ...]] = {}
     total = 0
     for name, dims in shape.tensors():
@@ -174,17 +174,17 @@ def _write_file(path: Path, tensors: dict[str, tuple[int, ...]], rng: np.random.
         header[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data start at a multiple of 8
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for start in range(0, offset, _CHUNK_BYTES):
             file.write(_weights(rng, min(_CHUNK_BYTES, offset - start)))
         file.flush()
-        os.fsync(file.fileno())  # no writing back to disk in the middle of a measurement
+        os.fsync(file.fileno())  # so the disk is idle during a measurement
 
 
 def _weights(rng: np.random.Generator, size_bytes: int) -> bytes:
-    """Random bfloat16 numbers of 2⁻⁷ up to 2⁻³, of either sign."""
+    """Random bfloat16 numbers from 2⁻⁷ to 2⁻³ with random signs."""
     bits = np.frombuffer(rng.bytes(size_bytes), np.uint16)
     return ((bits & 0x81FF) | 0x3C00).tobytes()
 

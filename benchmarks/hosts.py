@@ -1,8 +1,8 @@
-"""What each of several hosts reads: `python -m benchmarks.hosts`.
+"""Bytes that each of several hosts reads: `python -m benchmarks.hosts`.
 
-Hosts are processes on this machine, with two virtual devices each. That the bytes of all of them
-together are those of the checkpoint is the point; the times are not: hosts that share two cores and
-a page cache get no faster by being more.
+The hosts are processes on this machine with two virtual devices each. The result is that all hosts
+together read the bytes of the checkpoint once. The times mean little, because the hosts share the
+cores and the page cache.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from benchmarks import machine
 from benchmarks.checkpoint import SHAPES, checkpoint
 from benchmarks.load import CACHE, RESULTS
 
-DEVICES = 2  # of each host
-# Hosts, and meshes that the 12 heads of pythia-160m allow.
+DEVICES = 2  # per host
+# Number of hosts, and a mesh that the 12 heads of pythia-160m allow.
 POD = ((1, "dp=1,mp=2"), (2, "dp=1,mp=4"), (2, "dp=2,mp=2"), (4, "dp=2,mp=4"), (4, "dp=4,mp=2"))
-_TIMES = "Times are merely indicative: all hosts share one machine's cores and page cache."
-_SECONDS = 300  # for a whole load; whoever hangs is ended
+_TIMES = "Times are only indicative: all hosts share the cores and page cache of one machine."
+_SECONDS = 300  # for a whole load; a process that hangs is killed
 
 
 def main(
@@ -37,7 +37,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = RESULTS,
     probe: Annotated[str, typer.Option(hidden=True, help="what to load in this process")] = "",
 ) -> None:
-    """Loads on 1, 2 and 4 hosts; prints what each reads, writes JSON."""
+    """Loads on 1, 2 and 4 hosts; prints what each host reads and writes JSON."""
     if probe:
         print(json.dumps(_probe(**json.loads(probe))))
         return
@@ -53,16 +53,16 @@ def main(
 
 
 def table(result: dict) -> Table:
-    """The loads for people."""
-    made = Table(title=f"{result['shape']}, {result['bytes'] / 1e6:.1f} MB")
-    made.caption = f"{machine.in_words(result['machine'])}\n{_TIMES}"
+    """The loads as a table."""
+    grid = Table(title=f"{result['shape']}, {result['bytes'] / 1e6:.1f} MB")
+    grid.caption = f"{machine.describe(result['machine'])}\n{_TIMES}"
     for column in ("hosts", "mesh", "read by each, MB", "÷ unique", "received by each, MB"):
-        made.add_column(column, justify="right")
-    made.add_column("seconds of each", justify="right")
-    made.add_column("of them exchange", justify="right")
+        grid.add_column(column, justify="right")
+    grid.add_column("seconds on each", justify="right")
+    grid.add_column("of these, exchange", justify="right")
     for row in result["loads"]:
         hosts = row["hosts"]
-        made.add_row(
+        grid.add_row(
             str(len(hosts)),
             row["mesh"],
             ", ".join(f"{host['bytes_read'] / 1e6:.1f}" for host in hosts),
@@ -71,17 +71,18 @@ def table(result: dict) -> Table:
             ", ".join(f"{host['seconds']['load']:.2f}" for host in hosts),
             ", ".join(f"{host['seconds']['exchange']:.2f}" for host in hosts),
         )
-    return made
+    return grid
 
 
 def _load(folder: Path, count: int, mesh: str, unique: int) -> dict:
-    """One load on so many hosts; every host says what it read."""
+    """Runs one load on `count` hosts and collects their reports."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    asked = {"folder": str(folder), "mesh": mesh, "address": address, "count": count}
-    hosts = [_start(asked | {"host": k}) for k in range(count)]
-    said = [_ended(host) for host in hosts]
-    return {"mesh": mesh, "ratio": sum(one["bytes_read"] for one in said) / unique, "hosts": said}
+    options = {"folder": str(folder), "mesh": mesh, "address": address, "count": count}
+    hosts = [_start(options | {"host": k}) for k in range(count)]
+    reports = [_wait(host) for host in hosts]
+    ratio = sum(report["bytes_read"] for report in reports) / unique
+    return {"mesh": mesh, "ratio": ratio, "hosts": reports}
 
 
 def _start(probe: dict) -> subprocess.Popen[str]:
@@ -99,11 +100,11 @@ def _start(probe: dict) -> subprocess.Popen[str]:
     )
 
 
-def _ended(process: subprocess.Popen[str]) -> dict:
-    """The last line that a host printed.
+def _wait(process: subprocess.Popen[str]) -> dict:
+    """Waits for a host; returns the JSON document on its last line.
 
     Raises:
-      RuntimeError: it failed; with what it wrote to stderr.
+      RuntimeError: the host failed; the message contains its stderr.
     """
     try:
         printed, errors = process.communicate(timeout=_SECONDS)
@@ -115,8 +116,8 @@ def _ended(process: subprocess.Popen[str]) -> dict:
 
 
 def _probe(folder: str, mesh: str, address: str, count: int, host: int) -> dict:
-    """This host's part of a load, whose bytes are compared with the files afterwards."""
-    import jax  # noqa: PLC0415 -- not needed to start probes
+    """Loads this host's part and compares its bytes with the files."""
+    import jax  # noqa: PLC0415 -- only probes need it
 
     if count > 1:
         jax.distributed.initialize(address, count, host)

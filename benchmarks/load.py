@@ -1,4 +1,4 @@
-"""Load time against the floor and the peers: `python -m benchmarks.load --shape pythia-1.4b`."""
+"""Load time of mtj_loader, the floor and other loaders: `python -m benchmarks.load`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from rich.table import Table
 
 from benchmarks import machine, plot
 from benchmarks.checkpoint import SHAPES, checkpoint
-from benchmarks.runs import by_turns, chosen, medians
+from benchmarks.interleaved import medians, run_interleaved, select
 
 CACHE = Path(tempfile.gettempdir()) / "mtj_loader_benchmarks"
 RESULTS = Path("benchmarks/results")
-_MAPPED = 0.5  # who reads less than this part of the bytes by calls has the files mapped
+_MAPPED = 0.5  # a loader that reads less than this share of the bytes maps the files
 
 
 def main(
     *,
     shape: Annotated[str, typer.Option(help=f"one of {', '.join(SHAPES)}")] = "pythia-1.4b",
-    runs: Annotated[int, typer.Option(help="timed runs of each contender")] = 5,
-    only: Annotated[str, typer.Option(help='names or their beginnings, like "ours,floor"')] = "",
+    runs: Annotated[int, typer.Option(help="timed runs of each loader")] = 5,
+    only: Annotated[str, typer.Option(help='names or prefixes, for example "ours,floor"')] = "",
     cold: Annotated[bool, typer.Option(help="drop the files from the page cache first")] = False,
     cache: Annotated[Path, typer.Option(help="where synthetic checkpoints are kept")] = CACHE,
     out: Annotated[Path, typer.Option(help="folder for JSON and plot")] = RESULTS,
 ) -> None:
-    """Measures every contender by turns; prints a table, writes JSON and a plot."""
+    """Measures the loaders in turn; prints a table, writes JSON and a plot."""
     console = Console()
     folder = checkpoint(shape, cache)
-    names = chosen([part.strip() for part in only.split(",") if part.strip()])
-    found = by_turns(names, folder, runs, cold=cold, tell=lambda line: console.print(f"  {line}"))
+    names = select([part.strip() for part in only.split(",") if part.strip()])
+    found = run_interleaved(
+        names, folder, runs, cold=cold, log=lambda line: console.print(f"  {line}")
+    )
     result = {
         "shape": shape,
         "page_cache": "cold" if cold else "warm",
@@ -50,15 +52,15 @@ def main(
 
 
 def table(result: dict) -> Table:
-    """The medians for people."""
-    made = Table(title=f"{result['shape']}, {result['bytes'] / 1e9:.2f} GB, {result['page_cache']}")
-    made.caption = machine.in_words(result["machine"])
-    made.add_column("medians")
+    """The medians as a table."""
+    grid = Table(title=f"{result['shape']}, {result['bytes'] / 1e9:.2f} GB, {result['page_cache']}")
+    grid.caption = machine.describe(result["machine"])
+    grid.add_column("medians")
     for column in _COLUMNS:
-        made.add_column(column, justify="right")
+        grid.add_column(column, justify="right")
     for name, values in result["medians"].items():
         read = values["bytes_read"] / result["bytes"]
-        made.add_row(
+        grid.add_row(
             name,
             f"{values['seconds']:.2f}",
             f"{values['ratio']:.2f}" if "ratio" in values else "",
@@ -67,7 +69,7 @@ def table(result: dict) -> Table:
             f"{values['extra_bytes'] / 1e6:,.0f} MB",
             f"{read:.3f}" if read > _MAPPED else "mapped",
         )
-    return made
+    return grid
 
 
 _COLUMNS = ("seconds", "÷ floor", "fastest", "CPU", "memory over parameters", "read ÷ needed")

@@ -1,4 +1,4 @@
-"""What a measurement has to be read with: date, machine, versions. No names, no paths."""
+"""The context of a measurement: date, machine, versions; no names or paths."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def facts() -> dict[str, object]:
     }
 
 
-def in_words(found: dict) -> str:
-    """The facts in one line."""
+def describe(found: dict) -> str:
+    """One line with the facts."""
     memory = found["memory_bytes"] / 2**30
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return (
@@ -42,7 +42,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """As Linux names it; elsewhere the architecture."""
+    """The processor's name on Linux; elsewhere its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

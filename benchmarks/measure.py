@@ -1,6 +1,6 @@
-"""One measurement in a process of its own: `python -m benchmarks.measure NAME FOLDER [--check]`.
+"""Measures one load in this process: `python -m benchmarks.measure NAME FOLDER [--check]`.
 
-Prints one line of JSON. Imports and the start of JAX's backend are over before the clock starts.
+Prints one line of JSON. The clock starts after imports and after JAX's backend has started.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _STATUS = "/proc/self/status"
 
-# Name → the function that loads, as "module:function"; a contender's libraries are imported only
-# in its own process.
-CONTENDERS = {
+# Name → "module:function" that loads. A loader's libraries are imported only in its own process.
+LOADERS = {
     "floor": "floor:load",
     "ours, transposed_linear": "ours:load_transposed_linear",
     "ours, transposes": "ours:load",
@@ -33,30 +32,30 @@ CONTENDERS = {
 
 
 def main() -> None:
-    """Measures one contender once."""
+    """Measures one loader once."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("name", choices=LOADERS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--check", action="store_true", help="compare every byte, after the clock")
+    parser.add_argument("--check", action="store_true", help="compare every byte afterwards")
     print(json.dumps(measure(**vars(parser.parse_args()))))
 
 
 def measure(name: str, folder: Path, check: bool) -> dict[str, object]:
     """Seconds, peak memory and bytes read of one load."""
-    module, function = CONTENDERS[name].split(":")
-    load = getattr(importlib.import_module(f"benchmarks.contenders.{module}"), function)
+    module, function = LOADERS[name].split(":")
+    load = getattr(importlib.import_module(f"benchmarks.loaders.{module}"), function)
     mesh = warm_mesh(folder)
     warm_memory(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     resident, read = _line_bytes(_STATUS, "VmRSS"), _bytes_read()
-    begun, busy = time.perf_counter(), time.process_time()
+    started, cpu_seconds = time.perf_counter(), time.process_time()
     loaded = load(folder, mesh)
-    seconds, busy = time.perf_counter() - begun, time.process_time() - busy
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_seconds
     parameter_bytes = loaded.parameter_bytes()
     counted = _bytes_read() - read if loaded.bytes_read is None else loaded.bytes_read
     return {
         "seconds": seconds,
-        "processor_seconds": busy,
+        "processor_seconds": cpu_seconds,
         "extra_bytes": _line_bytes(_STATUS, "VmHWM") - resident - parameter_bytes,
         "parameter_bytes": parameter_bytes,
         "bytes_read": counted,
@@ -66,7 +65,7 @@ def measure(name: str, folder: Path, check: bool) -> dict[str, object]:
 
 
 def warm_mesh(folder: Path) -> Mesh:
-    """A mesh of as many devices as the heads allow, each of which has already taken an array."""
+    """A mesh of as many devices as the heads allow, after a first transfer to each device."""
     heads = json.loads((folder / "config.json").read_text())["num_attention_heads"]
     shards = max(n for n in range(1, len(jax.devices()) + 1) if heads % n == 0)
     mesh = Mesh(np.array(jax.devices()[:shards]).reshape(1, shards), ("dp", "mp"))
@@ -76,10 +75,10 @@ def warm_mesh(folder: Path) -> Mesh:
 
 
 def warm_memory(size_bytes: int) -> None:
-    """Touches and frees what a load of so many bytes may take.
+    """Touches and frees the memory that a load of `size_bytes` may use.
 
-    Virtual machines give free memory back to their host after about two seconds; taking it again
-    costs ten times what zeroing a page does, and would be most of what is measured.
+    Virtual machines return free memory to their host after about two seconds. Getting it back costs
+    ten times as much as zeroing a page and would dominate the measurement.
     """
     available = _line_bytes("/proc/meminfo", "MemAvailable")
     size_bytes = min(int(_WARM_SHARE * size_bytes) + _WARM_REST_BYTES, available * 3 // 4)
@@ -88,18 +87,18 @@ def warm_memory(size_bytes: int) -> None:
         np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
 
 
-# What the hungriest contender takes for a checkpoint of 2.8 GB: the parameters and 1.2 GB more.
+# The most that a loader needs for a checkpoint of 2.8 GB: the parameters and 1.2 GB more.
 _WARM_SHARE, _WARM_REST_BYTES = 1.2, 1 << 30
 
 
 def _line_bytes(file: str, key: str) -> int:
-    """A line of /proc/self/status or /proc/meminfo, which count in KiB."""
+    """The value of a line of /proc/self/status or /proc/meminfo, which are in KiB."""
     lines = Path(file).read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
 
 
 def _bytes_read() -> int:
-    """What read calls of this process brought so far; reads through a mapping do not count."""
+    """Bytes that read calls of this process returned so far; mapped reads do not count."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar:"))
 

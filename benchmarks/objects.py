@@ -1,8 +1,8 @@
 """Loading over a slow network: `python -m benchmarks.objects`.
 
-A server in a process of its own waits before each answer and sends at a bounded rate on each
-connection, as object stores do. Against it load, by turns: one tensor after the other; all files
-downloaded at once, then loaded; ours. Every byte of each is compared with the files once.
+A server in its own process waits before each answer and limits the rate of each connection, as
+object stores do. Measured in turn: reading one tensor after another; downloading all files at once,
+then loading them; mtj_loader. Every byte of mtj_loader's result is compared with the files once.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from mtj_loader.options import Source
 from tests.support.object_server import serve
 
 _FILE_BYTES = 100_000_000  # several files of a small model
-_CONNECTIONS = 32  # that ours has at once: what bounds it from below
+_CONNECTIONS = 32  # of mtj_loader; they determine the floor
 
-Contender = Callable[[str], object]  # of a URL; what it returns stays until the clock stops
+Loader = Callable[[str], object]  # takes a URL; its result is kept until the clock stops
 
 
 def main(
@@ -49,12 +49,12 @@ def main(
     shape: Annotated[str, typer.Option(help=f"one of {', '.join(SHAPES)}")] = "pythia-160m",
     latency_ms: Annotated[float, typer.Option(help="before each answer")] = 50.0,
     rate_mb: Annotated[float, typer.Option(help="MB/s on each connection")] = 20.0,
-    runs: Annotated[int, typer.Option(help="timed runs of each contender")] = 3,
+    runs: Annotated[int, typer.Option(help="timed runs of each loader")] = 3,
     cache: Annotated[Path, typer.Option(help="where synthetic checkpoints are kept")] = CACHE,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = RESULTS,
     serving: Annotated[bool, typer.Option("--serving", hidden=True)] = False,
 ) -> None:
-    """Measures every contender by turns; prints a table and writes JSON."""
+    """Measures the loaders in turn; prints a table and writes JSON."""
     folder = checkpoint(shape, cache, _FILE_BYTES)
     if serving:
         _serve(folder, latency_ms / 1e3, round(rate_mb * 1e6))
@@ -62,7 +62,7 @@ def main(
     console = Console()
     with _server(shape, latency_ms, rate_mb, cache) as url:
         _check(url)
-        found = _by_turns(url, runs, lambda line: console.print(f"  {line}"))
+        found = _run_interleaved(url, runs, lambda line: console.print(f"  {line}"))
     size_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     result = {
         "shape": shape,
@@ -80,23 +80,23 @@ def main(
 
 
 def table(result: dict) -> Table:
-    """The medians for people."""
+    """The medians as a table."""
     rate = result["connection_bytes_per_second"] / 1e6
     title = f"{result['shape']}, {result['bytes'] / 1e6:,.0f} MB, {result['latency_ms']:.0f} ms"
-    made = Table(title=f"{title} before each answer, {rate:.0f} MB/s on each connection")
-    made.caption = machine.in_words(result["machine"])
-    made.add_column("medians")
+    grid = Table(title=f"{title} before each answer, {rate:.0f} MB/s on each connection")
+    grid.caption = machine.describe(result["machine"])
+    grid.add_column("medians")
     for column in ("seconds", "MB/s", "÷ floor"):
-        made.add_column(column, justify="right")
+        grid.add_column(column, justify="right")
     floor = {f"floor: {_CONNECTIONS} connections, full": result["floor_seconds"]}
     for name, seconds in (floor | result["medians"]).items():
         speed, ratio = result["bytes"] / 1e6 / seconds, seconds / result["floor_seconds"]
-        made.add_row(name, f"{seconds:.2f}", f"{speed:.0f}", f"{ratio:.2f}")
-    return made
+        grid.add_row(name, f"{seconds:.2f}", f"{speed:.0f}", f"{ratio:.2f}")
+    return grid
 
 
 def tensor_by_tensor(url: str) -> object:
-    """One range after the other on one connection, each put on the devices."""
+    """Reads one tensor after another on one connection and puts each on the device."""
     checkpoint = open_checkpoint(Source(url))
     placed = NamedSharding(mtj_loader.make_mesh("mp=1"), PartitionSpec())
     server, base = _connection(url)
@@ -112,7 +112,7 @@ def tensor_by_tensor(url: str) -> object:
 
 
 def download_then_load(url: str) -> object:
-    """Every file at once, each on one connection, into a folder; then our load of the folder."""
+    """Downloads all files at once, each on one connection; then mtj_loader loads the folder."""
     names = [*open_checkpoint(Source(url)).index.files]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(names)) as pool:
         names += ["config.json", "model.safetensors.index.json"]
@@ -121,16 +121,16 @@ def download_then_load(url: str) -> object:
 
 
 def ours(url: str) -> mtj_loader.Model:
-    """As it comes."""
+    """mtj_loader with default options."""
     return mtj_loader.load(url, "mp=1", progress=False)
 
 
 def ours_in_64_mib(url: str) -> mtj_loader.Model:
-    """With the least memory in flight."""
+    """mtj_loader with the minimum memory in flight."""
     return mtj_loader.load(url, "mp=1", progress=False, host_memory="64MiB")
 
 
-CONTENDERS: dict[str, Contender] = {
+LOADERS: dict[str, Loader] = {
     "tensor by tensor": tensor_by_tensor,
     "download, then load": download_then_load,
     "ours": ours,
@@ -138,20 +138,20 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def _by_turns(url: str, runs: int, tell: Callable[[str], None]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+def _run_interleaved(url: str, runs: int, log: Callable[[str], None]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {name: [] for name in LOADERS}
     for i in range(runs):
-        for name, load in CONTENDERS.items():
-            begun = time.perf_counter()
+        for name, load in LOADERS.items():
+            started = time.perf_counter()
             kept = load(url)
-            found[name].append(time.perf_counter() - begun)
+            found[name].append(time.perf_counter() - started)
             del kept
-            tell(f"run {i + 1} of {runs}, {name}: {found[name][-1]:.2f} s")
+            log(f"run {i + 1} of {runs}, {name}: {found[name][-1]:.2f} s")
     return found
 
 
 def _check(url: str) -> None:
-    """Compares every byte that ours loads with the files, and counts what came for it."""
+    """Compares every byte that mtj_loader loads with the files, and checks how much it read."""
     for model in (ours(url), ours_in_64_mib(url)):
         with model.plan.checkpoint.storage:
             verify(model.plan, model.params)
@@ -165,7 +165,7 @@ def _server(shape: str, latency_ms: float, rate_mb: float, cache: Path) -> Itera
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         yield process.stdout.readline().decode().strip()
-        process.communicate()  # closes its stdin, which ends it
+        process.communicate()  # closes its stdin, which stops the server
 
 
 def _serve(folder: Path, latency_seconds: float, bytes_per_second: int) -> None:

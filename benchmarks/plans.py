@@ -1,7 +1,7 @@
-"""How long planning takes for pods that are not there: `python -m benchmarks.plans`.
+"""Planning time for large pods: `python -m benchmarks.plans`.
 
-Headers are real files, parsed as every header is; the tensors are holes. Each run is a process of
-its own, and counts everything from the first byte of an index to the last run of a host.
+The headers are real and are parsed as usual; the tensors are holes in sparse files. Each run has
+its own process and counts everything from reading the index to the last byte range of a host.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ STAGES = ("headers", "plan", "hosts", "runs")
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a pod, and the seconds that planning may take."""
+    """A model, a pod, and the target for planning time."""
 
     config: dict[str, object]
     tensors: Iterator[tuple[str, sparse.Dims]]
     mesh: str
-    hosts: int  # of four devices each, as on v4 and v5p
+    hosts: int  # with four devices each, as on v4 and v5p
     expert_parallel: bool
     bar_seconds: float
 
 
-# A mixture of experts larger than any that is published.
+# Larger than any published mixture of experts.
 _MIXTURE = Mixture(59, 512, d_model=4096, d_ff=1536, heads=64, kv_heads=8, vocab_size=128256)
 
 
 def cases() -> dict[str, Case]:
-    """What is planned, by name."""
+    """The cases by name."""
     neox, moe = NEOX_20B.config(), _MIXTURE.config()
     return {
         "GPT-NeoX-20B": Case(neox, NEOX_20B.tensors(), "dp=4,mp=64", 64, False, 1.0),
@@ -55,14 +55,14 @@ def cases() -> dict[str, Case]:
 
 def main(
     *,
-    runs: Annotated[int, typer.Option(help="processes for each case; medians are shown")] = 5,
+    runs: Annotated[int, typer.Option(help="runs of each case; medians are shown")] = 5,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks/results"),
     probe: Annotated[str, typer.Option(hidden=True, help="case to plan in this process")] = "",
     folder: Annotated[Path, typer.Option(hidden=True, help="its checkpoint")] = Path(),
 ) -> None:
     """Prints seconds for each stage, and writes them as JSON."""
     if probe:
-        print(json.dumps(plan_once(cases()[probe], folder)))
+        print(json.dumps(measure_plan(cases()[probe], folder)))
         return
     rows = [_measure(name, case, runs) for name, case in cases().items()]
     for row in rows:
@@ -92,42 +92,42 @@ def _measure(name: str, case: Case, runs: int) -> dict:
     return facts | found[0]["counts"] | {"seconds": [run["seconds"] for run in found]}
 
 
-def plan_once(case: Case, folder: Path) -> dict[str, dict]:
-    """Seconds of each stage, and what came out."""
-    import mtj_loader  # noqa: PLC0415 - imports do not count
+def measure_plan(case: Case, folder: Path) -> dict[str, dict]:
+    """The seconds of each stage, and counts of the result."""
+    import mtj_loader  # noqa: PLC0415 -- imports are not measured
     from mtj_loader.formats.checkpoint import open_checkpoint  # noqa: PLC0415
     from mtj_loader.options import LoadOptions, Source  # noqa: PLC0415
     from mtj_loader.planning.planner import make_plan, read_model  # noqa: PLC0415
 
     mesh = mtj_loader.make_abstract_mesh(case.mesh, case.hosts)
-    busy, marks = time.process_time(), [time.perf_counter()]
-    checkpoint = open_checkpoint(Source(folder))  # index and headers: read, parsed, checked
+    cpu_seconds, marks = time.process_time(), [time.perf_counter()]
+    checkpoint = open_checkpoint(Source(folder))  # reads, parses and checks index and headers
     marks.append(time.perf_counter())
     options = LoadOptions(expert_parallel=case.expert_parallel)
     model = read_model(checkpoint)  # config and map
-    plan = make_plan(checkpoint, model, mesh, options)  # views, the layout of every shard
+    plan = make_plan(checkpoint, model, mesh, options)  # views, layout of every shard
     marks.append(time.perf_counter())
-    of_hosts = plan.bytes_of_hosts
+    host_bytes = plan.bytes_of_hosts
     marks.append(time.perf_counter())
     runs = _runs(plan, case.hosts // 2)
     marks.append(time.perf_counter())
-    busy = time.process_time() - busy
+    cpu_seconds = time.process_time() - cpu_seconds
     stages = [stop - start for start, stop in itertools.pairwise(marks)]
-    total = {"total": marks[-1] - marks[0], "processor": busy}
+    total = {"total": marks[-1] - marks[0], "processor": cpu_seconds}
     return {
         "seconds": dict(zip(STAGES, stages, strict=True)) | total,
         "counts": {
             "tensors": len(checkpoint.index.records),
             "devices": mesh.dp * mesh.mp,
-            "hosts": len(of_hosts),
-            "bytes_of_all_hosts": sum(of_hosts.values()),
+            "hosts": len(host_bytes),
+            "bytes_of_all_hosts": sum(host_bytes.values()),
             "runs_of_a_host": runs,
         },
     }
 
 
 def _runs(plan, host: int) -> int:
-    """How many contiguous ranges a host reads: every one of them is worked out."""
+    """The number of contiguous ranges that a host reads; computes every range."""
     from mtj_loader.loading.jobs import Job  # noqa: PLC0415
 
     device_indices = plan.topology.device_indices_of(host)

@@ -1,4 +1,4 @@
-"""Plots of what was measured, as PNG files."""
+"""Plots of the results as PNG files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ mpl.rcParams["font.size"] = 9
 
 
 def bars(result: dict, file: Path) -> None:
-    """Seconds of every contender, every single run as a dot."""
+    """Plots the seconds of every loader; each run is a dot."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    names = list(result["medians"])[::-1]  # the first on top
+    names = list(result["medians"])[::-1]  # the first at the top
     values = [result["medians"][name] for name in names]
     axes.barh(names, [v["seconds"] for v in values], color=list(map(_color, names)))
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
@@ -29,14 +29,14 @@ def bars(result: dict, file: Path) -> None:
     slowest = max(run["seconds"] for runs in result["runs"].values() for run in runs)
     axes.set_xlim(right=1.25 * slowest)  # room for the labels
     title = f"{result['shape']}, {result['bytes'] / 1e9:.2f} GB, page cache {result['page_cache']}"
-    words = textwrap.fill(machine.in_words(result["machine"]), 130)
-    axes.set_title(f"{title}\n{words}", fontsize=6, loc="left")
+    caption = textwrap.fill(machine.describe(result["machine"]), 130)
+    axes.set_title(f"{title}\n{caption}", fontsize=6, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
 
 
-def growth(results: list[dict], file: Path) -> None:
-    """Seconds, where the page cache was warm, and memory over the parameters, by size."""
+def scaling(results: list[dict], file: Path) -> None:
+    """Plots seconds (page cache warm) and memory beyond the parameters by checkpoint size."""
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     results = sorted(results, key=lambda result: result["bytes"])
     time, memory = figure.subplots(1, 2)
@@ -48,7 +48,7 @@ def growth(results: list[dict], file: Path) -> None:
         extra = [r["medians"][name]["extra_bytes"] / 1e6 for r in found]
         memory.plot([r["bytes"] / 1e9 for r in found], extra, style, label=name)
     time.set_ylabel("seconds (page cache warm)")
-    memory.set_ylabel("MB over the parameters")
+    memory.set_ylabel("MB beyond the parameters")
     for axes in (time, memory):
         axes.set(xlabel="checkpoint, GB", xlim=(0, None), ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)

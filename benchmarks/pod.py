@@ -1,7 +1,7 @@
-"""All hosts of a pod that is not there, one after the other: `python -m benchmarks.pod`.
+"""Simulates all hosts of a pod, one after another: `python -m benchmarks.pod`.
 
-GPT-NeoX-20B as a sparse file with marks in it: every host's share is really read and placed, each
-in a process of its own, and the digests of all shards are compared with numpy's from the file.
+GPT-NeoX-20B is a sparse file with random marks. The share of every host is read and placed in its
+own process, and the digests of all shards are compared with numpy's, computed from the file.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks import machine, mtj_rule, sparse
+from benchmarks import machine, mtj_reference, sparse
 from benchmarks.load import RESULTS
-from benchmarks.sparse import NEOX_20B, Hole
+from benchmarks.sparse import NEOX_20B, SparseTensor
 
-# Bytes between marks, a prime number of words: so they come at ever other places of the rows, and
-# every shard of a weight has some.
+# Bytes between marks: a prime number of words, so that marks fall on different columns and every
+# shard of a weight has some.
 _MARK_STEP_BYTES = 8 * 16_381
-_WHOLE_BYTES = 1 << 20  # smaller tensors are random throughout
-# A disk in memory, where there is one: there a hole costs nothing to read, while the page cache of
-# others fills with zeros, 41 GB of them.
+_WHOLE_BYTES = 1 << 20  # smaller tensors are entirely random
+# A memory file system if there is one: reading a hole costs nothing there, while on a disk it fills
+# the page cache with 41 GB of zeros.
 _MEMORY = next(filter(Path.is_dir, (Path("/dev/shm"), Path(tempfile.gettempdir()))))
 
 
 def main(
     *,
     mesh: Annotated[str, typer.Option(help="the pod's mesh")] = "mp=64",
-    hosts: Annotated[int, typer.Option(help="hosts that share it; each share has to fit")] = 16,
-    scratch: Annotated[Path, typer.Option(help="where 1.3 GB are kept meanwhile")] = _MEMORY,
+    hosts: Annotated[int, typer.Option(help="hosts; the share of each must fit into memory")] = 16,
+    scratch: Annotated[Path, typer.Option(help="folder for 1.3 GB of temporary files")] = _MEMORY,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = RESULTS,
 ) -> None:
-    """Loads the share of every host, and checks that they make up the whole."""
+    """Loads the share of every host and checks that the shares form the whole model."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         result = {"machine": machine.facts(), "mesh": mesh, **_measure(Path(folder), mesh, hosts)}
     out.mkdir(parents=True, exist_ok=True)
@@ -47,18 +47,19 @@ def main(
 
 
 def _measure(folder: Path, mesh: str, hosts: int) -> dict:
-    """Loads, joins, compares; everything is kept in this folder."""
-    begun = time.perf_counter()
-    holes = _checkpoint(folder)
+    """Loads every share, combines the digests and compares them."""
+    started = time.perf_counter()
+    records = _checkpoint(folder)
     files = [folder / f"digests-{k}.json" for k in range(hosts)]
     rows = [_load(folder, mesh, k, hosts, file) for k, file in enumerate(files)]
-    joined = _join(files)
-    print(f"{hosts} hosts together: {joined['parameters']} parameters, SHA-256 {joined['sha256']}")
-    expected = mtj_rule.digests(holes, joined["shards"])
+    combined = _combine(files)
+    print(f"all {hosts} hosts: {combined['parameters']} parameters, SHA-256 {combined['sha256']}")
+    expected = mtj_reference.digests(records, combined["shards"])
     equal = _compare([json.loads(file.read_text()) for file in files], expected)
     different = len({one for of in expected.values() for one in of.values()})
-    print(f"{equal:,} digests of shards, {different:,} different, are numpy's from the file")
-    unique, read = sum(hole.size_bytes for hole in holes), sum(row["bytes_read"] for row in rows)
+    print(f"{equal:,} digests of shards ({different:,} distinct) equal numpy's")
+    unique = sum(record.size_bytes for record in records)
+    read = sum(row["bytes_read"] for row in rows)
     print(f"{read:,} bytes read by all hosts, {read / unique:.4f} times those of the tensors")
     return {
         "model": "GPT-NeoX-20B",
@@ -66,39 +67,39 @@ def _measure(folder: Path, mesh: str, hosts: int) -> dict:
         "bytes_read": read,
         "digests_equal": equal,
         "digests_different": different,
-        "seconds": time.perf_counter() - begun,
-        **joined,
+        "seconds": time.perf_counter() - started,
+        **combined,
         "hosts": rows,
     }
 
 
-def _checkpoint(folder: Path) -> list[Hole]:
-    """The sparse checkpoint, with marks; they are the same whenever they are written."""
-    holes = sparse.write(folder, NEOX_20B.config(), NEOX_20B.tensors())
+def _checkpoint(folder: Path) -> list[SparseTensor]:
+    """Writes the sparse checkpoint with its marks, which are the same every time."""
+    records = sparse.write(folder, NEOX_20B.config(), NEOX_20B.tensors())
     rng = np.random.Generator(np.random.SFC64(0))
-    for path, inside in itertools.groupby(holes, lambda hole: hole.file):
+    for path, inside in itertools.groupby(records, lambda record: record.file):
         with path.open("r+b", buffering=0) as file:
-            for hole in inside:
-                _mark(file.fileno(), hole, rng)
-    return holes
+            for record in inside:
+                _mark(file.fileno(), record, rng)
+    return records
 
 
-def _mark(descriptor: int, hole: Hole, rng: np.random.Generator) -> None:
-    """Random bfloat16 numbers of 2⁻⁷ up to 2⁻³: eight bytes a step, or all of a small tensor."""
-    small = hole.size_bytes < _WHOLE_BYTES
-    length = hole.size_bytes if small else 8
-    for start in range(0, hole.size_bytes, hole.size_bytes if small else _MARK_STEP_BYTES):
+def _mark(descriptor: int, record: SparseTensor, rng: np.random.Generator) -> None:
+    """Writes random bfloat16 from 2⁻⁷ to 2⁻³: eight bytes per step, or all of a small tensor."""
+    small = record.size_bytes < _WHOLE_BYTES
+    length = record.size_bytes if small else 8
+    for start in range(0, record.size_bytes, record.size_bytes if small else _MARK_STEP_BYTES):
         bits = np.frombuffer(rng.bytes(length), np.uint16)
-        data = ((bits & 0x81FF) | 0x3C00).tobytes()[: hole.size_bytes - start]
-        os.pwrite(descriptor, data, hole.offset_bytes + start)
+        data = ((bits & 0x81FF) | 0x3C00).tobytes()[: record.size_bytes - start]
+        os.pwrite(descriptor, data, record.offset_bytes + start)
 
 
 def _load(folder: Path, mesh: str, host: int, hosts: int, digests: Path) -> dict:
-    """One host's share in a process of its own."""
+    """Loads one host's share in its own process."""
     options = ["--mesh", mesh, "--simulate-host", f"{host}/{hosts}", "--digests", str(digests)]
-    begun = time.perf_counter()
+    started = time.perf_counter()
     report = _run("load", str(folder), *options, "--json", "--no-progress")["report"]
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     print(
         f"host {host} of {hosts}: {report['bytes_read']:,} bytes in "
         f"{report['seconds']['load']:.1f} s ({seconds:.1f} s with start, plan and digests), "
@@ -113,8 +114,8 @@ def _load(folder: Path, mesh: str, host: int, hosts: int, digests: Path) -> dict
     }
 
 
-def _join(files: list[Path]) -> dict:
-    """What `mtj-loader digests` says: it fails unless every shard is there."""
+def _combine(files: list[Path]) -> dict:
+    """Runs `mtj-loader digests`, which fails if a shard is missing."""
     return _run("digests", *map(str, files), "--json")
 
 
@@ -127,10 +128,10 @@ def _run(*arguments: str) -> dict:
 
 
 def _compare(found: list[dict], expected: dict[str, dict[str, str]]) -> int:
-    """How many digests of the hosts are equal to the expected ones: all, or an error."""
+    """Checks all digests of the hosts; returns their number."""
     pairs = [(n, j, one) for f in found for n, of in f["of"].items() for j, one in of.items()]
     if wrong := [(name, j) for name, j, one in pairs if expected[name][j] != one]:
-        raise RuntimeError(f"{len(wrong)} shards are not what numpy makes of the file: {wrong[0]}")
+        raise RuntimeError(f"{len(wrong)} shards differ from numpy's: {wrong[0]}")
     if missing := sum(map(len, expected.values())) - len({(name, j) for name, j, _ in pairs}):
         raise RuntimeError(f"{missing} shards are on no host")
     return len(pairs)

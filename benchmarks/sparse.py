@@ -1,4 +1,4 @@
-"""Checkpoints with real headers, and holes for their tensors: they take next to no disk space."""
+"""Checkpoints with real headers in sparse files: the tensors use almost no disk space."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Dims = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Hole:
-    """Where one tensor lies."""
+class SparseTensor:
+    """The position of one tensor."""
 
     file: Path
     name: str
@@ -27,7 +27,7 @@ class Hole:
 
     @property
     def size_bytes(self) -> int:
-        """Of all its elements."""
+        """The size of all its elements."""
         return math.prod(self.dims) * _ITEM_BYTES
 
 
@@ -36,19 +36,19 @@ def write(
     config: dict[str, object],
     tensors: Iterable[tuple[str, Dims]],
     file_bytes: int = FILE_BYTES,
-) -> list[Hole]:
-    """Writes headers, index and, last, config.json; returns where the tensors are."""
+) -> list[SparseTensor]:
+    """Writes headers, index and config.json; returns the positions of the tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     groups = list(_files(tensors, file_bytes))
     names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
     files = zip(names, groups, strict=True)
-    holes = [hole for name, group in files for hole in _write_file(folder / name, group)]
-    weight_map = {hole.name: hole.file.name for hole in holes}
-    total = sum(hole.size_bytes for hole in holes)
+    records = [record for name, group in files for record in _write_file(folder / name, group)]
+    weight_map = {record.name: record.file.name for record in records}
+    total = sum(record.size_bytes for record in records)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    return holes
+    return records
 
 
 def _files(tensors: Iterable[tuple[str, Dims]], file_bytes: int) -> Iterator[dict[str, Dims]]:
@@ -65,7 +65,7 @@ def _files(tensors: Iterable[tuple[str, Dims]], file_bytes: int) -> Iterator[dic
     yield group
 
 
-def _write_file(path: Path, tensors: dict[str, Dims]) -> list[Hole]:
+def _write_file(path: Path, tensors: dict[str, Dims]) -> list[SparseTensor]:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dims in tensors.items():
@@ -73,12 +73,13 @@ def _write_file(path: Path, tensors: dict[str, Dims]) -> list[Hole]:
         header[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data start at a multiple of 8
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     start = 8 + len(text)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(start + offset)
     entries = [(name, header[name]) for name in tensors]
     return [
-        Hole(path, name, tensors[name], start + entry["data_offsets"][0]) for name, entry in entries
+        SparseTensor(path, name, tensors[name], start + entry["data_offsets"][0])
+        for name, entry in entries
     ]

@@ -1,7 +1,7 @@
-"""Start to first token against load and compilation: `python -m benchmarks.start`.
+"""Time to the first token compared with load and compilation: `python -m benchmarks.start`.
 
-Every figure comes from a process of its own, by turns. The clock starts when imports are over and
-JAX has its devices; planning counts.
+Every figure comes from its own process, and the measurements take turns. The clock starts after
+imports and after JAX has its devices; planning counts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import typer
 
 from benchmarks import machine
 from benchmarks.checkpoint import SHAPES, checkpoint
+from benchmarks.interleaved import DEVICES, drop_page_cache
 from benchmarks.load import CACHE, RESULTS
-from benchmarks.runs import DEVICES, forget
 
 Run = dict[str, float]
 
@@ -31,14 +31,14 @@ Run = dict[str, float]
 def main(
     *,
     shape: Annotated[str, typer.Option(help=f"one of {', '.join(SHAPES)}")] = "pythia-410m",
-    prompt: Annotated[int, typer.Option(help="tokens of the prompt")] = 16,
+    prompt: Annotated[int, typer.Option(help="number of tokens in the prompt")] = 16,
     runs: Annotated[int, typer.Option(help="runs of each; medians are shown")] = 5,
     cold: Annotated[bool, typer.Option(help="drop the files from the page cache first")] = False,
     cache: Annotated[Path, typer.Option(help="where synthetic checkpoints are kept")] = CACHE,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = RESULTS,
     probe: Annotated[str, typer.Option(hidden=True, help="what to measure in this process")] = "",
 ) -> None:
-    """Measures with the compilation cache empty, and again with it filled."""
+    """Measures with an empty compilation cache, and again with a filled one."""
     folder = checkpoint(shape, cache)
     if probe:
         print(json.dumps(_probe(probe, folder, prompt)))
@@ -46,7 +46,7 @@ def main(
 
     def measure(name: str, programs: Path) -> Run:
         if cold:
-            forget(folder)
+            drop_page_cache(folder)
         return _run(name, ["--shape", shape, "--prompt", str(prompt), "--cache", cache], programs)
 
     result = {
@@ -55,19 +55,19 @@ def main(
         "page_cache": "cold" if cold else "warm",
         "machine": machine.facts(),
         "compilation_cache": {
-            "empty": _compared(measure, runs, filled=False),
-            "filled": _compared(measure, runs, filled=True),
+            "empty": _compare(measure, runs, filled=False),
+            "filled": _compare(measure, runs, filled=True),
         },
     }
     for state, found in result["compilation_cache"].items():
-        print(f"compilation cache {state}:{_in_words(found)}")
+        print(f"compilation cache {state}:{_describe(found)}")
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"start{'-cold' if cold else ''}.json"
     file.write_text(json.dumps(result, indent=1))
 
 
-def _compared(measure: Callable[[str, Path], Run], runs: int, *, filled: bool) -> dict:
-    """All probes by turns; their medians, and the ratio that counts."""
+def _compare(measure: Callable[[str, Path], Run], runs: int, *, filled: bool) -> dict:
+    """Runs all probes in turn; returns their medians and the ratio of interest."""
     found: dict[str, list[Run]] = {name: [] for name in _PROBES}
     with tempfile.TemporaryDirectory() as programs:
         if filled:
@@ -86,7 +86,7 @@ def _compared(measure: Callable[[str, Path], Run], runs: int, *, filled: bool) -
     return {"medians": medians, "first_token_over_the_longer": ratio, "runs": found}
 
 
-def _in_words(found: dict) -> str:
+def _describe(found: dict) -> str:
     lines = [f"{value:7.2f} s  {name}" for name, value in found["medians"].items()]
     ratio = found["first_token_over_the_longer"]
     return "\n  ".join(
@@ -95,7 +95,7 @@ def _in_words(found: dict) -> str:
 
 
 def _run(name: str, options: list[object], programs: Path) -> Run:
-    """A probe in a new process, whose compiled programs are kept there."""
+    """Runs a probe in a new process that keeps its compiled programs in `programs`."""
     command = [sys.executable, "-m", "benchmarks.start", "--probe", name, *map(str, options)]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -109,8 +109,8 @@ def _run(name: str, options: list[object], programs: Path) -> Run:
 
 
 def _probe(name: str, folder: Path, prompt: int) -> Run:
-    """Measures one thing in this process, which has not done anything yet."""
-    from benchmarks.measure import warm_memory, warm_mesh  # noqa: PLC0415 -- JAX, in probes alone
+    """Runs one probe in this new process."""
+    from benchmarks.measure import warm_memory, warm_mesh  # noqa: PLC0415 -- only probes need JAX
 
     mesh = warm_mesh(folder)
     warm_memory(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
@@ -120,13 +120,13 @@ def _probe(name: str, folder: Path, prompt: int) -> Run:
 def _load(folder: Path, mesh: object, prompt: int) -> Run:
     from mtj_loader import load  # noqa: PLC0415
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     load(folder, mesh, progress=False)
-    return {"seconds": time.perf_counter() - begun}
+    return {"seconds": time.perf_counter() - started}
 
 
 def _compile(folder: Path, mesh: object, prompt: int) -> Run:
-    """What `warm_up` compiles, with nothing beside it."""
+    """Compiles what `warm_up` compiles, and does nothing else."""
     import mtj_loader  # noqa: PLC0415
     from mtj_loader.dtypes import parameter_dtype  # noqa: PLC0415
     from mtj_loader.generation.compilation_cache import enable_compilation_cache  # noqa: PLC0415
@@ -138,25 +138,24 @@ def _compile(folder: Path, mesh: object, prompt: int) -> Run:
     plan = mtj_loader.plan(folder, mesh)
     rules = PromptRules(plan.config.vocab_size, plan.config.max_positions)
     forward = Forward(plan.config, mesh, False, parameter_dtype("auto"))
-    begun = time.perf_counter()
-    with compile_in_background(
-        forward, plan, read_shapes([(1, prompt)], rules, dp=1)
-    ) as first_compiled:
+    started = time.perf_counter()
+    shapes = read_shapes([(1, prompt)], rules, dp=1)
+    with compile_in_background(forward, plan, shapes) as first_compiled:
         compiled = first_compiled()
         wait(compiled.steps.values())
-    return {"seconds": time.perf_counter() - begun, "first": compiled.end - begun}
+    return {"seconds": time.perf_counter() - started, "first": compiled.end - started}
 
 
 def _text(folder: Path, mesh: object, prompt: int, warm_up: list[tuple[int, int]]) -> Run:
     from mtj_loader import load  # noqa: PLC0415
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     model = load(folder, mesh, progress=False, warm_up=warm_up)
     tokens = model.stream([1] * prompt)
     next(tokens)
-    first = time.perf_counter() - begun
+    first = time.perf_counter() - started
     next(tokens)
-    return {"first_token": first, "second_token": time.perf_counter() - begun}
+    return {"first_token": first, "second_token": time.perf_counter() - started}
 
 
 _PROBES: dict[str, Callable[[Path, object, int], Run]] = {

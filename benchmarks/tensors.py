@@ -1,8 +1,8 @@
 """Fixed cost per tensor: `python -m benchmarks.tensors`.
 
-Loads models of a thousand up to a hundred thousand tiny tensors. Where each becomes an array of its
-own, JAX's own calls for the same arrays are measured in the same process: what the loader adds is
-the rest. Experts become a few large arrays; they show how the cost grows with the tensors alone.
+Loads models of a thousand to a hundred thousand tiny tensors. If each tensor becomes one array,
+JAX's own calls for the same arrays are measured in the same process for comparison.
+Experts become a few large arrays and show the cost per tensor alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mtj_loader import load, make_mesh
 
 def main(
     *,
-    only: Annotated[str, typer.Option(help="a part of the models' names")] = "",
+    only: Annotated[str, typer.Option(help="part of a model's name")] = "",
     devices: Annotated[str, typer.Option(help="numbers of virtual devices")] = "1,8",
     runs: Annotated[int, typer.Option(help="loads of each; medians are shown")] = 5,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks/results"),
@@ -58,7 +58,7 @@ def main(
 
 
 def _run(folder: str, devices: int, runs: int) -> dict[str, float]:
-    """The probe in a process with so many devices."""
+    """Runs the probe in a process with this number of devices."""
     flags = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -69,7 +69,7 @@ def _run(folder: str, devices: int, runs: int) -> dict[str, float]:
 
 
 def _probe(folder: Path, runs: int) -> dict[str, float]:
-    """Microseconds per tensor, medians: planning, loading, and JAX's bare calls."""
+    """Median microseconds per tensor of planning, loading, and JAX's own calls."""
     mesh = make_mesh()
     load(folder, mesh, progress=False)
     seconds: dict[str, list[float]] = {key: [] for key in ("plan", "load", *_BARE)}
@@ -88,23 +88,22 @@ def _probe(folder: Path, runs: int) -> dict[str, float]:
 
 
 def _seconds(make: Callable[[jax.Array, np.ndarray], object], leaves: list[jax.Array]) -> float:
-    """What one way to make the same arrays takes, from host memory that JAX can adopt."""
+    """The time of one way to create the same arrays from host memory that JAX can adopt."""
     hosts = [np.asarray(leaf) for leaf in leaves]
-    begun = time.perf_counter()
-    made = [make(leaf, host) for leaf, host in zip(leaves, hosts, strict=True)]
-    jax.block_until_ready(made)
-    return time.perf_counter() - begun
+    started = time.perf_counter()
+    jax.block_until_ready([make(leaf, host) for leaf, host in zip(leaves, hosts, strict=True)])
+    return time.perf_counter() - started
 
 
 def _callback(leaf: jax.Array, host: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, host.__getitem__)
 
 
-def _named_put(leaf: jax.Array, host: np.ndarray) -> jax.Array:
+def _put_with_sharding(leaf: jax.Array, host: np.ndarray) -> jax.Array:
     return jax.device_put(host, leaf.sharding)
 
 
-def _list_put(leaf: jax.Array, host: np.ndarray) -> jax.Array:
+def _put_list(leaf: jax.Array, host: np.ndarray) -> jax.Array:
     where = leaf.sharding.addressable_devices_indices_map(leaf.shape)
     parts = jax.device_put([host[index] for index in where.values()], list(where))
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
@@ -117,11 +116,11 @@ MODELS = {
     "128 layers of 256 experts": Mixture(128, 256, 32, 32, 8, 8, 512),
 }
 
-# The ways that JAX's documentation names; the first is what the loader does.
+# The ways in JAX's documentation; the loader uses the first.
 _BARE = {
     "make_array_from_callback": _callback,
-    "device_put, NamedSharding": _named_put,
-    "device_put of a list": _list_put,
+    "device_put, NamedSharding": _put_with_sharding,
+    "device_put of a list": _put_list,
 }
 
 

@@ -1,4 +1,4 @@
-"""Injects every fault and prints what came of it: `python -m benchmarks.faults [--only local]`."""
+"""Injects every fault and prints the outcomes: `python -m benchmarks.faults [--only local]`."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ Row = tuple[str, Fault, Outcome]
 def main(
     *,
     only: Annotated[str, typer.Option(help="a group: local, objects or hosts")] = "",
-    named: Annotated[str, typer.Option(help="a part of the faults' names")] = "",
+    named: Annotated[str, typer.Option(help="part of a fault's name")] = "",
     out: Annotated[Path, typer.Option(help="folder for the JSON file")] = RESULTS,
 ) -> None:
     """Runs the faults one after another; prints a table and writes JSON."""
     console = Console()
     rows: list[Row] = []
-    for group, fault in chosen(only, named):
+    for group, fault in select(only, named):
         with tempfile.TemporaryDirectory() as scratch:
             rows.append((group, fault, fault.run(Path(scratch))))
         console.print(f"  {group}, {fault.phase}: {fault.name}: {rows[-1][2].seconds:.2f} s")
     facts = machine.facts()
-    console.print(table(rows, machine.in_words(facts)))
+    console.print(table(rows, machine.describe(facts)))
     out.mkdir(parents=True, exist_ok=True)
     name = "-".join(part for part in ("faults", only, named.replace(" ", "-")) if part)
     document = {"machine": facts, "faults": [to_dict(*row) for row in rows]}
     (out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
-def chosen(only: str, named: str) -> Iterator[tuple[str, Fault]]:
-    """The faults of every module beside this one that has a list of them, `FAULTS`."""
+def select(only: str, named: str) -> Iterator[tuple[str, Fault]]:
+    """The faults in the `FAULTS` of every module in this package."""
     for found in pkgutil.iter_modules(faults.__path__):
         if found.name != "__main__" and only in ("", found.name):
             module = importlib.import_module(f"benchmarks.faults.{found.name}")
@@ -54,21 +54,21 @@ def chosen(only: str, named: str) -> Iterator[tuple[str, Fault]]:
 
 
 def to_dict(group: str, fault: Fault, outcome: Outcome) -> dict[str, object]:
-    """A row as JSON types."""
+    """One row as JSON types."""
     return {"group": group, "fault": fault.name, "phase": fault.phase} | asdict(outcome)
 
 
 def table(rows: list[Row], caption: str) -> Table:
-    """All of them for people."""
-    made = Table("fault", "phase", "what the user sees", "exit", "seconds", "left over")
-    made.caption = caption
+    """All faults as a table."""
+    grid = Table("fault", "phase", "what the user sees", "exit", "seconds", "left over")
+    grid.caption = caption
     for _, fault, outcome in rows:
         codes = ", ".join(map(str, outcome.exit_codes))
         left = ", ".join(outcome.left_over) or "nothing"
-        made.add_row(
+        grid.add_row(
             fault.name, fault.phase, outcome.message, codes, f"{outcome.seconds:.2f}", left
         )
-    return made
+    return grid
 
 
 if __name__ == "__main__":

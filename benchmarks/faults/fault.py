@@ -1,6 +1,6 @@
-"""What the groups of faults share: a fault, its outcome, and the processes it is tried on.
+"""What all groups of faults share: a fault, its outcome, and the processes it is injected into.
 
-Every process gets a session of its own, so that whatever it leaves running can be found.
+Every process gets its own session, so that processes that it leaves running can be found.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FIXTURE = Path("tests/data/shakespeare-neox").absolute()  # 8 MB, trained, with a tokenizer
-DEADLINE_SECONDS = 120  # more than JAX's own heartbeat takes; who is later than this hangs
+DEADLINE_SECONDS = 120  # longer than JAX's heartbeat timeout; a process that takes longer hangs
 _POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a fault.
+    """The outcome of a fault.
 
     Attributes:
-      message: the first line of the error on stderr; the last line where none is called so.
-      exit_codes: one for each process; negative: the signal that ended it, as subprocess has it.
+      message: the first error line on stderr, or the last line if there is none.
+      exit_codes: one per process; negative if a signal ended it, as in subprocess.
       seconds: from the injection to the end of the last process.
-      left_over: processes, threads and files that should not be there any more.
+      left_over: processes, threads and files that should be gone.
     """
 
     message: str
@@ -40,9 +40,9 @@ class Fault:
     """One fault, injected in one phase.
 
     Attributes:
-      name: what happens, as `SIGTERM` or `file truncated`.
-      phase: when, as `planning` or `streaming`.
-      run: injects it; is given an empty folder that is removed afterwards.
+      name: what happens, for example `SIGTERM` or `file truncated`.
+      phase: when it happens, for example `planning` or `streaming`.
+      run: injects it; gets an empty folder that is removed afterwards.
     """
 
     name: str
@@ -51,28 +51,28 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Running:
-    """A process under observation; what it prints goes to files, which never fill up like pipes."""
+class Process:
+    """A running process; its output goes to files, which unlike pipes never block it."""
 
     process: subprocess.Popen[bytes]
     stdout: Path
     stderr: Path
-    begun: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.perf_counter)
 
     def wait_for(self, seen: Callable[[], object]) -> None:
-        """Waits until something can be seen from outside.
+        """Waits until `seen` returns true.
 
         Raises:
-          RuntimeError: the process ended before, or it never came.
+          RuntimeError: the process ended first, or the deadline passed.
         """
         deadline = time.perf_counter() + DEADLINE_SECONDS
         while not seen():
             if self.process.poll() is not None or time.perf_counter() > deadline:
-                raise RuntimeError(f"the moment never came\n{self.stderr.read_text()}")
+                raise RuntimeError(f"the awaited event did not happen\n{self.stderr.read_text()}")
             time.sleep(_POLL_SECONDS)
 
     def printed(self, text: str) -> bool:
-        """Whether this text is on stdout or stderr by now."""
+        """Whether this text is on stdout or stderr."""
         return any(text in file.read_text() for file in (self.stdout, self.stderr))
 
 
@@ -82,14 +82,14 @@ def start(
     *,
     environment: Mapping[str, str] | None = None,
     first: str = ":",
-) -> Running:
-    """Starts Python in a session of its own.
+) -> Process:
+    """Starts Python in its own session.
 
     Args:
-      scratch: where its output goes.
+      scratch: the folder for its output.
       program: arguments of the interpreter: `["-m", "mtj_loader.cli", "load", …]`.
-      environment: variables beside those of this process.
-      first: what the shell does before: sets limits.
+      environment: variables in addition to those of this process.
+      first: a shell command that runs first, to set limits.
     """
     number = len(list(scratch.glob("stdout-*")))
     stdout, stderr = scratch / f"stdout-{number}", scratch / f"stderr-{number}"
@@ -102,26 +102,26 @@ def start(
             env=os.environ | {"JAX_PLATFORMS": "cpu"} | dict(environment or {}),
             start_new_session=True,
         )
-    return Running(process, stdout, stderr)
+    return Process(process, stdout, stderr)
 
 
-def command(scratch: Path, *arguments: object, **options: object) -> Running:
+def command(scratch: Path, *arguments: object, **options: object) -> Process:
     """Starts `mtj-loader` with these arguments; options as for `start`."""
     return start(scratch, ["-m", "mtj_loader.cli", *arguments], **options)
 
 
 def outcome(
-    running: Sequence[Running], injected: float, left_over: Callable[[], Sequence[str]] = tuple
+    running: Sequence[Process], injected: float, left_over: Callable[[], Sequence[str]] = tuple
 ) -> Outcome:
-    """Waits for all processes to end and says what came of it.
+    """Waits for all processes to end and returns the outcome.
 
     Args:
-      running: the processes; the message is that of the first that has one.
-      injected: when, by `time.perf_counter`.
-      left_over: looked at when all have ended: what is there beside processes.
+      running: the processes; the message comes from the first that has one.
+      injected: when the fault was injected, by `time.perf_counter`.
+      left_over: called when all have ended; returns what is left besides processes.
     """
     deadline = injected + DEADLINE_SECONDS
-    codes = tuple(_ended(one, deadline) for one in running)
+    codes = tuple(_wait(one, deadline) for one in running)
     seconds = time.perf_counter() - injected
     found = [f"process {pid}" for one in running for pid in _session(one.process.pid)]
     lines = [line for one in running for line in one.stderr.read_text().splitlines()]
@@ -129,8 +129,8 @@ def outcome(
     return Outcome((errors[:1] or lines[-1:] or [""])[0], codes, seconds, (*found, *left_over()))
 
 
-def _ended(running: Running, deadline: float) -> int:
-    """The exit code; a process that hangs is killed, which shows as -9."""
+def _wait(running: Process, deadline: float) -> int:
+    """Returns the exit code; a process that hangs is killed and shows as -9."""
     try:
         return running.process.wait(max(0, deadline - time.perf_counter()))
     except subprocess.TimeoutExpired:
@@ -139,11 +139,11 @@ def _ended(running: Running, deadline: float) -> int:
 
 
 def _session(leader: int) -> Iterator[int]:
-    """The processes of a session that are still there."""
+    """The processes of a session that still exist."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, session = status.read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # it ended while we looked
+        except OSError:  # the process has ended
             continue
         if int(session) == leader and state != "Z":
             yield int(status.parent.name)

@@ -1,6 +1,6 @@
 """Faults of one of two hosts: its process dies, is stopped, or lacks a file.
 
-Both are processes of this machine with two virtual devices each, started from the command line.
+Both are processes on this machine with two virtual devices each, started with `mtj-loader`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 
 from benchmarks import sparse
 from benchmarks.checkpoint import SHAPES
-from benchmarks.faults.fault import FIXTURE, Fault, Outcome, Running, command, outcome
+from benchmarks.faults.fault import FIXTURE, Fault, Outcome, Process, command, outcome
 
 _ONE_FILE_BYTES = 1 << 40
 _UNDER_WAY_BYTES = 100_000_000  # of 2.8 GB that are read
-_LATE_SECONDS = 20  # instead of 300, so that a table is made in minutes
+_LATE_SECONDS = 20  # instead of 300, so that the table takes minutes
 
-Hosts = Sequence[Running]
+Hosts = Sequence[Process]
 Begin = Callable[[Path], Hosts]
-Inject = Callable[[Running], None]
+Inject = Callable[[Process], None]
 
 
 def _start(scratch: Path, name: str, paths: Sequence[Path], *options: str) -> Hosts:
@@ -40,7 +40,7 @@ def _start(scratch: Path, name: str, paths: Sequence[Path], *options: str) -> Ho
 
 
 def _joining(scratch: Path) -> Hosts:
-    """Host 0 waits; host 1 imports."""
+    """Host 0 waits while host 1 imports."""
     hosts = _start(scratch, "load", [FIXTURE, FIXTURE])
     hosts[0].wait_for(lambda: all(map(_children, hosts)))
     return hosts
@@ -55,27 +55,27 @@ def _reading(scratch: Path) -> Hosts:
     return hosts
 
 
-def _making_text(scratch: Path) -> Hosts:
+def _generating(scratch: Path) -> Hosts:
     prompt = ("--ids=1 2 3", "--max-new-tokens=500")
     hosts = _start(scratch, "generate", [FIXTURE, FIXTURE], *prompt)
     hosts[0].wait_for(lambda: hosts[0].stdout.stat().st_size)
     return hosts
 
 
-def _children(host: Running) -> list[int]:
-    """The process that does the work; its parent only watches it."""
+def _children(host: Process) -> list[int]:
+    """The child that does the work; the parent only watches it."""
     pid = host.process.pid
     return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _has_read(host: Running) -> bool:
+def _has_read(host: Process) -> bool:
     for child in _children(host):
         lines = Path(f"/proc/{child}/io").read_text().splitlines()
         return int(lines[0].removeprefix("rchar: ")) > _UNDER_WAY_BYTES
     return False
 
 
-def _signalled(begin: Begin, victim: int, number: signal.Signals, scratch: Path) -> Outcome:
+def _send_signal(begin: Begin, victim: int, number: signal.Signals, scratch: Path) -> Outcome:
     hosts = begin(scratch)
     child = _children(hosts[victim])[0]
     injected = time.perf_counter()
@@ -92,7 +92,7 @@ def _without_file(scratch: Path) -> Outcome:
     shutil.copytree(FIXTURE, scratch / "copy")
     next((scratch / "copy").glob("*-00002-of-*.safetensors")).unlink()
     hosts = _start(scratch, "load", [FIXTURE, scratch / "copy"])
-    return outcome(hosts, hosts[0].begun)
+    return outcome(hosts, hosts[0].started)
 
 
 def _with_another_option(scratch: Path) -> Outcome:
@@ -103,13 +103,13 @@ def _with_another_option(scratch: Path) -> Outcome:
         command(scratch, "load", FIXTURE, *common, f"--process-id={index}", f"--dtype={dtype}")
         for index, dtype in enumerate(("float32", "float16"))
     ]
-    return outcome(hosts, hosts[0].begun)
+    return outcome(hosts, hosts[0].started)
 
 
-_MOMENTS: dict[str, Begin] = {
+_PHASES: dict[str, Begin] = {
     "joining": _joining,
     "reading": _reading,
-    "making text": _making_text,
+    "making text": _generating,
 }
 _SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 
@@ -118,14 +118,16 @@ FAULTS = [
         Fault(
             f"{number.name} on host {victim} of 2",
             phase,
-            partial(_signalled, begin, victim, number),
+            partial(_send_signal, begin, victim, number),
         )
-        for phase, begin in _MOMENTS.items()
+        for phase, begin in _PHASES.items()
         for number in _SIGNALS
         for victim in (1, 0)
     ),
     *(
-        Fault(f"{number.name} on host 1 of 2", "reading", partial(_signalled, _reading, 1, number))
+        Fault(
+            f"{number.name} on host 1 of 2", "reading", partial(_send_signal, _reading, 1, number)
+        )
         for number in (signal.SIGINT, signal.SIGTERM)
     ),
     Fault("a file is missing on host 1 of 2", "planning", _without_file),

@@ -1,6 +1,6 @@
 """Faults of one machine: signals, files that change, limits on memory, files and threads.
 
-Everything but the failed read, which no file system gives on demand, befalls the real command line.
+All faults are injected into the real command line, except the failed read, which is simulated.
 """
 
 from __future__ import annotations
@@ -20,74 +20,74 @@ from benchmarks.faults.fault import (
     FIXTURE,
     Fault,
     Outcome,
-    Running,
+    Process,
     command,
     outcome,
     start,
 )
 
 _FILE = "model-00001-of-00001.safetensors"
-_IMPORT_SECONDS = 0.3  # Python runs by then, and imports take longer
+_IMPORT_SECONDS = 0.3  # by then Python has started, and imports are still running
 _UNDER_WAY_BYTES = 100_000_000  # of 2.8 GB that are read
 _ONE_FILE_BYTES = 1 << 40
 _HUB = {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
 
-Start = Callable[[Path], Running]
+Start = Callable[[Path], Process]
 
 
 def _model(scratch: Path, name: str = "pythia-1.4b") -> Path:
-    """A checkpoint of real size in one file, all zeros."""
+    """Writes a checkpoint of real size in one file of zeros."""
     shape = SHAPES[name]
     sparse.write(scratch / "model", shape.config(), shape.tensors(), _ONE_FILE_BYTES)
     return scratch / "model"
 
 
-def _importing(scratch: Path) -> Running:
+def _importing(scratch: Path) -> Process:
     running = command(scratch, "load", FIXTURE, "--mesh", "mp=1")
     time.sleep(_IMPORT_SECONDS)
     return running
 
 
-def _asking_the_hub(scratch: Path) -> Running:
-    """Of a server that takes the call and never answers."""
+def _asking_the_hub(scratch: Path) -> Process:
+    """The server accepts the connection and never answers."""
     server = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{server.getsockname()[1]}"
     running = command(scratch, "load", "a/b", environment=_HUB | {"HF_ENDPOINT": address})
     server.settimeout(DEADLINE_SECONDS)
-    server.accept()[0].detach()  # both stay open as long as this process lives
+    server.accept()[0].detach()  # both stay open until this process ends
     server.detach()
     return running
 
 
-def _streaming(scratch: Path, *options: str) -> Running:
+def _streaming(scratch: Path, *options: str) -> Process:
     folder = _model(scratch)
     running = command(scratch, "load", folder, "--mesh", "mp=1", *options)
     running.wait_for(lambda: _read_bytes(running) > _UNDER_WAY_BYTES)
     return running
 
 
-def _verifying(scratch: Path) -> Running:
+def _verifying(scratch: Path) -> Process:
     folder = _model(scratch, "pythia-410m")
     running = command(scratch, "load", folder, "--mesh", "mp=1", "--verify")
     running.wait_for(lambda: running.printed("verifying"))
     return running
 
 
-def _compiling(scratch: Path) -> Running:
+def _compiling(scratch: Path) -> Process:
     running = command(scratch, "generate", FIXTURE, "--mesh", "mp=1", "--prompt", "O")
     running.wait_for(lambda: running.printed("MB read in"))
     return running
 
 
-def _converting(scratch: Path) -> Running:
+def _converting(scratch: Path) -> Process:
     folder = _model(scratch, "pythia-410m")
     running = command(scratch, "convert", folder, "--dtype", "float16")
     running.wait_for(lambda: list(scratch.glob(".*.partial/*.safetensors")))
     return running
 
 
-def _in_a_library(scratch: Path) -> Running:
-    """A program that goes on after Ctrl-C, with its threads told on stdout."""
+def _in_a_library(scratch: Path) -> Process:
+    """A program that survives Ctrl-C and prints its threads on stdout."""
     folder = _model(scratch)
     running = start(scratch, ["-c", _LIBRARY, folder])
     running.wait_for(lambda: _read_bytes(running) > _UNDER_WAY_BYTES)
@@ -107,28 +107,28 @@ for thread in threading.enumerate():
 """
 
 
-def _signalled(begin: Start, number: signal.Signals, scratch: Path) -> Outcome:
+def _send_signal(begin: Start, number: signal.Signals, scratch: Path) -> Outcome:
     running = begin(scratch)
     injected = time.perf_counter()
     running.process.send_signal(number)
     return outcome([running], injected, partial(_left_over, scratch, running))
 
 
-def _left_over(scratch: Path, running: Running) -> list[str]:
-    """Threads that a library's user would still have, and files beside those that were there."""
+def _left_over(scratch: Path, running: Process) -> list[str]:
+    """Threads that are left in a program that uses the library, and new files."""
     known = {"model", running.stdout.name, running.stderr.name}
     files = [f"file {path.name}" for path in scratch.iterdir() if path.name not in known]
     return files + [f"thread {line}" for line in running.stdout.read_text().splitlines()]
 
 
-def _read_bytes(running: Running) -> int:
-    """What read calls of the process brought so far."""
+def _read_bytes(running: Process) -> int:
+    """Bytes that read calls of the process returned so far."""
     lines = Path(f"/proc/{running.process.pid}/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar:"))
 
 
-def _damaged(damage: Callable[[Path], object], scratch: Path) -> Outcome:
-    """Something befalls the file that is being read."""
+def _damage(damage: Callable[[Path], object], scratch: Path) -> Outcome:
+    """Damages the file that is being read."""
     running = _streaming(scratch)
     injected = time.perf_counter()
     damage(scratch / "model" / _FILE)
@@ -141,7 +141,7 @@ def _replace(file: Path) -> None:
     other.rename(file)
 
 
-_FAILED_READ = """
+_FAILING_READ = """
 import errno, itertools, os, sys
 preadv, calls = os.preadv, itertools.count()
 def failing(*arguments):
@@ -155,15 +155,15 @@ main(sys.argv[1:])
 """
 
 
-def _failed_read(scratch: Path) -> Outcome:
+def _fail_read(scratch: Path) -> Outcome:
     folder = _model(scratch, "pythia-410m")
-    running = start(scratch, ["-c", _FAILED_READ, "load", folder, "--mesh", "mp=1"])
+    running = start(scratch, ["-c", _FAILING_READ, "load", folder, "--mesh", "mp=1"])
     running.wait_for(lambda: running.printed("failing"))
     return outcome([running], time.perf_counter())
 
 
-def _limited(limit: str, scratch: Path, name: str = "load") -> Outcome:
-    """A limit that is there from the start; the seconds are those of the whole run."""
+def _run_limited(limit: str, scratch: Path, name: str = "load") -> Outcome:
+    """Runs with a limit from the start; the seconds are those of the whole run."""
     folder = _model(scratch)
     options = {"load": ["--mesh", "mp=1"], "convert": ["--dtype", "float16"]}[name]
     injected = time.perf_counter()
@@ -171,7 +171,7 @@ def _limited(limit: str, scratch: Path, name: str = "load") -> Outcome:
     return outcome([running], injected, partial(_left_over, scratch, running))
 
 
-_MOMENTS: dict[str, Start] = {
+_PHASES: dict[str, Start] = {
     "import": _importing,
     "asking the hub": _asking_the_hub,
     "streaming": _streaming,
@@ -194,17 +194,17 @@ _LIMITS = {
 
 FAULTS = (
     *(
-        Fault(number.name, moment, partial(_signalled, begin, number))
-        for moment, begin in _MOMENTS.items()
+        Fault(number.name, moment, partial(_send_signal, begin, number))
+        for moment, begin in _PHASES.items()
         for number in (signal.SIGINT, signal.SIGTERM)
     ),
-    Fault("SIGHUP", "streaming", partial(_signalled, _streaming, signal.SIGHUP)),
-    Fault("SIGINT", "library", partial(_signalled, _in_a_library, signal.SIGINT)),
+    Fault("SIGHUP", "streaming", partial(_send_signal, _streaming, signal.SIGHUP)),
+    Fault("SIGINT", "library", partial(_send_signal, _in_a_library, signal.SIGINT)),
     *(
-        Fault(name, "streaming", partial(_damaged, damage)) for name, damage in _DAMAGES.items()
+        Fault(name, "streaming", partial(_damage, damage)) for name, damage in _DAMAGES.items()
     ),
-    Fault("read error (EIO)", "streaming", _failed_read),
-    *(Fault(name, "start", partial(_limited, limit)) for name, limit in _LIMITS.items()),
+    Fault("read error (EIO)", "streaming", _fail_read),
+    *(Fault(name, "start", partial(_run_limited, limit)) for name, limit in _LIMITS.items()),
     Fault("files of 100 MiB at most", "convert",
-          partial(_limited, "ulimit -f 204800", name="convert")),
+          partial(_run_limited, "ulimit -f 204800", name="convert")),
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Faults of object stores: a server on this machine answers as stores do when they fail.
+"""Faults of object stores: a server on this machine fails as stores do.
 
-It holds the small checkpoint and sends slowly. The beginnings of files, which hold the headers, it
-answers right: faults befall a load whose weights are under way.
+It serves the small checkpoint slowly. Requests for headers at the start of files succeed, so the
+faults hit a load that is reading weights.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tests.support import object_server
 from tests.support.object_server import ObjectServer, serve
 
 _FILE = "model/model-00002-of-00002.safetensors"
-_BYTES_PER_SECOND = 1_000_000  # on each connection: ranges of the other file take a second and more
+_BYTES_PER_SECOND = 1_000_000  # per connection; ranges of the other file take at least a second
 
 Answer = object_server.Fault
 
 
 def _run(answers: list[Answer], always: bool, scratch: Path) -> Outcome:
-    """Loads while one file's ranges get these answers: each once, or the first for ever."""
+    """Loads while ranges of one file get these answers: each once, or the first one always."""
     objects = {f"model/{path.name}": path.read_bytes() for path in FIXTURE.iterdir()}
     rates = dict.fromkeys(objects, _BYTES_PER_SECOND)
     with serve(objects, rates=rates, spare_beginnings=True) as server:
@@ -34,7 +34,7 @@ def _run(answers: list[Answer], always: bool, scratch: Path) -> Outcome:
 
 
 def _connections(server: ObjectServer) -> list[str]:
-    """What a client that is gone should not have left."""
+    """Connections that the ended client left open."""
     deadline = time.perf_counter() + 2
     while server.connections and time.perf_counter() < deadline:
         time.sleep(0.01)
@@ -42,26 +42,29 @@ def _connections(server: ObjectServer) -> list[str]:
 
 
 _RESET, _SHORT = Answer(after_bytes=1000, reset=True), Answer(after_bytes=1000)
-_PASSING = {
+_TEMPORARY = {
     "503, twice": [Answer(status=503)] * 2,
     "429 with Retry-After, once": [Answer(status=429, headers={"Retry-After": "1"})],
     "connection reset in the body, twice": [_RESET] * 2,
     "body ends early, once": [_SHORT],
     "body stalls, once": [Answer(after_bytes=1000, stall=True)],
 }
-_STAYING = {
+_PERMANENT = {
     "403": Answer(status=403),
     "404: the object is gone": Answer(status=404),
     "another etag: the object was replaced": Answer(etag='"another"'),
     "200 and the whole file for a range": Answer(whole=True),
-    "429, for ever": Answer(status=429),
-    "500, for ever": Answer(status=500),
-    "connection reset in the body, for ever": _RESET,
-    "body ends early, for ever": _SHORT,
-    "body stalls, for ever": Answer(after_bytes=1000, stall=True),
+    "429, always": Answer(status=429),
+    "500, always": Answer(status=500),
+    "connection reset in the body, always": _RESET,
+    "body ends early, always": _SHORT,
+    "body stalls, always": Answer(after_bytes=1000, stall=True),
 }
 
 FAULTS = [
-    *(Fault(name, "streaming", partial(_run, [a], True)) for name, a in _STAYING.items()),
-    *(Fault(name, "streaming; passes", partial(_run, a, False)) for name, a in _PASSING.items()),
+    *(Fault(name, "streaming", partial(_run, [a], True)) for name, a in _PERMANENT.items()),
+    *(
+        Fault(name, "streaming; temporary", partial(_run, a, False))
+        for name, a in _TEMPORARY.items()
+    ),
 ]

@@ -1,4 +1,4 @@
-"""KoboldAI's rule: tensor by tensor, whole; transposed, reshaped and cut on the host."""
+"""KoboldAI's method: read each whole tensor; transpose, reshape and split it on the host."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 
-from benchmarks.contenders.common import Loaded, device_bytes, files, split_axis
+from benchmarks.loaders.common import LoadResult, device_bytes, files, split_axis
 from mtj_loader import plan as make_plan
 from mtj_loader.loading.verify import verify
 
 
-def load(folder: Path, mesh: Mesh) -> Loaded:
-    """Every tensor in MTJ's shape [n, …]."""
+def load(folder: Path, mesh: Mesh) -> LoadResult:
+    """Loads every tensor in MTJ's shape [n, …]."""
     shards = mesh.shape["mp"]
     placed = NamedSharding(mesh, PartitionSpec("mp"))
     arrays: dict[str, jax.Array] = {}
     for path in files(folder):
         with safe_open(path, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
+            for name in file.keys():  # noqa: SIM118 -- not a dict
                 array = _shards(name, file.get_tensor(name), shards)
                 arrays[name] = jax.device_put(array, placed)
     jax.block_until_ready(arrays)
-    return Loaded(partial(device_bytes, arrays), lambda: _check(folder, mesh, arrays))
+    return LoadResult(partial(device_bytes, arrays), lambda: _check(folder, mesh, arrays))
 
 
 def _shards(name: str, whole: np.ndarray, shards: int) -> np.ndarray:
-    """[n, …]: one tensor's shards, in Haiku's order."""
+    """The shards [n, …] of one tensor, in Haiku's order."""
     axis = split_axis(name)
     if whole.ndim == 2 and not name.endswith("embed_in.weight"):
         whole, axis = whole.T, None if axis is None else 1 - axis

@@ -1,4 +1,4 @@
-"""Running contenders by turns, each in a process of its own, and the medians of what they say."""
+"""Runs loaders in turn, each in its own process, and computes medians of their results."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.measure import CONTENDERS
+from benchmarks.measure import LOADERS
 
-DEVICES = 8  # virtual CPU devices: the cores of a v2-8 or v3-8, the smallest TPU VM of its time
-_NEEDS = {"transformers": ("torch", "transformers"), "orbax": ("orbax",)}  # beginnings of names
+DEVICES = 8  # virtual CPU devices, as many as the cores of the smallest TPU VMs, v2-8 and v3-8
+_NEEDS = {"transformers": ("torch", "transformers"), "orbax": ("orbax",)}  # by prefix of the name
 
 Run = dict[str, object]
 
 
-def chosen(only: Sequence[str]) -> list[str]:
-    """The contenders whose names begin with one of `only`, as far as their libraries are there."""
-    names = [name for name in CONTENDERS if not only or name.startswith(tuple(only))]
+def select(only: Sequence[str]) -> list[str]:
+    """The loaders whose names start with one of `only` and whose libraries are installed."""
+    names = [name for name in LOADERS if not only or name.startswith(tuple(only))]
     return [name for name in names if all(map(importlib.util.find_spec, _needs(name)))]
 
 
@@ -29,41 +29,41 @@ def _needs(name: str) -> tuple[str, ...]:
     return next((needs for start, needs in _NEEDS.items() if name.startswith(start)), ())
 
 
-def by_turns(
+def run_interleaved(
     names: Sequence[str],
     folder: Path,
     runs: int,
     *,
     cold: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[Run]]:
-    """Runs every contender `runs` times, one after the other, so that drift touches all alike.
+    """Runs every loader `runs` times, in turn, so that drift of the machine affects all equally.
 
     Args:
-      names: keys of CONTENDERS.
+      names: keys of LOADERS.
       folder: the checkpoint.
-      runs: timed runs of each. One more comes first and is not counted: it checks every byte, and
-        leaves the files in the page cache.
-      cold: the files leave the page cache before each timed run.
-      tell: called with a line after each run.
+      runs: timed runs of each. One untimed run comes first: it checks every byte and brings the
+        files into the page cache.
+      cold: drop the files from the page cache before each timed run.
+      log: called with a line after each run.
     """
     found: dict[str, list[Run]] = {name: [] for name in names}
     for name in names:
-        tell(f"{name}: {run(name, folder, check=True)['bytes_checked']:,} bytes checked")
+        log(f"{name}: {run(name, folder, check=True)['bytes_checked']:,} bytes checked")
     for i in range(runs):
         for name in names:
             if cold:
-                forget(folder)
+                drop_page_cache(folder)
             found[name].append(run(name, folder))
-            tell(f"run {i + 1} of {runs}, {name}: {found[name][-1]['seconds']:.2f} s")
+            log(f"run {i + 1} of {runs}, {name}: {found[name][-1]['seconds']:.2f} s")
     return found
 
 
 def run(name: str, folder: Path, *, check: bool = False) -> Run:
-    """One load in a new process.
+    """Measures one load in a new process.
 
     Raises:
-      RuntimeError: it failed; with what it wrote to stderr.
+      RuntimeError: the process failed; the message contains its stderr.
     """
     command = [sys.executable, "-m", "benchmarks.measure", name, str(folder)]
     done = subprocess.run(
@@ -82,7 +82,7 @@ def run(name: str, folder: Path, *, check: bool = False) -> Run:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def forget(folder: Path) -> None:
+def drop_page_cache(folder: Path) -> None:
     """Asks the kernel to drop a checkpoint from the page cache."""
     for path in folder.glob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
@@ -91,7 +91,7 @@ def forget(folder: Path) -> None:
 
 
 def medians(found: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
-    """Per contender the medians of seconds and memory, and the ratio of seconds to the floor's."""
+    """Per loader: medians of seconds and memory, and the ratio of its seconds to the floor's."""
     result = {}
     for name, runs in found.items():
         values = {key: statistics.median(run[key] for run in runs) for key in _MEDIANS}

@@ -1,6 +1,6 @@
-"""What Mesh Transformer JAX's shards of GPT-NeoX are, by numpy from the files, tensor by tensor.
+"""Mesh Transformer JAX's shards of GPT-NeoX, computed from the files with numpy.
 
-Nothing here comes from mtj_loader: it is what its loads are compared with.
+This uses nothing of mtj_loader: it is the reference for its loads.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 
-from benchmarks.sparse import Hole
+from benchmarks.sparse import SparseTensor
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_CHUNK = 64  # rows that a transpose takes at a time: their lines stay in the first-level cache
-_THREADS = 2  # each holds one tensor and one of its shards
+_CHUNK = 64  # rows transposed at a time, so that their cache lines stay in L1
+_THREADS = 2  # each holds one tensor and one shard of it
 
-# The end of a tensor's name → module and parameter in its layer, and how it is cut.
+# Suffix of a tensor's name → module and parameter in its layer, how it is split.
 _LAYER = {
     "input_layernorm.weight": ("replicated_layer_norm scale", "copies"),
     "input_layernorm.bias": ("replicated_layer_norm offset", "copies"),
@@ -47,49 +47,49 @@ _STATIC = {
 }
 
 
-def digests(holes: list[Hole], shards: int) -> dict[str, dict[str, str]]:
+def digests(records: list[SparseTensor], shards: int) -> dict[str, dict[str, str]]:
     """SHA-256 of every shard of every parameter: "module param" → number → digest."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(pool.map(lambda hole: _of_tensor(hole, shards), holes))
+        return dict(pool.map(lambda record: _tensor_digests(record, shards), records))
 
 
-def _of_tensor(hole: Hole, shards: int) -> tuple[str, dict[str, str]]:
-    target, cut = _rule(hole.name)
-    data = np.fromfile(hole.file, np.uint16, hole.size_bytes // 2, offset=hole.offset_bytes)
-    made = enumerate(_shards(data.reshape(hole.dims), cut, shards))
-    return f"causal_transformer_shard/~/{target}", {str(j): _sha256(one) for j, one in made}
+def _tensor_digests(record: SparseTensor, shards: int) -> tuple[str, dict[str, str]]:
+    target, split = _rule(record.name)
+    data = np.fromfile(record.file, np.uint16, record.size_bytes // 2, offset=record.offset_bytes)
+    parts = enumerate(_shards(data.reshape(record.dims), split, shards))
+    return f"causal_transformer_shard/~/{target}", {str(j): _sha256(part) for j, part in parts}
 
 
 def _rule(name: str) -> tuple[str, str]:
     if name in _STATIC:
         return _STATIC[name]
     number, _, rest = name.removeprefix("gpt_neox.layers.").partition(".")
-    target, cut = _LAYER[rest]
-    return f"layer_{number}/~/{target}", cut
+    target, split = _LAYER[rest]
+    return f"layer_{number}/~/{target}", split
 
 
-def _shards(tensor: np.ndarray, cut: str, shards: int) -> Iterator[np.ndarray]:
-    """The bits of each shard in turn, row-major; weights become [in, out]."""
-    if cut == "rows":  # the vocabulary, and biases of outputs that are split
+def _shards(tensor: np.ndarray, split: str, shards: int) -> Iterator[np.ndarray]:
+    """Yields the bits of each shard, row-major; weights become [in, out]."""
+    if split == "rows":  # the vocabulary, and biases of split outputs
         padding = [(0, -len(tensor) % shards)] + [(0, 0)] * (tensor.ndim - 1)
         yield from np.split(np.pad(tensor, padding), shards)
-    elif cut == "outputs":
+    elif split == "outputs":
         padded = np.pad(tensor, [(0, -len(tensor) % shards), (0, 0)])
-        yield from map(_transposed, np.split(padded, shards))
-    elif cut == "inputs":
-        yield from map(_transposed, np.split(tensor, shards, axis=1))
-    elif cut == "divided":  # every shard adds its copy before the sum over shards
+        yield from map(_transpose, np.split(padded, shards))
+    elif split == "inputs":
+        yield from map(_transpose, np.split(tensor, shards, axis=1))
+    elif split == "divided":  # every shard adds its copy before the sum over shards
         wide = tensor.view(_BFLOAT16).astype(np.float32) / np.float32(shards)
         yield from [wide.astype(_BFLOAT16).view(np.uint16)] * shards
     else:
         yield from [tensor] * shards
 
 
-def _transposed(matrix: np.ndarray) -> np.ndarray:
-    made = np.empty(matrix.shape[::-1], matrix.dtype)
+def _transpose(matrix: np.ndarray) -> np.ndarray:
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
     for start in range(0, len(matrix), _CHUNK):
-        made[:, start : start + _CHUNK] = matrix[start : start + _CHUNK].T
-    return made
+        result[:, start : start + _CHUNK] = matrix[start : start + _CHUNK].T
+    return result
 
 
 def _sha256(shard: np.ndarray) -> str:

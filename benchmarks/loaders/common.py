@@ -1,4 +1,4 @@
-"""What all contenders have in common: their result, and the table of how tensors are split."""
+"""What all measured loaders share: their result, and how each tensor is split."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What a contender loaded.
+class LoadResult:
+    """The result of one loader.
 
     Attributes:
-      parameter_bytes: gives the memory that the parameters take, on all devices together.
-      check: compares every byte with the files; returns how many it compared.
-      bytes_read: what the loader itself counted; None where it does not count.
-      details: more that is worth keeping, in JSON types.
+      parameter_bytes: returns the memory of the parameters on all devices together.
+      check: compares every byte with the files; returns the number of bytes compared.
+      bytes_read: the loader's own count; None if it has none.
+      details: other results to keep, as JSON types.
     """
 
     parameter_bytes: Callable[[], int]
@@ -29,7 +29,7 @@ class Loaded:
     details: Mapping[str, object] | None = None
 
 
-# Which axis of a tensor, as torch stores it, is split over the mesh; what is not here is copied.
+# The axis of a tensor, in torch's shape, that is split over the mesh; other tensors are replicated.
 _SPLIT_AXIS = {
     "embed_in.weight": 0,
     "embed_out.weight": 0,
@@ -43,29 +43,29 @@ _SPLIT_AXIS = {
 
 
 def split_axis(name: str) -> int | None:
-    """The split axis of a tensor, None for one that every device holds whole."""
+    """The split axis of a tensor; None if every device holds all of it."""
     return next((axis for end, axis in _SPLIT_AXIS.items() if name.endswith(end)), None)
 
 
 def sharding(name: str, mesh: Mesh) -> NamedSharding:
-    """How a tensor in torch's shape lies on the mesh."""
+    """The sharding of a tensor in torch's shape."""
     axis = split_axis(name)
     return NamedSharding(mesh, PartitionSpec(*() if axis is None else (None,) * axis + ("mp",)))
 
 
 def device_bytes(arrays: object) -> int:
-    """Memory of a tree of arrays on all devices together."""
+    """The memory of a tree of arrays on all devices together."""
     leaves = jax.tree.leaves(arrays)
     return sum(shard.data.nbytes for array in leaves for shard in array.addressable_shards)
 
 
 def files(folder: Path) -> list[Path]:
-    """The checkpoint's weight files in order."""
+    """The checkpoint's weight files, sorted."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
-    """Every tensor's name, shape and bytes, mapped from the files by no loader's code."""
+    """Every tensor's name, shape and bytes, mapped from the files without any loader's code."""
     for path in files(folder):
         data = np.memmap(path, np.uint8, "r")
         start = 8 + int.from_bytes(data[:8], "little")
@@ -76,7 +76,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
 
 
 def check_equal(folder: Path, found: Callable[[str], np.ndarray]) -> int:
-    """Compares what `found` gives for every tensor with the files; returns the bytes compared."""
+    """Compares `found(name)` with the files for every tensor; returns the bytes compared."""
     compared = 0
     for name, shape, expected in tensors(folder):
         array = found(name)
@@ -84,6 +84,6 @@ def check_equal(folder: Path, found: Callable[[str], np.ndarray]) -> int:
             np.ascontiguousarray(array).reshape(-1).view(np.uint8), expected
         )
         if not same:
-            raise AssertionError(f"{name} is not as in the file")
+            raise AssertionError(f"{name} differs from the file")
         compared += expected.size
     return compared

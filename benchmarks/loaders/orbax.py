@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 from orbax.checkpoint.experimental import v1 as ocp
 
-from benchmarks.contenders.common import Loaded, check_equal, device_bytes, sharding, tensors
+from benchmarks.loaders.common import LoadResult, check_equal, device_bytes, sharding, tensors
 
 
-def load(folder: Path, mesh: Mesh) -> Loaded:
-    """Every tensor in torch's shape, to the shardings that ours has."""
+def load(folder: Path, mesh: Mesh) -> LoadResult:
+    """Loads every tensor in torch's shape, with the same shardings as mtj_loader."""
     wanted = {
         name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding(name, mesh))
         for name, shape, _ in tensors(folder)
@@ -24,7 +24,7 @@ def load(folder: Path, mesh: Mesh) -> Loaded:
     context.checkpoint_layout = ocp.options.CheckpointLayout.SAFETENSORS
     with context:
         arrays = jax.block_until_ready(ocp.load(folder, wanted))
-    return Loaded(
+    return LoadResult(
         partial(device_bytes, arrays),
         lambda: check_equal(folder, lambda name: np.asarray(arrays[name])),
     )

@@ -10,18 +10,18 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from benchmarks.contenders.common import Loaded, check_equal, device_bytes, files, sharding
+from benchmarks.loaders.common import LoadResult, check_equal, device_bytes, files, sharding
 
 
-def load(folder: Path, mesh: Mesh) -> Loaded:
-    """Every tensor in torch's shape; one file at a time is in host memory."""
+def load(folder: Path, mesh: Mesh) -> LoadResult:
+    """Loads every tensor in torch's shape; host memory holds one file at a time."""
     arrays: dict[str, jax.Array] = {}
     for path in files(folder):
         tensors = load_file(path)
         placed = {name: sharding(name, mesh) for name in tensors}
         arrays |= jax.block_until_ready(jax.device_put(tensors, placed))
         del tensors
-    return Loaded(
+    return LoadResult(
         partial(device_bytes, arrays),
         lambda: check_equal(folder, lambda name: np.asarray(arrays[name])),
     )

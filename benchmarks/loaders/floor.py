@@ -1,6 +1,6 @@
-"""The floor: the files' bytes into fresh memory by two threads, and nothing else.
+"""The floor: two threads read the files into fresh memory and do nothing else.
 
-No loader that ends with private, writable memory can be faster than this on the same machine.
+On the same machine, no loader whose result is private, writable memory can be faster.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from benchmarks.contenders.common import Loaded, files
+from benchmarks.loaders.common import LoadResult, files
 
-_PIECE_BYTES = 8 << 20  # four huge pages at a time; 2 to 64 MiB measure alike
+_PIECE_BYTES = 8 << 20  # four huge pages; 2 to 64 MiB are equally fast
 _THREADS = 2
 
 
-def load(folder: Path, mesh: Mesh) -> Loaded:
-    """Reads every file into one mapping; the mesh plays no part."""
+def load(folder: Path, mesh: Mesh) -> LoadResult:
+    """Reads every file into memory; the mesh is not used."""
     with ThreadPoolExecutor(_THREADS) as pool:
         buffers = [_read(path, pool) for path in files(folder)]
     total = sum(buffer.size for buffer in buffers)
-    return Loaded(lambda: total, lambda: _check(folder, buffers), total)
+    return LoadResult(lambda: total, lambda: _check(folder, buffers), total)
 
 
 def _read(path: Path, pool: ThreadPoolExecutor) -> np.ndarray:
@@ -43,11 +43,11 @@ def _read(path: Path, pool: ThreadPoolExecutor) -> np.ndarray:
 def _fill(descriptor: int, buffer: np.ndarray, start: int) -> None:
     piece = buffer[start : start + _PIECE_BYTES]
     if os.preadv(descriptor, [piece], start) != piece.size:
-        raise OSError("a read came back short")
+        raise OSError("short read")
 
 
 def _check(folder: Path, buffers: list[np.ndarray]) -> int:
     for path, buffer in zip(files(folder), buffers, strict=True):
         if not np.array_equal(np.memmap(path, np.uint8, "r"), buffer):
-            raise AssertionError(f"{path.name} is not as in the file")
+            raise AssertionError(f"{path.name} differs from the file")
     return sum(buffer.size for buffer in buffers)
