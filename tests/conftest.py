@@ -1,4 +1,4 @@
-"""What holds for every test: eight virtual CPU devices, and no network beyond this machine."""
+"""The environment of every test: eight virtual CPU devices, and no network except this machine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import signal
 import sys
 from pathlib import Path
 
-# Before JAX is imported. Subprocesses of tests inherit all of this.
+# Set before JAX is imported; subprocesses of tests inherit it.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # subprocesses: the user's cache stays as it is
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # subprocesses must not change the user's cache
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_force_host_platform_device_count=8",
-        # Most of the time goes into compiling tiny programs, each run once or twice. These three
-        # make a compilation three to four times faster, and the programs slower.
+        # Tests mostly compile tiny programs and run each once or twice. These flags make
+        # compilation three to four times faster, and the programs slower.
         "--xla_backend_optimization_level=0",
         "--xla_cpu_use_fusion_emitters=false",
         "--xla_cpu_parallel_codegen_split_count=1",
@@ -25,7 +25,7 @@ import jax
 import pytest
 from hypothesis import settings
 
-# Workers share what they compile and keep it for the next run; `make clean` removes it.
+# Workers share compiled programs and keep them for the next run; `make clean` removes them.
 jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update(
     "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
@@ -33,10 +33,10 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# Tests of Ctrl-C must not depend on a parent that ignores it (nohup, a background job).
+# Tests of Ctrl-C must pass even if the parent process ignores it (nohup, a background job).
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No deadline: the first example of a property pays for imports and compilation.
+# No deadline: the first example of a property includes imports and compilation.
 settings.register_profile("repository", deadline=None)
 settings.load_profile("repository")
 
@@ -49,16 +49,16 @@ def _refuse_network(event: str, args: tuple) -> None:
         host = args[0]
     elif event in {"socket.connect", "socket.sendto"}:
         address = args[1]
-        host = address[0] if isinstance(address, tuple) else None  # a Unix socket's is a path
+        host = address[0] if isinstance(address, tuple) else None  # else a path
     else:
         return
     if host not in _LOCAL_HOSTS:
-        raise AssertionError(f"a test may not reach the network: {event} {host!r}")
+        raise AssertionError(f"tests must not use the network: {event} {host!r}")
 
 
 sys.addaudithook(_refuse_network)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of hosts come first: they mostly wait, and the others use the time."""
+    """Runs tests of several hosts first: they mostly wait, so other workers can use the cores."""
     items.sort(key=lambda item: item.path.name != "test_hosts.py")

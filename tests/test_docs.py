@@ -1,4 +1,4 @@
-"""What README and notebook show is what happens, but for what a processor's rounding may change."""
+"""README and notebook show what their code prints, except for text that rounding may change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def run(*arguments: str, folder: Path = ROOT) -> str:
-    """Runs Python there; returns what it prints."""
+    """Runs Python in a folder; returns what it prints."""
     return subprocess.run(
         [sys.executable, "-W", "error", *arguments],
         cwd=folder,
@@ -31,7 +31,7 @@ def run(*arguments: str, folder: Path = ROOT) -> str:
 
 
 def stable(text: str) -> list[str]:
-    """The lines that are not empty and do not tell how long something took."""
+    """The lines that are not empty and contain no times."""
     return [line.rstrip() for line in text.splitlines() if line.strip() and " read in " not in line]
 
 
@@ -56,7 +56,7 @@ def test_command_examples_print_what_the_readme_shows():
 
 def test_notebook_shows_what_its_cells_print():
     cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-    printed = run("-c", "\nprint('@@')\n".join(map(_printing, cells)), folder=ROOT / "notebooks")
+    printed = run("-c", "\nprint('@@')\n".join(map(_print_value, cells)), folder=ROOT / "notebooks")
     for cell, found in zip(cells, printed.split("@@\n"), strict=True):
         if re.search(r"model\.(stream|generate)\(", "".join(cell["source"])):
             assert found.strip()
@@ -65,8 +65,8 @@ def test_notebook_shows_what_its_cells_print():
             assert stable(found) == stable("".join(map("".join, texts)))
 
 
-def _printing(cell: dict) -> str:
-    """The cell's source; where a notebook shows the value of the last line, that is printed."""
+def _print_value(cell: dict) -> str:
+    """The cell's source, with a print of its last line if the notebook shows that value."""
     *before, last = "".join(cell["source"]).split("\n")
     if any(output["output_type"] == "execute_result" for output in cell["outputs"]):
         last = f"print(repr({last}))"
@@ -74,6 +74,6 @@ def _printing(cell: dict) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path):
+def test_links_point_to_files(page: Path):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target

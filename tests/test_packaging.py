@@ -1,4 +1,4 @@
-"""What is installed is what the repository says: version, command, dependencies, weight maps."""
+"""The installed package matches the repository: version, command, dependencies, weight maps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCHEMA = json.loads((ROOT / "configs/schema.json").read_text())
-SEED = ROOT / "tests/data/seeds/gpt_neox.json"  # KoboldAI's map, never to be edited
+SEED = ROOT / "tests/data/seeds/gpt_neox.json"  # KoboldAI's map; do not edit it
 MAPS = [SEED, *sorted(set(ROOT.glob("configs/*.json")) - {ROOT / "configs/schema.json"})]
 
 NORM = "gpt_neox.final_layer_norm.weight"
 QKV = "gpt_neox.layers.{layer}.attention.query_key_value.weight"
 
 
-def test_installed_version_is_that_of_pyproject():
+def test_installed_version_matches_pyproject():
     assert importlib.metadata.version("mtj-loader") == PROJECT["version"]
 
 
@@ -32,7 +32,7 @@ def test_command_is_installed():
     assert callable(script.load())
 
 
-def test_package_imports_its_core_dependencies_only():
+def test_package_imports_only_its_core_dependencies():
     modules = {name.partition(">=")[0] for name in PROJECT["dependencies"]} - {"dm-haiku"}
     allowed = modules | {"haiku", "mtj_loader"} | sys.stdlib_module_names
     lazy, optional = {"urls.py", "hub.py"}, {"urls.py", "hub.py", "object_store.py"}
@@ -93,9 +93,9 @@ BAD_MAPS: dict[str, Callable[[dict], object]] = {
 }
 
 
-@pytest.mark.parametrize("spoil", BAD_MAPS.values(), ids=BAD_MAPS)
-def test_bad_map_breaks_the_schema(spoil: Callable[[dict], object]):
+@pytest.mark.parametrize("damage", BAD_MAPS.values(), ids=BAD_MAPS)
+def test_bad_map_violates_the_schema(damage: Callable[[dict], object]):
     map_ = json.loads(SEED.read_text())
-    spoil(map_)
+    damage(map_)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(map_, SCHEMA)

@@ -1,4 +1,4 @@
-"""LoRA adapters, made by PEFT or as files of old versions have them. Needs the `parity` extra."""
+"""Writes LoRA adapters, with PEFT or in the format of old versions. Needs the `parity` extra."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_adapter(model: PreTrainedModel, folder: Path, **config: Any) -> peft.P
 
 
 def write_old_adapter(folder: Path, config: Any) -> Path:
-    """An adapter that names experts one by one, as those made with transformers 4 do."""
+    """Writes an adapter that names every expert, as in files made with transformers 4."""
     torch.manual_seed(0)
     d, f = config.hidden_size, config.intermediate_size
     shapes = {"w1": (f, d), "w2": (d, f), "w3": (f, d)}

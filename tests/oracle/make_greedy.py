@@ -2,9 +2,9 @@
 
     python tests/oracle/make_greedy.py        (needs the `parity` extra)
 
-For every prompt: its ids, the first 100 tokens that `generate(do_sample=False)` appends, how far
-ahead the winner of each step is, and some of the logits. A gap that is wide against the 1e-4 that
-the logits of two implementations may differ by makes the comparison of the tokens a fair one.
+For every prompt: its ids, the first 100 tokens that `generate(do_sample=False)` appends, the
+smallest lead of a chosen token, and some of the logits. Tokens can only be compared if that lead is
+much larger than 1e-4, the allowed difference between the logits of two implementations.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 NEW_TOKENS = 100
-LOGITS_KEPT = 8  # of 3003 in the vocabulary: enough to see a wrong layer, small in the repository
-PROMPTS = (  # of unequal lengths on purpose: they also run as one batch
+LOGITS_KEPT = 8  # of 3003 in the vocabulary; enough to notice a wrong layer
+PROMPTS = (  # of different lengths, because they also run as one batch
     "ROMEO.\n",
     "To be, or not to be",
     "Enter the KING, with his train.\n\nKING.\nMy lords, we are",
@@ -31,12 +31,12 @@ PROMPTS = (  # of unequal lengths on purpose: they also run as one batch
 
 
 def greedy_case(model, tokenizer, prompt: str) -> dict[str, object]:
-    """Runs one prompt; the vocabulary ids of the kept logits are spread over all of it."""
+    """Runs one prompt; keeps logits of ids spread over the vocabulary."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        pad_token_id=0,  # a single prompt is never padded; this only silences a warning
+        pad_token_id=0,  # silences a warning; a single prompt is never padded
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         output_logits=True,

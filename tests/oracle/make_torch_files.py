@@ -1,4 +1,4 @@
-"""Writes tests/data/torch_zip: small files of torch.save, by torch 2.13.
+"""Writes tests/data/torch_zip: small files from torch.save of torch 2.13.
 
 python -m tests.oracle.make_torch_files
 """
@@ -13,12 +13,12 @@ FOLDER = Path(__file__).parents[1] / "data" / "torch_zip"
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """Every dtype that is read, and every form that a plain tensor can have."""
+    """Every supported dtype, and every form of a plain tensor."""
     base = torch.arange(12, dtype=torch.float32).reshape(3, 4)
     return {
         "float32": base,
         "transposed": base.T,  # shares the storage of float32
-        "part": base[1:, 1:3],  # so does this
+        "part": base[1:, 1:3],  # this too
         "every_second": torch.arange(10, dtype=torch.int64)[1::2],
         "scalar": torch.tensor(3.5),
         "empty": torch.empty(0, 3),
@@ -36,7 +36,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def state_dict() -> dict[str, torch.Tensor]:
-    """An OrderedDict with `_metadata`, as modules give it."""
+    """An OrderedDict with `_metadata`, as returned by modules."""
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
     state = module.state_dict()

