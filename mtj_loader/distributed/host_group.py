@@ -6,6 +6,8 @@ All keys are under `mtj_loader/<load>/`:
   <phase>/<host>      the host has reached the end of the phase
   <phase>/all         all hosts have; written by process 0
   <name>/from <host>  a value that a host shares with all
+  <name>/value        a value that process 0 shares with all
+  <name>/written      process 0 has written that value
   heartbeat/<host>    a number that grows
   failed/reason       why the load ends, if it fails
   leave/<host>        the host knows about the failure
@@ -27,10 +29,8 @@ from jax.errors import JaxRuntimeError
 from mtj_loader.distributed.hosts import SINGLE_HOST, Failure, Hosts, T
 from mtj_loader.distributed.jax_runtime import find_runtime
 from mtj_loader.distributed.key_value_store import (
-    ANSWER_TIMEOUT_SECONDS,
     KeyValueStore,
     call_with_timeout,
-    no_answer,
     run_in_thread,
 )
 from mtj_loader.errors import HostError, UsageError
@@ -123,17 +123,18 @@ class HostGroup(Hosts):
         """See Hosts."""
         self._store.put(self._key(name, f"from {self.index}"), value)
         self.barrier(name)
-        return [self._get(name, f"from {host}") for host in range(self.count)]
+        return [self._store.get(self._key(name, f"from {host}")) for host in range(self.count)]
 
     def broadcast(self, name: str, make: Callable[[], bytes]) -> bytes:
         """See Hosts."""
         if self.index == 0:
             value = make()
             self._store.put(self._key(name, "value"), value)
+            self._store.set_once(self._key(name, "written"), b"here")
             return value
         # Process 0 may need long, for example to download: no deadline while heartbeats arrive.
-        self._wait_for_key(self._key(name, "value"), name, deadline=math.inf)
-        return self._get(name, "value")
+        self._wait_for_key(self._key(name, "written"), name, deadline=math.inf)
+        return self._store.get(self._key(name, "value"))
 
     def fail(self, failure: Failure) -> HostError:
         """See Hosts."""
@@ -144,13 +145,6 @@ class HostGroup(Hosts):
         except HostError as error:  # no host can be reached
             return error
         return failure.error() if published is None else Failure.unpack(published).error()
-
-    def _get(self, name: str, part: str) -> bytes:
-        self._wait_for_key(self._key(name, part), name, time.monotonic() + self._timeout_seconds)
-        value = self._store.get(self._key(name, part), ANSWER_TIMEOUT_SECONDS)
-        if value is None:  # it was there a moment ago: the connection is bad
-            raise no_answer()
-        return value
 
     def _wait_for_key(self, key: str, name: str, deadline: float) -> None:
         """Waits for a key until the deadline, or until a host fails."""

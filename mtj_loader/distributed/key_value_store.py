@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -18,9 +19,7 @@ from jax.errors import JaxRuntimeError
 from mtj_loader.errors import HostError
 
 ANSWER_TIMEOUT_SECONDS = 10.0  # a call takes under a millisecond; a swapping host may take seconds
-_CHUNK_BYTES = 1 << 20  # gRPC refuses messages of more than 4 MiB
 _POLL_SECONDS = 0.1
-_LENGTH_BYTES = 4  # in front of a value: the number of its chunks
 
 _T = TypeVar("_T")
 
@@ -42,30 +41,21 @@ class KeyValueStore:
     unanswered: threading.Event = field(default_factory=threading.Event)
 
     def put(self, key: str, value: bytes) -> None:
-        """Writes a value of any size, compressed and in chunks."""
+        """Writes a value of any size, compressed."""
         packed = zlib.compress(value, 1)
-        starts = range(0, len(packed), _CHUNK_BYTES)
-        for i, start in enumerate(starts):
-            self._call("key_value_set_bytes", f"{key}/{i}", packed[start : start + _CHUNK_BYTES])
-        self._call("key_value_set_bytes", key, len(starts).to_bytes(_LENGTH_BYTES, "little"))
+        self._call("key_value_set_bytes", key, packed)  # JAX lifts gRPC's limit of 4 MiB
 
-    def get(self, key: str, timeout_seconds: float) -> bytes | None:
-        """Waits for a value written by `put`; None if there is none before the timeout."""
-        count = self.wait_for(key, timeout_seconds)
-        if count is None:
-            return None
-        chunks = (self._get_chunk(f"{key}/{i}") for i in range(int.from_bytes(count, "little")))
-        return zlib.decompress(b"".join(chunks))
+    def get(self, key: str) -> bytes:
+        """Reads a value that was written by `put` before this call."""
+        packed = self.wait_for(key, ANSWER_TIMEOUT_SECONDS)
+        if packed is None:
+            raise no_answer()
+        return zlib.decompress(packed)
 
-    def set_once(self, key: str, value: bytes) -> bool:
-        """Writes a short value unless the key exists; returns whether it was written."""
-        try:
+    def set_once(self, key: str, value: bytes) -> None:
+        """Writes a short value unless the key exists."""
+        with suppress(JaxRuntimeError):  # `_call` raises it only if the key exists
             self._call("key_value_set_bytes", key, value)
-        except JaxRuntimeError as error:
-            if "ALREADY_EXISTS" in str(error):
-                return False
-            raise
-        return True
 
     def overwrite(self, key: str, value: bytes) -> None:
         """Writes a short value, replacing the previous one."""
@@ -89,12 +79,6 @@ class KeyValueStore:
         """The short values of all keys `folder/…`, by the rest of the key."""
         found = self._call("key_value_dir_get_bytes", folder)
         return {key.removeprefix(f"{folder}/"): bytes(value) for key, value in found}
-
-    def _get_chunk(self, key: str) -> bytes:
-        value = self.wait_for(key, ANSWER_TIMEOUT_SECONDS)
-        if value is None:
-            raise no_answer()
-        return value
 
     def _call(self, method: str, *args: object) -> Any:  # noqa: ANN401 -- the client is untyped
         deadline = time.monotonic() + ANSWER_TIMEOUT_SECONDS
