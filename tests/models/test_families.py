@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import mtj_loader
 from mtj_loader.errors import VerifyError
-from mtj_loader.models import FAMILIES, family
+from mtj_loader.models import FAMILIES, parameters
 from mtj_loader.models.forward import Forward
 from mtj_loader.parameters import ParamSpec
 from tests.parity.cases import CASES, NAMES
@@ -97,7 +97,7 @@ def test_haiku_has_the_parameters_that_are_declared(model_type: str, name: str):
         if f"mp={shards}" not in meshes(plan.config):
             continue
         forward = Forward(plan.config, make_mesh(1, shards), turned, np.dtype(np.float32))
-        specs = family(model_type).parameters(plan.config, shards, turned)
+        specs = parameters(plan.config, shards, turned)
         assert shapes_of(forward) == {key(spec): spec.array_shape(shards) for spec in specs}
 
 

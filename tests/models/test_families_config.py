@@ -270,7 +270,7 @@ def test_refusals(model_type: str, settings: dict, key: str, wording: str):
 
 
 def names(config: ModelConfig) -> set[str]:
-    specs = models.family(config.model_type).parameters(config, 1, False)
+    specs = models.parameters(config, 1, False)
     return {f"{spec.module} {spec.param}".replace("layer_0/~/", "") for spec in specs}
 
 

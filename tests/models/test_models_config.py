@@ -11,7 +11,7 @@ import pytest
 from mtj_loader import models
 from mtj_loader.errors import ConfigError, MapError, MeshError
 from mtj_loader.models.families import gpt_neox
-from mtj_loader.models.layers.activations import ACTIVATIONS
+from mtj_loader.models.layers.feed_forward import ACTIVATIONS
 from tests.support.models import read_config
 
 # As EleutherAI published them.
@@ -169,7 +169,7 @@ def test_a_vocabulary_divides_after_padding():
     assert [config.padded_vocabulary(n) for n in (1, 2, 3, 6)] == [61, 62, 63, 66]
     (embedding,) = [
         spec
-        for spec in gpt_neox.parameters(config, 6, False)
+        for spec in models.parameters(config, 6, False)
         if spec.module == "embedding_shard/~/linear"
     ]
     assert embedding.array_shape(6) == (6, 11, 48)

@@ -10,10 +10,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtj_loader.models import passes
-from mtj_loader.models.families import gpt_neox
-from mtj_loader.models.layers.parts import LayerNorm
-from mtj_loader.models.parameter_table import Declared
+from mtj_loader.models import parameters, passes
+from mtj_loader.models.layers.norms import LayerNorm
+from mtj_loader.models.parameter_table import ParameterBuilder
 from tests.oracle.neox_cases import CASES
 from tests.support.models import PARITY, config_of, make_forward, params_of, read_config
 
@@ -43,7 +42,7 @@ def test_haiku_has_the_parameters_that_are_declared(name, dp, shards, transposed
     forward = make_forward(
         config, dp=dp, mp=shards, transposed_linear=transposed, dtype=jnp.bfloat16
     )
-    specs = gpt_neox.parameters(config, shards, transposed)
+    specs = parameters(config, shards, transposed)
     sharding = NamedSharding(forward.mesh, P("mp"))
     facts = {
         (module, param): (shape.shape, shape.dtype, shape.sharding)
@@ -58,7 +57,7 @@ def test_haiku_has_the_parameters_that_are_declared(name, dp, shards, transposed
 
 def test_absent_biases_and_projection_are_not_declared():
     config = read_config(CASES["serial_tied_unbiased"])
-    names = {(spec.module, spec.param) for spec in gpt_neox.parameters(config, 1, False)}
+    names = {(spec.module, spec.param) for spec in parameters(config, 1, False)}
     assert ("layer_0/~/combined_qkv", "b") not in names
     assert ("layer_0/~/linear_3", "b") not in names
     assert ("layer_0/~/linear_5", "b") in names
@@ -68,7 +67,7 @@ def test_absent_biases_and_projection_are_not_declared():
 def test_transposed_linear_turns_only_linear_weights():
     config = read_config(CASES["pythia_like"])
     plain, turned = (
-        {(s.module, s.param): s.array_shape(2) for s in gpt_neox.parameters(config, 2, turn)}
+        {(s.module, s.param): s.array_shape(2) for s in parameters(config, 2, turn)}
         for turn in (False, True)
     )
     for (module, param), shape in plain.items():
@@ -264,8 +263,7 @@ def test_bfloat16_is_close_to_float32_of_the_same_weights():
 
 def test_norms_are_float32_in_bfloat16():
     """A mean of 100 with small differences: bfloat16 statistics would be off by whole units."""
-    shapes = {"norm": {"scale": (48,), "offset": (48,)}}
-    table = Declared(shapes, np.dtype(jnp.bfloat16), transposed_linear=False)
+    table = ParameterBuilder({"d": 48}, 1, False, np.dtype(jnp.bfloat16))
 
     def normalize(x):
         return LayerNorm(table, 1e-5, name="norm")(x)

@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from mtj_loader.models import usable_shards
-from mtj_loader.models.families.gpt_neox import Transformer, parameters
-from mtj_loader.models.layers.attention import Span, rotation
-from mtj_loader.models.layers.parts import sum_over_shards
-from mtj_loader.models.parameter_table import declared
+from mtj_loader.models.families.gpt_neox import make_model
+from mtj_loader.models.layers.linears import sum_over_shards
+from mtj_loader.models.layers.positions import Positions, rotation
+from mtj_loader.models.parameter_table import ParameterBuilder
 from tests.oracle.neox_cases import CASES, WITH_MODULES
 from tests.support.models import GOLDENS, PARITY, config_of, make_forward, make_mesh, params_of
 from tests.support.mtj_tree import neox_tree, sha256
@@ -109,24 +109,24 @@ def test_modules(name, shards):
 def run_modules(folder, shards, seen):
     """What each of our modules makes of the input that transformers recorded, in every shard."""
     config = config_of(folder)
-    specs = parameters(config, shards, transposed_linear=False)
-    table = declared(specs, shards=shards, dtype=np.dtype(np.float32), transposed_linear=False)
     frequencies = config.rope.frequencies(seen["ids"].shape[1])[None]
 
     def body(seen, frequencies):
-        model = Transformer(config, table)
-        positions = np.arange(seen["ids"].shape[1])
-        span = Span(positions[None], positions, rotation(frequencies, positions[None], 1.0))
-        outputs = {"embedding": model.embedding(seen["ids"])}
+        params = ParameterBuilder(config.axis_sizes(shards), shards, False, np.dtype(np.float32))
+        model = make_model(config, params)
+        keys = np.arange(seen["ids"].shape[1])
+        positions = Positions(keys[None], keys, rotation(frequencies, keys[None], 1.0))
+        outputs = {"embedding": model.embedding(seen["ids"], positions)}
         outputs["final_norm"] = model.projection.norm(seen["final_norm.in"])
         for i, layer in enumerate(model.layers):
             at = f"layer_{i}"
-            outputs[at] = layer(seen[f"{at}.in"], span, None)[0]
-            for norm in ("attention_norm", "mlp_norm"):
-                outputs[f"{at}.{norm}"] = getattr(layer, norm)(seen[f"{at}.{norm}.in"])
-            attention, _ = layer.attention(seen[f"{at}.attention.in"], span, None)
+            outputs[at] = layer(seen[f"{at}.in"], positions, None)[0]
+            norms = {"attention_norm": layer.attention_norm, "mlp_norm": layer.feed_forward_norm}
+            for norm, module in norms.items():
+                outputs[f"{at}.{norm}"] = module(seen[f"{at}.{norm}.in"])
+            attention, _ = layer.attention(seen[f"{at}.attention.in"], positions, None)
             outputs[f"{at}.attention"] = sum_over_shards(attention)
-            outputs[f"{at}.mlp"] = sum_over_shards(layer.mlp(seen[f"{at}.mlp.in"]))
+            outputs[f"{at}.mlp"] = sum_over_shards(layer.feed_forward(seen[f"{at}.mlp.in"]))
         return outputs
 
     def local(params, seen, frequencies):

@@ -14,7 +14,7 @@ from mtj_loader.models.layers import rope
 
 def read(head_dim=8, max_positions=64, fraction=1.0, **settings):
     config = normalize({"rope_parameters": settings}, file="config.json")
-    return rope.read(
+    return rope.read_rope(
         Reader(config, "config.json"),
         head_dim=head_dim,
         max_positions=max_positions,
@@ -110,7 +110,7 @@ def test_longrope_chooses_by_the_length_of_the_row():
 
 def test_a_table_has_a_row_for_each_total():
     dynamic = read(rope_type="dynamic", factor=2.0)
-    table = rope.table(dynamic, [10, 100, 10])
+    table = rope.frequency_table(dynamic, [10, 100, 10])
     assert table.shape == (3, 4)
     assert table.dtype == np.float32
     np.testing.assert_array_equal(table[0], table[2])

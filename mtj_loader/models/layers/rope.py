@@ -270,13 +270,14 @@ TYPES: dict[str, type[Rope]] = {
 }
 
 
-def read(
+def read_rope(
     config: Reader,
     *,
     head_dim: int,
     max_positions: int,
     fraction: float,
     theta: float = DEFAULT_THETA,
+    whole_heads: bool = False,
 ) -> Rope:
     """Reads the rotary embedding of a config.
 
@@ -286,6 +287,7 @@ def read(
       max_positions: the longest context, as the config states it.
       fraction: share of the head that is rotated where the config does not say.
       theta: the base of the wavelengths where the config does not say.
+      whole_heads: refuse any other fraction than 1, as transformers ignores it for this family.
 
     Raises:
       ConfigError: an unknown rope type (the known ones are named), a key that the type does not
@@ -300,13 +302,16 @@ def read(
         "trained_positions": max_positions,
     }
     _check_shared(rope, shared)
+    if whole_heads and shared["fraction"] != 1 and kind is not Proportional:
+        what = "this family rotates whole heads"
+        raise config.error(what, "partial_rotary_factor", "1")
     result = kind.read(rope, shared)
     rope.refuse_rest()
     _check_usable(rope, result)
     return result
 
 
-def table(rope: Rope, totals: Sequence[int] | np.ndarray) -> np.ndarray:
+def frequency_table(rope: Rope, totals: Sequence[int] | np.ndarray) -> np.ndarray:
     """Inverse frequencies of a batch, float32 [b, r/2]: row i is made for `totals[i]` tokens."""
     rows = {total: rope.frequencies(total) for total in {int(total) for total in totals}}
     return np.stack([rows[int(total)] for total in totals])
