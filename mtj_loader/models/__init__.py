@@ -1,4 +1,4 @@
-"""The model families in Haiku: their configs, their parameters and their forward pass."""
+"""The model families in Haiku: their configs, parameters and forward pass."""
 
 from mtj_loader.models.registry import FAMILIES, Family, family, family_of_compat, parameters
 from mtj_loader.models.shard_counts import check_shards, usable_shards

@@ -8,7 +8,7 @@ from mtj_loader.errors import MeshError
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.models.registry import parameters
 
-# What the axes of parameters are called in messages.
+# Names of axes in messages.
 _AXIS_NAMES = {
     "E": "experts",
     "d": "d_model",
@@ -22,13 +22,13 @@ _AXIS_NAMES = {
 def usable_shards(config: ModelConfig, limit: int) -> list[int]:
     """The shard counts, up to `limit`, that divide everything that is split.
 
-    Fewer KV heads than shards may also divide these: neighboring shards then hold the same head.
+    Fewer KV heads than shards may divide the shards: neighboring shards then hold the same head.
     """
     return [n for n in range(1, limit + 1) if not _undivided(config, n)]
 
 
 def check_shards(config: ModelConfig, shards: int) -> None:
-    """Raises MeshError unless the model can be split into so many shards.
+    """Raises MeshError unless the model can be split into this many shards.
 
     The message names each dimension that does not divide, and the possible shard counts.
     """

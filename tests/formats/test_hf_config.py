@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from mtj_loader.errors import ConfigError
-from mtj_loader.formats.hf_config import IGNORED_KEYS, Reader, normalize
+from mtj_loader.formats.hf_config import (
+    IGNORED_KEYS,
+    Reader,
+    add_spellings,
+    canonicalize,
+    normalize,
+)
 
 
 def normal(**config):
@@ -101,6 +107,57 @@ def test_rope_parameters_must_be_an_object():
     with pytest.raises(ConfigError, match="not an object") as caught:
         normal(rope_parameters=[1])
     assert caught.value.key == "rope_parameters"
+
+
+SPELLINGS = {
+    "hidden_size": ("n_embd", "hidden_size"),
+    "hidden_act": ("activation_function",),
+    "norm_eps": (),
+}
+DEFAULTS = {"hidden_size": 64, "hidden_act": "relu", "norm_eps": 1e-5}
+
+
+def canonical(**config):
+    return canonicalize(config, spellings=SPELLINGS, defaults=DEFAULTS, file="config.json")
+
+
+def test_settings_get_their_standard_names():
+    found = canonical(n_embd=8, activation_function="gelu", vocab_size=3)
+    expected = {"hidden_size": 8, "hidden_act": "gelu", "norm_eps": 1e-5, "vocab_size": 3}
+    assert found.settings == expected
+    assert found.spellings["hidden_size"] == "n_embd"
+    assert canonical(hidden_size=8).spellings["hidden_size"] == "hidden_size"
+    assert canonical().spellings["hidden_size"] == "n_embd"  # the family's own name
+
+
+def test_null_is_absent_but_for_a_few_settings():
+    settings = canonical(n_embd=None, sliding_window=None).settings
+    assert settings == {**DEFAULTS, "sliding_window": None}
+
+
+@pytest.mark.parametrize("key", ["hidden_act", "norm_eps"])
+def test_a_standard_name_that_the_family_does_not_use_is_refused(key):
+    """transformers would ignore it, so that it must not be taken for the family's own name."""
+    with pytest.raises(ConfigError, match="an unknown setting") as caught:
+        canonical(**{key: "silu"})
+    assert caught.value.key == key
+
+
+def test_canonical_settings_that_disagree_are_refused():
+    with pytest.raises(ConfigError, match="two spellings of one setting disagree") as caught:
+        canonical(n_embd=8, hidden_size=9)
+    assert caught.value.key == "n_embd and hidden_size"
+
+
+def test_added_spellings():
+    config = {"hidden_size": 8, "activation_function": "gelu", "n_embd": None, "other": 1}
+    assert add_spellings(config, SPELLINGS) == {
+        "hidden_size": 8,
+        "n_embd": 8,
+        "activation_function": "gelu",
+        "hidden_act": "gelu",
+        "other": 1,
+    }
 
 
 @pytest.mark.parametrize("value", [True, 0, -1, 2.0, "2", 2**31, 10**400, [2], {}])

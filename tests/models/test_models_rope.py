@@ -131,8 +131,16 @@ def test_a_table_has_a_row_for_each_total():
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "beta_fast", "unknown setting"),
         ({"factor": 2.0}, "factor", "unknown setting"),
         ({"rope_theta": 1}, "rope_theta", "a number above 1"),
-        ({"partial_rotary_factor": 0.1}, "partial_rotary_factor", "do not come in pairs within 8"),
-        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor", "do not come in pairs within 8"),
+        (
+            {"partial_rotary_factor": 0.1},
+            "partial_rotary_factor",
+            "not pairs within a head of 8",
+        ),
+        (
+            {"partial_rotary_factor": 1.5},
+            "partial_rotary_factor",
+            "not pairs within a head of 8",
+        ),
         (
             {"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.25},
             "rope_type",
