@@ -46,6 +46,7 @@ class Layer(hk.Module):
       index: of the layer, from 0.
       norm: creates a norm under the name it is given.
       attention, feed_forward: create these parts of the layer with the given index.
+      shared_norm: attention and feed-forward have the same norm.
       name: of the module.
     """
 
@@ -56,11 +57,14 @@ class Layer(hk.Module):
         norm: Callable[..., Norm],
         attention: Callable[[int], SelfAttention],
         feed_forward: Callable[[int], FeedForward],
+        shared_norm: bool = False,
         name: str,
     ) -> None:
         super().__init__(name=name)
         self.attention_norm = norm(name="replicated_layer_norm")
-        self.feed_forward_norm = norm(name="replicated_layer_norm_1")
+        self.feed_forward_norm = self.attention_norm
+        if not shared_norm:
+            self.feed_forward_norm = norm(name="replicated_layer_norm_1")
         self.attention = attention(index)
         self.feed_forward = feed_forward(index)
 
@@ -74,30 +78,8 @@ class Layer(hk.Module):
         return add_residual(x, change), cache
 
 
-class ParallelLayer(hk.Module):
-    """x + attention(norm(x)) + feed_forward(norm(x)): both read the layer's input.
-
-    Args:
-      index: of the layer, from 0.
-      shared_norm: attention and feed-forward read the output of one norm.
-      norm, attention, feed_forward, name: as in `Layer`.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        *,
-        shared_norm: bool = False,
-        norm: Callable[..., Norm],
-        attention: Callable[[int], SelfAttention],
-        feed_forward: Callable[[int], FeedForward],
-        name: str,
-    ) -> None:
-        super().__init__(name=name)
-        self.attention_norm = norm(name="replicated_layer_norm")
-        self.feed_forward_norm = None if shared_norm else norm(name="replicated_layer_norm_1")
-        self.attention = attention(index)
-        self.feed_forward = feed_forward(index)
+class ParallelLayer(Layer):
+    """x + attention(norm(x)) + feed_forward(norm(x)): both read the layer's input."""
 
     def __call__(
         self, x: jax.Array, positions: Positions, cache: KVCache | None
@@ -105,7 +87,7 @@ class ParallelLayer(hk.Module):
         """The residual stream after this layer, and the keys and values it attended to."""
         normed = self.attention_norm(x)
         attention, cache = self.attention(normed, positions, cache)
-        if self.feed_forward_norm is not None:
+        if self.feed_forward_norm is not self.attention_norm:
             normed = self.feed_forward_norm(x)
         change = attention + self.feed_forward(normed)
         return add_residual(x, sum_over_shards(change)), cache
@@ -129,7 +111,7 @@ class CausalTransformer(hk.Module):
         params: ParameterBuilder,
         *,
         norm: Callable[..., Norm] | None,
-        layer: Callable[..., Layer | ParallelLayer],
+        layer: Callable[..., Layer],
         embedding: Callable[..., Embedding] = Embedding,
         projection: Callable[..., Projection] = Projection,
     ) -> None:

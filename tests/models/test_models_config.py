@@ -89,7 +89,7 @@ def test_neox_20b():
     assert config.rope.exponent_dim == 24
 
 
-def test_what_a_config_does_not_say_is_as_in_transformers():
+def test_defaults_are_those_of_transformers():
     config = read_config(LEAST)
     assert config.activation == "gelu"
     assert config.norm_eps == 1e-5
@@ -154,7 +154,7 @@ def test_usable_shards():
     assert models.usable_shards(read_config(NEOX_20B), 8) == [1, 2, 4, 8]
 
 
-def test_a_shard_count_that_does_not_divide():
+def test_a_shard_count_that_does_not_divide_the_model():
     with pytest.raises(MeshError) as caught:
         models.check_shards(read_config(LEAST), 8)
     assert "8 shards do not divide the model: heads (6), d_ff, the feed-forward width (60)" in str(

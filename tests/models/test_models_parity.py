@@ -1,4 +1,4 @@
-"""Logits and modules against what Hugging Face transformers wrote down (tests/oracle)."""
+"""Logits and modules against recorded outputs of Hugging Face transformers (tests/oracle)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_logits_on_data_parallel_meshes(dp):
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox_serial"])
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_tree_that_these_tests_use_is_the_one_of_mtj(name, shards, transposed):
+def test_the_reference_tree_is_mtjs(name, shards, transposed):
     folder = GOLDENS / name
     golden = json.loads((folder / "mtj_tree.json").read_text())
     expected = golden[f"shards={shards},transposed_linear={str(transposed).lower()}"]
@@ -96,7 +96,7 @@ def test_the_tree_that_these_tests_use_is_the_one_of_mtj(name, shards, transpose
 @pytest.mark.parametrize("name", WITH_MODULES)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_modules(name, shards):
-    """Every module alone, fed with what transformers fed to its own."""
+    """Every module alone, with the inputs of the same module in transformers."""
     seen = dict(np.load(PARITY / name / "modules.npz"))
     seen["ids"] = np.load(PARITY / name / "ids.npy")[:1]
     outputs = run_modules(PARITY / name, shards, seen)
@@ -107,7 +107,7 @@ def test_modules(name, shards):
 
 
 def run_modules(folder, shards, seen):
-    """What each of our modules makes of the input that transformers recorded, in every shard."""
+    """The output of each of our modules for recorded inputs, in every shard."""
     config = config_of(folder)
     frequencies = config.rope.frequencies(seen["ids"].shape[1])[None]
 

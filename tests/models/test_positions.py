@@ -1,4 +1,4 @@
-"""How positions enter: ALiBi slopes, sinusoids, rotary pairs, windows."""
+"""Positions: ALiBi slopes, sinusoids, rotary pairs, windows."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_bias_is_added_to_the_scaled_scores():
     np.testing.assert_allclose(out.item(), scores @ [1, 2, 3] / scores.sum(), rtol=1e-6)
 
 
-def test_a_window_ends_at_the_query():
+def test_a_window_includes_the_query():
     seen = make_positions([[0, 3]], 5).visible(2)
     assert seen.tolist() == [[[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]]
     wide = make_positions([[0, 3]], 5)
@@ -99,7 +99,7 @@ def fairseq(rows: int, width: int, padding: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("width", "padding"), [(12, 1), (13, 2), (4, 30), (64, 7)])
-def test_sinusoids_are_those_of_fairseq(width: int, padding: int):
+def test_sinusoids_match_fairseq(width: int, padding: int):
     """Position p has row p + 2."""
     positions = np.array([[0, 1, 2, 3, 4], [5, 28, 29, 30, 31]])
     found = sinusoids(jnp.asarray(positions), width, padding)
@@ -129,7 +129,7 @@ def test_rotary_pairs_are_complex_products():
     np.testing.assert_array_equal(found[..., 4:], x[..., 4:])
 
 
-def test_pairs_and_halves_differ_in_the_order_of_dimensions_alone():
+def test_pairs_and_halves_differ_only_in_the_order_of_dimensions():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, 3, 4)), jnp.float32)
     order = jnp.array([0, 2, 1, 3])
     halves = rotate_halves(x[..., order], turn([0.7, 0.1]))
