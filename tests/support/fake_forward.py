@@ -29,7 +29,8 @@ def make_mesh(dp: int = 1) -> Mesh:
 class HashForward:
     """Logits are a row of `params["table"]` [STATES, V], picked by the sum of position x token.
 
-    So every token and every position affects the logits, and nothing else does. `calls` records the calls.
+    So every token and every position affects the logits, and nothing else does. `calls` records
+    the calls.
     """
 
     config: FakeConfig
