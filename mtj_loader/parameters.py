@@ -1,4 +1,4 @@
-"""What a model declares of each parameter, as data: read by the map's resolver and by the planner.
+"""Parameters as data: what the map's resolver and the planner know of a model.
 
 The vocabulary of axes, used here, in the maps and in the modules:
 
@@ -30,16 +30,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: where it lives, its axes, and the axis that is split over the shards.
+    """One parameter: its name, its axes, and the axis that is split over the shards.
 
-    `groups` are the dimensions that the checkpoint's tensor has after the map's transforms; axes
-    in one group are merged, row-major: `(d,), (h, 3, k)` is a matrix [d, h·3·k] whose columns go
-    head by head. The split axis is cut into n equal parts; the parts become a leading axis, so the
-    array is [n, …]. An axis shorter than n (KV heads) has to divide it, and neighboring shards
-    then hold the same part. Without a split every shard holds a full copy.
+    `groups` are the dimensions of the checkpoint's tensor after the map's transforms; the axes of
+    one group are merged, row-major: `(d,), (h, 3, k)` is a matrix [d, h·3·k] with 3·k columns for
+    each head. The split axis is divided into n equal parts, which become a leading axis: the array
+    is [n, …]. An axis shorter than n (KV heads) must divide n, and neighboring shards then hold the
+    same part. Without a split, every shard holds a full copy.
     """
 
-    module: str  # without ROOT, as the map writes it
+    module: str  # without ROOT, as in the map
     param: str
     groups: tuple[tuple[Axis, ...], ...]
     split: str | None = None
@@ -56,30 +56,30 @@ class ParamSpec:
 
     @property
     def axis_sizes(self) -> tuple[int, ...]:
-        """The same with a number for every axis."""
+        """The whole parameter's shape, with one number per axis."""
         return tuple(axis.size for group in self.groups for axis in group)
 
     def shard_shape(self, shards: int) -> tuple[int, ...]:
-        """The shape that one shard holds, without the leading axis."""
+        """The shape of one shard's part, without the leading axis."""
         return tuple(
             math.prod(a.part(shards) if a.name == self.split else a.size for a in group)
             for group in self.groups
         )
 
     def array_shape(self, shards: int) -> tuple[int, ...]:
-        """The shape of the `jax.Array`: [n, …], placed `PartitionSpec("mp", …)`."""
+        """The shape of the `jax.Array`, [n, …], which is placed with `PartitionSpec("mp", …)`."""
         return (shards, *self.shard_shape(shards))
 
     def split_size(self) -> int | None:
-        """Full size of the split axis, None for a replicated parameter."""
+        """Full size of the split axis; None for a replicated parameter."""
         return next((a.size for g in self.groups for a in g if a.name == self.split), None)
 
 
 def axes(pattern: str, sizes: Mapping[str, int]) -> tuple[tuple[Axis, ...], ...]:
-    """Reads `"d (h 3 k)"` into groups; a bare number is an axis of that size.
+    """Parses `"d (h 3 k)"` into groups; a number is an axis of that size.
 
     Args:
-      pattern: axis names, those in one pair of parentheses merged into one dimension.
+      pattern: axis names; those in parentheses are merged into one dimension.
       sizes: the full size of every named axis.
     """
     groups = re.findall(r"\(([^)]*)\)|(\S+)", pattern)

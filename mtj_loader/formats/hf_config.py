@@ -1,10 +1,10 @@
 """Hugging Face's config.json: one spelling for all its versions, and strict reading of its values.
 
 transformers 5 writes `rope_parameters` and `dtype`; older files write `rotary_pct`,
-`rotary_emb_base`, `rope_theta`, `rope_scaling` and `torch_dtype`. `normalize` makes a config that
-carries both, so that maps and model families may ask for either. `Reader` hands out typed values
-and, at the end, refuses every key that nobody asked for, unless it is known not to change what
-the model computes.
+`rotary_emb_base`, `rope_theta`, `rope_scaling` and `torch_dtype`. `normalize` returns a config with
+both, so that weight maps can look up either. `canonicalize` gives every setting of a family its
+standard name (`hidden_size`, not `n_embd`). `Reader` returns typed values and finally refuses every
+key that was not read, unless it is known not to change what the model computes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TypeGuard
 
 from mtj_loader.errors import ConfigError
 
-# Facts of the rotary embedding (as `rope_parameters` names them) that older configs keep at the
-# top level, and their names there.
+# Rotary settings, as `rope_parameters` names them, that older configs keep at the top level, and
+# their names there.
 _TOP_LEVEL_ROPE = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
@@ -27,9 +28,9 @@ _ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
 _ROPE_KEYS = {*_ROPE_SECTIONS, *(name for names in _TOP_LEVEL_ROPE.values() for name in names)}
 _DTYPE_NAMES = ("dtype", "torch_dtype")
 
-# Keys of PretrainedConfig, of generation and of training that leave the logits as they are.
-# `auto_map` and `custom_pipelines` name code to import: they are read past, never followed.
-_HARMLESS_WORDS = """
+# Keys of PretrainedConfig, of generation and of training that do not change the logits.
+# `auto_map` and `custom_pipelines` name code to import; they are ignored, never followed.
+_IGNORED_WORDS = """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
     auto_map custom_pipelines dtype finetuning_task model_type name_or_path num_steps
     output_attentions output_hidden_states output_past problem_type return_dict tf_legacy_loss
@@ -50,7 +51,7 @@ _HARMLESS_WORDS = """
     remove_invalid_values repetition_penalty return_dict_in_generate temperature top_k top_p
     typical_p
 """
-IGNORED_KEYS = frozenset(_HARMLESS_WORDS.split())
+IGNORED_KEYS = frozenset(_IGNORED_WORDS.split())
 
 # Keys that would change the model, and the value (transformers' default) at which they do not.
 _HARMLESS_AT: dict[str, object] = {
@@ -63,76 +64,127 @@ _HARMLESS_AT: dict[str, object] = {
     "tie_encoder_decoder": False,
 }
 
+# Settings whose null differs from their absence. Mistral's `sliding_window` is 4096 if absent, and
+# null is no window; null `num_key_value_heads` are one per query head; null `head_dim` is derived.
+NULLABLE = frozenset({"head_dim", "num_key_value_heads", "sliding_window"})
+
 MAX_INT = 2**31 - 1  # what an int32 position or token id can hold
 _SHOWN_CHARS = 80  # of a value in a message: enough to recognize it
 
 
 def normalize(config: Mapping[str, object], *, file: str) -> dict[str, object]:
-    """The config with every fact under its old and its new names.
+    """Returns the config with the dtype and the rotary settings under both old and new names.
 
     Args:
       config: config.json as parsed.
       file: its name, for messages.
 
     Raises:
-      ConfigError: two spellings of one fact disagree; both are named.
+      ConfigError: two spellings of one setting disagree; both are named.
     """
     result = dict(config)
     dtypes = [(name, config[name]) for name in _DTYPE_NAMES if config.get(name) is not None]
     if dtypes:
-        result.update(dict.fromkeys(_DTYPE_NAMES, _agreed(dtypes, file)))
+        result.update(dict.fromkeys(_DTYPE_NAMES, _agreed_value(dtypes, file)))
     result.update(_both_rope_spellings(config, file))
     return result
 
 
 def _both_rope_spellings(config: Mapping[str, object], file: str) -> dict[str, object]:
     """The new spelling (`rope_parameters`) and the old ones; empty for a config without rope."""
-    said: dict[str, list[tuple[str, object]]] = {}
-    for section in _ROPE_SECTIONS:
-        for key, value in _section(config, section, file).items():
-            fact = "rope_type" if key == "type" else key
-            said.setdefault(fact, []).append((f"{section}.{key}", value))
-    for fact, names in _TOP_LEVEL_ROPE.items():
-        for name in names:
-            said.setdefault(fact, []).append((name, config.get(name)))
-    spoken = {fact: [s for s in spellings if s[1] is not None] for fact, spellings in said.items()}
-    rope = {fact: _agreed(spellings, file) for fact, spellings in spoken.items() if spellings}
+    rope = _rope_settings(config, file)
     if not rope:
         return {}
     rope.setdefault("rope_type", "default")
     plain = rope["rope_type"] == "default"
     result: dict[str, object] = {"rope_parameters": rope}
     result["rope_scaling"] = None if plain else {**rope, "type": rope["rope_type"]}
-    for fact, names in _TOP_LEVEL_ROPE.items():
-        if fact in rope:
-            result.update(dict.fromkeys(names, rope[fact]))
+    for setting, names in _TOP_LEVEL_ROPE.items():
+        if setting in rope:
+            result.update(dict.fromkeys(names, rope[setting]))
     return result
+
+
+def _rope_settings(config: Mapping[str, object], file: str) -> dict[str, object]:
+    """The rotary settings under their new names; null counts as absent."""
+    found: dict[str, list[tuple[str, object]]] = {}
+    for section in _ROPE_SECTIONS:
+        for key, value in _section(config, section, file).items():
+            setting = "rope_type" if key == "type" else key
+            found.setdefault(setting, []).append((f"{section}.{key}", value))
+    for setting, names in _TOP_LEVEL_ROPE.items():
+        found.setdefault(setting, []).extend((name, config.get(name)) for name in names)
+    given = {key: [s for s in spellings if s[1] is not None] for key, spellings in found.items()}
+    return {key: _agreed_value(spellings, file) for key, spellings in given.items() if spellings}
+
+
+@dataclass(frozen=True)
+class CanonicalConfig:
+    """A config under Hugging Face's standard names.
+
+    Attributes:
+      settings: every setting under its standard name, absent ones at the family's default.
+      spellings: the standard names whose name in the file differs, and that name.
+    """
+
+    settings: dict[str, object]
+    spellings: dict[str, str]
 
 
 def canonicalize(
     config: Mapping[str, object],
     *,
-    synonyms: Mapping[str, str],
+    spellings: Mapping[str, tuple[str, ...]],
     defaults: Mapping[str, object],
     file: str,
-) -> dict[str, object]:
-    """The config as one family's reader wants it: each setting under one name, none left out.
+) -> CanonicalConfig:
+    """Renames one family's settings to Hugging Face's standard names and fills in defaults.
+
+    A null setting counts as absent, except for the settings in NULLABLE.
 
     Args:
       config: normalized.
-      synonyms: other names of settings, and the names to use.
-      defaults: what absent settings are, under the names to use.
+      spellings: for every standard name that the family spells differently, the names that it
+        accepts, its own first; none for a setting that the family does not have. A standard name
+        that is not listed here is accepted as it is.
+      defaults: the values of absent settings, by standard name.
       file: its name, for messages.
 
     Raises:
-      ConfigError: two spellings of one setting disagree; both are named.
+      ConfigError: two spellings of one setting disagree (both are named), or the file uses a
+        standard name that the family does not accept.
     """
-    said: dict[str, list[tuple[str, object]]] = {}
+    standard = {spelling: name for name, names in spellings.items() for spelling in names}
+    found: dict[str, list[tuple[str, object]]] = {}
     for key, value in config.items():
-        if value is not None:
-            said.setdefault(synonyms.get(key, key), []).append((key, value))
-    spoken = {name: _agreed(spellings, file) for name, spellings in said.items()}
-    return {**defaults, **spoken}
+        name = standard.get(key, key)
+        if value is None and name not in NULLABLE:
+            continue
+        if name in spellings and key not in standard:
+            what = "an unknown setting, which this family spells differently"
+            raise ConfigError(what, file=file, key=key, found=_shown(value))
+        found.setdefault(name, []).append((key, value))
+    settings = {name: _agreed_value(values, file) for name, values in found.items()}
+    given = {name: values[0][0] for name, values in found.items()}
+    own = {name: names[0] for name, names in spellings.items() if names}
+    return CanonicalConfig({**defaults, **settings}, own | given)
+
+
+def add_spellings(
+    config: Mapping[str, object], spellings: Mapping[str, tuple[str, ...]]
+) -> dict[str, object]:
+    """Returns the config with every setting under all its names, for weight maps to look up.
+
+    Args:
+      config: normalized.
+      spellings: as in `canonicalize`.
+    """
+    result = dict(config)
+    for standard, others in spellings.items():
+        names = (standard, *others)
+        given = [config[name] for name in others if config.get(name) is not None]
+        result.update(dict.fromkeys(names, given[0]) if given else {})
+    return result
 
 
 def _section(config: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:
@@ -146,7 +198,8 @@ def _section(config: Mapping[str, object], name: str, file: str) -> Mapping[str,
     return section
 
 
-def _agreed(spellings: list[tuple[str, object]], file: str) -> object:
+def _agreed_value(spellings: list[tuple[str, object]], file: str) -> object:
+    """The one value of a setting, given as (name, value) pairs."""
     name, value = spellings[0]
     for other_name, other in spellings[1:]:
         if other != value or isinstance(other, bool) != isinstance(value, bool):

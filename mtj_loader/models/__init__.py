@@ -1,6 +1,6 @@
-"""The model families in Haiku: their configs, their parameters and their forward pass."""
+"""The model families in Haiku: their configs, parameters and forward pass."""
 
-from mtj_loader.models.registry import FAMILIES, Family, family, family_of_compat
+from mtj_loader.models.registry import FAMILIES, Family, family, family_of_compat, parameters
 from mtj_loader.models.shard_counts import check_shards, usable_shards
 
 __all__ = [
@@ -9,5 +9,6 @@ __all__ = [
     "check_shards",
     "family",
     "family_of_compat",
+    "parameters",
     "usable_shards",
 ]

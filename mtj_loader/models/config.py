@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
-from mtj_loader.formats.hf_config import Reader
-from mtj_loader.models.layers.rope import Rope
+from mtj_loader.errors import ConfigError
+from mtj_loader.formats.hf_config import Reader, canonicalize
+from mtj_loader.models.layers.feed_forward import ACTIVATIONS
+from mtj_loader.models.layers.rope import Rope, read_rope
 
-# Sizes beyond these are refused before anything is allocated; each is ten times and more what
-# any published model has.
+# Larger sizes are refused before anything is allocated; each limit is at least ten times what any
+# published model has.
 MAX_WIDTH = 2**20
 MAX_LAYERS = 2**12
 MAX_VOCABULARY = 2**24
 
 
+class ConfigReader(Reader):
+    """Reads settings by their standard names; errors name a setting as the file spells it."""
+
+    def __init__(
+        self, config: Mapping[str, object], file: str, spellings: Mapping[str, str]
+    ) -> None:
+        super().__init__(config, file)
+        self._spellings = spellings
+
+    def spelling(self, key: str) -> str:
+        """The name that the file uses for a setting, or the family's name if it is absent."""
+        return self._spellings.get(key, key)
+
+    def error(
+        self, what: str, key: str, expected: str | None = None, hint: str | None = None
+    ) -> ConfigError:
+        """The error to raise about a setting."""
+        error = super().error(what, key, expected, hint)
+        facts = {"expected": error.expected, "found": error.found, "hint": error.hint}
+        return ConfigError(what, file=error.file, key=self.spelling(key), **facts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The sizes and settings that all families share; each family adds its own.
+    """The sizes and settings that all families share.
+
+    A family's subclass sets the class attributes, and adds its own attributes with `read_own`.
 
     Attributes:
       model_type: as in config.json; the name of the family's module.
+      spellings: the names of standard settings in this family's files; see `canonicalize`.
+      defaults: what absent settings are in transformers' config class, by standard name. None
+        means derived: `head_dim` is hidden_size / num_attention_heads, `num_key_value_heads` is
+        num_attention_heads, `intermediate_size` is 4 · hidden_size. A standard setting that is
+        missing here is required; `head_dim` and `num_key_value_heads` are not read then.
+      rotary: options of `rope.read_rope`; None for a family without rotary embedding.
+      ignored_keys: settings of this family that never change the logits.
       d_model: width of the residual stream, d.
       layers: number of layers.
       n_heads: query heads, h.
@@ -30,12 +65,17 @@ class ModelConfig:
       vocab_size: tokens, without the padding that sharding adds.
       max_positions: the longest context that the config promises.
       norm_eps: epsilon of the norms.
-      activation: a key of `activations.ACTIVATIONS`.
-      tie_word_embeddings: whether the projection is the embedding's table.
-      rope: the rotary embedding, None where positions enter in another way.
+      activation: a key of `feed_forward.ACTIVATIONS`.
+      tie_word_embeddings: whether the projection uses the embedding's table.
+      rope: the rotary embedding; None without one.
     """
 
-    model_type: str
+    model_type: ClassVar[str]
+    spellings: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    defaults: ClassVar[Mapping[str, object]] = {}
+    rotary: ClassVar[Mapping[str, Any] | None] = None
+    ignored_keys: ClassVar[Collection[str]] = ()
+
     d_model: int
     layers: int
     n_heads: int
@@ -50,12 +90,64 @@ class ModelConfig:
     tie_word_embeddings: bool
     rope: Rope | None
 
+    @classmethod
+    def read(cls, hf: Mapping[str, object], *, file: str) -> Self:
+        """Reads a normalized config.json.
+
+        Raises:
+          ConfigError: a setting that is malformed, contradictory, unknown or not supported.
+        """
+        canonical = canonicalize(hf, spellings=cls.spellings, defaults=cls.defaults, file=file)
+        reader = ConfigReader(canonical.settings, file, canonical.spellings)
+        shared = cls._read_shared(reader)
+        config = cls(**{**shared, **cls.read_own(reader, shared)})
+        reader.refuse_rest(cls.ignored_keys, config.supported_values())
+        return config
+
+    @classmethod
+    def read_own(cls, reader: ConfigReader, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads what a family adds to the `shared` attributes, or has instead of them."""
+        return {}
+
+    @classmethod
+    def read_rope(cls, reader: ConfigReader, *, head_dim: int, max_positions: int) -> Rope | None:
+        """Reads the rotary embedding."""
+        if cls.rotary is None:
+            return None
+        return read_rope(reader, head_dim=head_dim, max_positions=max_positions, **cls.rotary)
+
+    @classmethod
+    def _read_shared(cls, reader: ConfigReader) -> dict[str, Any]:
+        heads, kv_heads, head_dim = _read_heads(reader, cls.defaults)
+        width = reader.integer("hidden_size", high=MAX_WIDTH)
+        derived_ff = 4 * width if "intermediate_size" in cls.defaults else None
+        positions = reader.integer("max_position_embeddings")
+        return {
+            "d_model": width,
+            "layers": reader.integer("num_hidden_layers", high=MAX_LAYERS),
+            "n_heads": heads,
+            "n_kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "d_embed": width,
+            "d_ff": reader.integer("intermediate_size", derived_ff, high=MAX_WIDTH),
+            "vocab_size": reader.integer("vocab_size", high=MAX_VOCABULARY),
+            "max_positions": positions,
+            "norm_eps": reader.number("norm_eps"),
+            "activation": reader.choice("hidden_act", ACTIVATIONS),
+            "tie_word_embeddings": reader.flag("tie_word_embeddings"),
+            "rope": cls.read_rope(reader, head_dim=head_dim, max_positions=positions),
+        }
+
+    def supported_values(self) -> Mapping[str, object]:
+        """Settings that would change the model, and the only values that are supported."""
+        return {}
+
     def padded_vocabulary(self, shards: int) -> int:
         """V: the vocabulary, rounded up to a multiple of the shard count."""
         return -(-self.vocab_size // shards) * shards
 
     def axis_sizes(self, shards: int) -> dict[str, int]:
-        """Full sizes of the axes that declarations name (see `parameters`)."""
+        """Full sizes of the axes that parameters name (see `mtj_loader.parameters`)."""
         return {
             "V": self.padded_vocabulary(shards),
             "d": self.d_model,
@@ -68,14 +160,19 @@ class ModelConfig:
         }
 
 
-def head_dim(config: Reader, width_key: str, heads_key: str) -> int:
-    """The width of the model divided by the number of heads.
-
-    Raises:
-      ConfigError: it does not divide.
-    """
-    width, heads = config.integer(width_key, high=MAX_WIDTH), config.integer(heads_key)
+def _read_heads(reader: ConfigReader, defaults: Mapping[str, object]) -> tuple[int, int, int]:
+    """Query heads, key-value heads and the size of a head."""
+    heads = kv_heads = reader.integer("num_attention_heads")
+    if "num_key_value_heads" in defaults:
+        kv_heads = reader.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        what = "query heads cannot share key-value heads evenly"
+        raise reader.error(what, "num_key_value_heads", f"a divisor of {heads}")
+    if "head_dim" in defaults and reader.has("head_dim"):
+        return heads, kv_heads, reader.integer("head_dim", high=MAX_WIDTH)
+    width = reader.integer("hidden_size", high=MAX_WIDTH)
     if width % heads:
+        width_key, heads_key = map(reader.spelling, ("hidden_size", "num_attention_heads"))
         what = f"{width_key} is not a multiple of {heads_key}"
-        raise config.error(what, width_key, f"a multiple of {heads}")
-    return width // heads
+        raise reader.error(what, "hidden_size", f"a multiple of {heads}")
+    return heads, kv_heads, width // heads

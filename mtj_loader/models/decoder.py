@@ -1,6 +1,9 @@
-"""The frame of every decoder: embedding, layers, projection.
+"""The decoder of every family: embedding, layers, projection.
 
-b batch   t time   d model   V padded vocabulary   n shards   h heads of one shard   k head_dim
+Families choose and configure the parts; most only differ in the norm, attention and feed-forward
+that they pass to `Layer`.
+
+  b batch   t time   d model   V padded vocabulary   n shards   h heads of one shard   k head_dim
 """
 
 from __future__ import annotations
@@ -11,41 +14,121 @@ from typing import Protocol
 import haiku as hk
 import jax
 
-from mtj_loader.models.layers.attention import KVCache, Span
-from mtj_loader.models.layers.rope import Rope
+from mtj_loader.models.config import ModelConfig
+from mtj_loader.models.layers.attention import KVCache
+from mtj_loader.models.layers.embeddings import Embedding, Projection
+from mtj_loader.models.layers.linears import add_residual, sum_over_shards
+from mtj_loader.models.layers.positions import Positions
+from mtj_loader.models.parameter_table import ParameterBuilder
 
 NAME = "causal_transformer_shard"  # the root of MTJ's module paths
 
+Norm = Callable[[jax.Array], jax.Array]  # [..., d] -> [..., d]
+FeedForward = Callable[[jax.Array], jax.Array]  # [b, t, d] -> float32 [b, t, d], a shard's term
 
-class Layer(Protocol):
-    """One layer of a family."""
+
+class SelfAttention(Protocol):
+    """The attention of one layer."""
 
     def __call__(
-        self, x: jax.Array, span: Span, memory: KVCache | None
-    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
-        """The residual stream after this layer, and the keys and values it attended to."""
+        self, x: jax.Array, positions: Positions, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> float32 [b, t, d]
+        """This shard's term of the output, and the keys and values it attended to."""
         ...
 
 
-class CausalTransformer(hk.Module):
-    """A family's subclass creates the three parts in `__init__`, under MTJ's names."""
+class Layer(hk.Module):
+    """x + attention(norm(x)), then the same with the feed-forward.
 
-    rope: Rope | None
-    embedding: Callable[[jax.Array], jax.Array]  # int32 [b, t] -> [b, t, d]
-    layers: Sequence[Layer]
-    projection: Callable[[jax.Array], jax.Array]  # [..., d] -> float32 [..., V/n]
+    The parts are created in `__init__`, so that their modules have the layer's path.
+
+    Args:
+      index: of the layer, from 0.
+      norm: creates a norm under the name it is given.
+      attention, feed_forward: create these parts of the layer with the given index.
+      shared_norm: attention and feed-forward have the same norm.
+      name: of the module.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        norm: Callable[..., Norm],
+        attention: Callable[[int], SelfAttention],
+        feed_forward: Callable[[int], FeedForward],
+        shared_norm: bool = False,
+        name: str,
+    ) -> None:
+        super().__init__(name=name)
+        self.attention_norm = norm(name="replicated_layer_norm")
+        self.feed_forward_norm = self.attention_norm
+        if not shared_norm:
+            self.feed_forward_norm = norm(name="replicated_layer_norm_1")
+        self.attention = attention(index)
+        self.feed_forward = feed_forward(index)
 
     def __call__(
-        self, ids: jax.Array, span: Span, cache: Sequence[KVCache] | None
+        self, x: jax.Array, positions: Positions, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
+        """The residual stream after this layer, and the keys and values it attended to."""
+        attention, cache = self.attention(self.attention_norm(x), positions, cache)
+        x = add_residual(x, sum_over_shards(attention))
+        change = sum_over_shards(self.feed_forward(self.feed_forward_norm(x)))
+        return add_residual(x, change), cache
+
+
+class ParallelLayer(Layer):
+    """x + attention(norm(x)) + feed_forward(norm(x)): both read the layer's input."""
+
+    def __call__(
+        self, x: jax.Array, positions: Positions, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
+        """The residual stream after this layer, and the keys and values it attended to."""
+        normed = self.attention_norm(x)
+        attention, cache = self.attention(normed, positions, cache)
+        if self.feed_forward_norm is not self.attention_norm:
+            normed = self.feed_forward_norm(x)
+        change = attention + self.feed_forward(normed)
+        return add_residual(x, sum_over_shards(change)), cache
+
+
+class CausalTransformer(hk.Module):
+    """A model of any family.
+
+    Args:
+      config: of the family.
+      params: where parameters are declared.
+      norm: creates a norm under the name it is given; None for a model without a final norm.
+      layer: creates the layer with the given index and name.
+      embedding: creates the embedding.
+      projection: creates the projection.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: ParameterBuilder,
+        *,
+        norm: Callable[..., Norm] | None,
+        layer: Callable[..., Layer],
+        embedding: Callable[..., Embedding] = Embedding,
+        projection: Callable[..., Projection] = Projection,
+    ) -> None:
+        super().__init__(name=NAME)
+        self.rope = config.rope
+        self.embedding = embedding(params, name="embedding_shard")
+        self.layers = [layer(i, name=f"layer_{i}") for i in range(config.layers)]
+        tied_to = self.embedding if config.tie_word_embeddings else None
+        self.projection = projection(params, norm=norm, tied_to=tied_to, name="projection_shard")
+
+    def __call__(
+        self, ids: jax.Array, positions: Positions, caches: Sequence[KVCache] | None
     ) -> tuple[jax.Array, list[KVCache]]:  # int32 [b, t] -> [b, t, d]
         """The residual stream after the last layer, and every layer's keys and values."""
-        x = self.embed(ids, span)
-        memories = []
-        for layer, memory in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            x, updated = layer(x, span, memory)
-            memories.append(updated)
-        return x, memories
-
-    def embed(self, ids: jax.Array, span: Span) -> jax.Array:  # int32 [b, t] -> [b, t, d]
-        """What enters the first layer; families whose positions enter here add them."""
-        return self.embedding(ids)
+        x = self.embedding(ids, positions)
+        updated_caches = []
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x, updated = layer(x, positions, cache)
+            updated_caches.append(updated)
+        return x, updated_caches

@@ -1,7 +1,7 @@
 """Running a model on a mesh: logits of whole sequences, and prefill and steps with a cache.
 
 Everything is compiled once per shape: `jax.jit` around `jax.shard_map`, with explicit shardings.
-Parameters are split over "mp" and whole in every part of "dp"; a batch is split over "dp".
+Parameters are split over "mp" and replicated over "dp"; a batch is split over "dp".
 
   n shards   b batch   t time   T cache length   d model   h heads of one shard   k head_dim
   r rotated dims   V padded vocabulary
@@ -23,9 +23,9 @@ from numpy.typing import ArrayLike
 
 from mtj_loader.models import passes
 from mtj_loader.models.config import ModelConfig
-from mtj_loader.models.layers import rope
-from mtj_loader.models.layers.parts import SHARDS
-from mtj_loader.models.parameter_table import Declared, declared
+from mtj_loader.models.layers.linears import SHARDS
+from mtj_loader.models.layers.rope import frequency_table
+from mtj_loader.models.parameter_table import ParameterBuilder
 from mtj_loader.models.passes import Cache
 from mtj_loader.models.registry import family
 
@@ -34,8 +34,6 @@ Tree = Any  # a pytree of arrays, or of their partitions
 
 _PARAMS = P(SHARDS)  # [n, …]
 _BATCH = P("dp")  # [b, …]
-
-
 _CACHE = Cache(keys=P("dp", None, SHARDS), values=P("dp", None, SHARDS), frequencies=_BATCH)
 
 
@@ -56,7 +54,7 @@ class Forward:
     dtype: np.dtype
 
     def param_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Shape, dtype and sharding of every parameter, [n, …], as Haiku's init gives them."""
+        """Shape, dtype and sharding of every parameter, [n, …], from Haiku's init."""
         ids = np.zeros((1, 1), np.int32)
         example = ids, self._frequencies(np.ones(1))
 
@@ -76,7 +74,7 @@ class Forward:
         """Logits of whole sequences.
 
         Args:
-          params: as `param_shapes` has them.
+          params: with the shapes of `param_shapes`.
           ids: [b, t], any b.
 
         Returns:
@@ -86,7 +84,7 @@ class Forward:
         padded = np.pad(rows, ((0, -len(rows) % self.mesh.shape["dp"]), (0, 0)))
         frequencies = self._frequencies(np.full(len(padded), rows.shape[1]))
         logits = self._run_whole(params, padded, frequencies)[0][: len(rows)]
-        return self._everywhere(logits) if self.mesh.is_multi_process else logits
+        return self._replicate(logits) if self.mesh.is_multi_process else logits
 
     def prefill(
         self,
@@ -99,11 +97,11 @@ class Forward:
         """Runs the prompts.
 
         Args:
-          params: as `param_shapes` has them.
+          params: with the shapes of `param_shapes`.
           ids: int32 [b, t], padded on the right; dp divides b.
           lengths: int32 [b], the tokens of each row.
-          totals: [b], on the host: the tokens that each row may have at its end. Rotary
-            frequencies that depend on the length are made for these.
+          totals: [b], on the host: how many tokens each row may reach. Rotary frequencies that
+            depend on the length are computed for these.
           cache_length: T, at least t.
 
         Returns:
@@ -118,11 +116,11 @@ class Forward:
         """Runs one more token of each row.
 
         Args:
-          params: as `param_shapes` has them.
-          cache: of prefill or of the last step; donated.
+          params: with the shapes of `param_shapes`.
+          cache: from prefill or the last step; donated.
           tokens: int32 [b].
-          positions: int32 [b], where each stands: the number of tokens before it. A token beyond
-            the cache leaves the cache as it is.
+          positions: int32 [b], the number of tokens before each. A token beyond the cache does not
+            change it.
 
         Returns:
           float32 [b, vocab_size], the logits after these tokens, and the cache.
@@ -132,12 +130,12 @@ class Forward:
     def lower_prefill(
         self, params: Tree, rows: int, prompt: int, cache_length: int
     ) -> jax.stages.Lowered:
-        """`prefill` for parameters that are not there yet; compiled, it serves later calls.
+        """Lowers `prefill` before the parameters exist; compiling the result speeds up later calls.
 
-        JAX finds it again as long as this object lives.
+        JAX reuses the compiled program as long as this object exists.
 
         Args:
-          params: shapes, dtypes and shardings, as `param_shapes` has them.
+          params: shapes, dtypes and shardings, from `param_shapes`.
           rows: b, a multiple of dp.
           prompt: t.
           cache_length: T, at least t.
@@ -147,12 +145,12 @@ class Forward:
         return self._run_prefill.lower(params, ids, lengths, frequencies, cache_length)
 
     def lower_step(self, params: Tree, cache: Cache, tokens: Tree) -> jax.stages.Lowered:
-        """`step` for arrays that are not there yet, as `lower_prefill`.
+        """Lowers `step` before its arrays exist; see `lower_prefill`.
 
         Args:
-          params: shapes, dtypes and shardings, as `param_shapes` has them.
-          cache: those of `prefill`'s cache.
-          tokens: those of the tokens, and of their positions.
+          params: shapes, dtypes and shardings, from `param_shapes`.
+          cache: the same of the cache that `prefill` returns.
+          tokens: the same of the tokens; positions have the same.
         """
         return self._run_step.lower(params, cache, tokens, tokens)
 
@@ -161,8 +159,8 @@ class Forward:
         return self._compiled(passes.whole, (_BATCH, _BATCH), (P("dp", None, SHARDS), None))
 
     @functools.cached_property
-    def _everywhere(self) -> jax.stages.Wrapped:
-        """Copies rows of other hosts, so that every host can read them."""
+    def _replicate(self) -> jax.stages.Wrapped:
+        """Replicates rows, so that every host can read them."""
         return jax.jit(lambda rows: rows, out_shardings=NamedSharding(self.mesh, P()))
 
     @functools.cached_property
@@ -199,7 +197,7 @@ class Forward:
             logits, cache = on_mesh(*arrays)
             return logits[..., : self.config.vocab_size], cache
 
-        # Tokens may come from the host or from a sampler's devices: their placement is left open.
+        # Tokens may come from the host or from a sampler's devices: their placement is not fixed.
         placed = [None if spec == _BATCH else self._shardings(spec) for spec in specs]
         return jax.jit(
             run,
@@ -209,24 +207,19 @@ class Forward:
         )
 
     def _transformed(self, body: Callable[..., Any]) -> hk.Transformed:
-        """The body as a pair of pure functions, its model made of this family's modules."""
-        create = functools.partial(
-            family(self.config.model_type).Transformer, self.config, self._declared
-        )
-        return hk.transform(lambda *args: body(create(), *args))
-
-    @functools.cached_property
-    def _declared(self) -> Declared:
+        """The body as a pair of pure functions, applied to this family's model."""
+        make_model = family(self.config.model_type).make_model
         shards = self.mesh.shape[SHARDS]
-        specs = family(self.config.model_type).parameters(
-            self.config, shards, self.transposed_linear
-        )
-        return declared(
-            specs, shards=shards, dtype=self.dtype, transposed_linear=self.transposed_linear
-        )
+        sizes = self.config.axis_sizes(shards)
+
+        def run(*args: Tree) -> Tree:
+            params = ParameterBuilder(sizes, shards, self.transposed_linear, self.dtype)
+            return body(make_model(self.config, params), *args)
+
+        return hk.transform(run)
 
     def _shardings(self, specs: Tree) -> Tree:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
 
     def _frequencies(self, totals: np.ndarray) -> np.ndarray | None:
-        return None if self.config.rope is None else rope.table(self.config.rope, totals)
+        return None if self.config.rope is None else frequency_table(self.config.rope, totals)

@@ -1,94 +1,63 @@
-"""Declaring parameters: the one table from which maps, plan and Haiku modules take their shapes.
+"""The table of a model's parameters, filled by the Haiku modules that use them.
 
-A family lists its parameters with the functions here. The modules look theirs up by path and
-name, so shape, dtype and presence cannot differ from what the loader fills: a bias that is not
-declared does not exist.
+Each module declares its parameters when it is created. Creating a model without running it gives
+the whole table, from which the map's resolver and the planner work, and running it asks for the
+same parameters: shapes and presence cannot differ between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from mtj_loader.parameters import ParamSpec, axes
+from mtj_loader.parameters import ROOT, ParamSpec, axes
 
 
-@dataclass(frozen=True)
-class Declaration:
-    """Builds the specs of common parts.
+@dataclass(frozen=True, repr=False)  # Haiku formats the arguments of every module
+class ParameterBuilder:
+    """Collects the parameters that modules declare.
 
     Attributes:
-      sizes: full size of every axis that the patterns below name (see `parameters.axes`).
-      transposed_linear: weights are [out, in], as torch keeps them, instead of [in, out].
+      sizes: full size of every axis that patterns name (see `parameters.axes`).
+      shards: n.
+      transposed_linear: linear weights are [out, in], as in torch, instead of [in, out].
+      dtype: of the parameters.
+      specs: what was declared, in order.
     """
 
     sizes: Mapping[str, int]
+    shards: int
     transposed_linear: bool
+    dtype: np.dtype
+    specs: list[ParamSpec] = field(default_factory=list)
 
-    def linear(
-        self, module: str, ins: str, outs: str, *, split: str, bias: bool
-    ) -> list[ParamSpec]:
-        """A linear layer whose inputs (row-parallel) or outputs (column-parallel) are split.
+    def declare(self, path: str, param: str, pattern: str, split: str | None) -> ParamSpec:
+        """Adds a parameter to the table.
 
         Args:
-          module: path without the root.
-          ins: axis pattern of the inputs, such as "d".
-          outs: axis pattern of the outputs, such as "(h 3 k)".
-          split: the axis that is split over the shards.
-          bias: whether there is one. A bias without the split axis is a full vector in every
-            shard; MTJ keeps it divided by n there, since the sum over shards adds it n times.
+          path: the Haiku path of the module.
+          param: the name of the parameter.
+          pattern: its axes, such as "d (h 3 k)".
+          split: the axis that is split over the shards; None for a full copy in each.
         """
-        specs = [self.matrix(module, "w", ins, outs, split=split)]
-        if bias:
-            own = split in outs.strip("()").split()
-            specs.append(self.parameter(module, "b", outs, split if own else None))
-        return specs
+        spec = ParamSpec(path.removeprefix(ROOT), param, axes(pattern, self.sizes), split)
+        self.specs.append(spec)
+        return spec
 
-    def matrix(
-        self, module: str, param: str, ins: str, outs: str, *, split: str | None, each: str = ""
+    def declare_matrix(
+        self, path: str, param: str, *, ins: str, outs: str, split: str | None, stack: str = ""
     ) -> ParamSpec:
-        """A weight that is kept as the layout of linear weights says.
+        """Adds a linear weight, [in, out] or [out, in] as `transposed_linear` says.
 
         Args:
-          module: path without the root.
-          param: its name.
-          ins: axis pattern of the inputs.
-          outs: axis pattern of the outputs.
-          split: the axis that is split over the shards, None for a full copy in each.
-          each: the axis of a stack of such weights, which stands first.
+          path: the Haiku path of the module.
+          param: the name of the parameter.
+          ins: axes of the inputs.
+          outs: axes of the outputs.
+          split: the axis that is split over the shards; None for a full copy in each.
+          stack: the leading axis of a stack of such weights.
         """
         matrix = f"{outs} {ins}" if self.transposed_linear else f"{ins} {outs}"
-        return self.parameter(module, param, f"{each} {matrix}", split)
-
-    def layer_norm(self, module: str) -> list[ParamSpec]:
-        """A layer norm over d, whole in every shard."""
-        return [*self.norm_scale(module), self.parameter(module, "offset", "d", None)]
-
-    def norm_scale(self, module: str) -> list[ParamSpec]:
-        """The scale of a norm over d that has no offset, whole in every shard."""
-        return [self.parameter(module, "scale", "d", None)]
-
-    def parameter(self, module: str, param: str, pattern: str, split: str | None) -> ParamSpec:
-        """Any one parameter."""
-        return ParamSpec(module, param, axes(pattern, self.sizes), split)
-
-
-@dataclass(frozen=True)
-class Declared:
-    """The declared parameters of one shard, as the modules look them up."""
-
-    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]  # module path, parameter name
-    dtype: np.dtype
-    transposed_linear: bool
-
-
-def declared(
-    specs: Iterable[ParamSpec], *, shards: int, dtype: np.dtype, transposed_linear: bool
-) -> Declared:
-    """What one of `shards` shards holds."""
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for spec in specs:
-        shapes.setdefault(spec.path, {})[spec.param] = spec.shard_shape(shards)
-    return Declared(shapes, dtype, transposed_linear)
+        return self.declare(path, param, f"{stack} {matrix}", split)

@@ -1,23 +1,25 @@
 """Finding a family: one small module each, named by the `model_type` of config.json.
 
-A family's module says what its config means, which parameters it has, and how Haiku modules
-compute it; `Family` below is the whole of what the rest of the package asks of it.
+A family's module says what its config means and builds the model from Haiku modules; `Family`
+below is all that the rest of the package uses of it.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
+
+import haiku as hk
+import numpy as np
 
 from mtj_loader.errors import ConfigError, MapError
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.models.decoder import CausalTransformer
-from mtj_loader.models.parameter_table import Declared
+from mtj_loader.models.parameter_table import ParameterBuilder
 from mtj_loader.parameters import ParamSpec
 
 # model_type, which is the module's name here, and the name of the family in weight maps
-# (`mtj_compat`). Closed: nothing else is ever imported, whatever a config says.
+# (`mtj_compat`). A closed list: no other module is ever imported, whatever a config says.
 FAMILIES = {
     "gpt_neox": "neox",
     "gptj": "j",
@@ -33,23 +35,13 @@ FAMILIES = {
 }
 
 
-class _ConfigType(Protocol):
-    def read(self, hf: Mapping[str, object], *, file: str) -> ModelConfig: ...
-
-
 class Family(Protocol):
-    """What each `models/<model_type>.py` defines."""
+    """What each `models/families/<model_type>.py` defines."""
 
-    Config: _ConfigType
+    Config: type[ModelConfig]
 
-    Transformer: Callable[
-        [ModelConfig, Declared], CausalTransformer
-    ]  # to be made inside hk.transform
-
-    def parameters(
-        self, config: ModelConfig, shards: int, transposed_linear: bool
-    ) -> list[ParamSpec]:
-        """Every parameter of a model with this config, over so many shards."""
+    def make_model(self, config: Any, params: ParameterBuilder) -> CausalTransformer:  # noqa: ANN401
+        """Creates the Haiku modules, inside hk.transform; `config` is a `Config`."""
         ...
 
 
@@ -80,3 +72,14 @@ def family_of_compat(mtj_compat: str) -> Family:
     raise MapError(
         "unknown model family", key="mtj_compat", expected=f"one of {known}", found=mtj_compat
     )
+
+
+def parameters(config: ModelConfig, shards: int, transposed_linear: bool) -> list[ParamSpec]:
+    """Every parameter of a model with this config, over so many shards."""
+    params = ParameterBuilder(
+        config.axis_sizes(shards), shards, transposed_linear, np.dtype(np.float32)
+    )
+    make_model = family(config.model_type).make_model
+    with hk.config.context(module_auto_repr=False):  # several times faster
+        hk.transform(lambda: make_model(config, params)).init(None)  # creates it without running it
+    return params.specs

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
 
 from mtj_loader.errors import MeshError
 from mtj_loader.models.config import ModelConfig
-from mtj_loader.models.registry import family
+from mtj_loader.models.registry import parameters
 
-# What the axes of parameters are called in messages.
+# Names of axes in messages.
 _AXIS_NAMES = {
     "E": "experts",
     "d": "d_model",
@@ -22,15 +22,15 @@ _AXIS_NAMES = {
 def usable_shards(config: ModelConfig, limit: int) -> list[int]:
     """The shard counts, up to `limit`, that divide everything that is split.
 
-    Fewer KV heads than shards may also divide these: neighboring shards then hold the same head.
+    Fewer KV heads than shards may divide the shards: neighboring shards then hold the same head.
     """
     return [n for n in range(1, limit + 1) if not _undivided(config, n)]
 
 
 def check_shards(config: ModelConfig, shards: int) -> None:
-    """Raises MeshError unless the model can be split into so many shards.
+    """Raises MeshError unless the model can be split into this many shards.
 
-    The message names each dimension that does not divide, and the shard counts that would do.
+    The message names each dimension that does not divide, and the possible shard counts.
     """
     undivided = _undivided(config, shards)
     if undivided:
@@ -46,11 +46,17 @@ def check_shards(config: ModelConfig, shards: int) -> None:
 
 def _undivided(config: ModelConfig, shards: int) -> dict[str, int]:
     """The split axes that so many shards do not divide, and their sizes."""
-    first_layer = replace(config, layers=1)  # all layers have the same shapes
-    specs = family(config.model_type).parameters(first_layer, shards, False)
-    split = {spec.split: spec.split_size() for spec in specs if spec.split is not None}
-    return {axis: size for axis, size in split.items() if size and not _fits(axis, size, shards)}
+    return {axis: n for axis, n in _split_axes(config).items() if not _divides(axis, n, shards)}
 
 
-def _fits(axis: str, size: int, shards: int) -> bool:
+@functools.lru_cache(maxsize=16)  # of one model, asked for many shard counts
+def _split_axes(config: ModelConfig) -> dict[str, int]:
+    """The axes that are split over the shards, and their sizes."""
+    specs = parameters(config, 1, False)
+    return {spec.split: spec.split_size() or 0 for spec in specs if spec.split is not None}
+
+
+def _divides(axis: str, size: int, shards: int) -> bool:
+    if axis == "V":  # padded to a multiple
+        return True
     return size % shards == 0 or (axis == "g" and shards % size == 0)

@@ -95,8 +95,7 @@ def make_plan(
     if options.expert_parallel:
         config = _with_whole_experts(config)
     models.check_shards(config, topology.mp)
-    family = models.family(config.model_type)
-    specs = family.parameters(config, topology.mp, options.transposed_linear)
+    specs = models.parameters(config, topology.mp, options.transposed_linear)
     _check_map_values(weight_map, config, model.hf_config, checkpoint)
     notices = outside_vocabulary(checkpoint.config, checkpoint.generation_config, config.vocab_size)
     resolution = resolve(
@@ -192,8 +191,9 @@ def _check_map_values(
     weight_map: WeightMap, config: ModelConfig, hf: Mapping[str, object], checkpoint: Checkpoint
 ) -> None:
     """Raises MapError if `mtj_config_map` reads another value from config.json than the model."""
+    spelled = hf_config.add_spellings(hf, config.spellings)
     for key, value in weight_map.config_values(
-        hf, file=f"{checkpoint.location}/config.json"
+        spelled, file=f"{checkpoint.location}/config.json"
     ).items():
         model_value = getattr(config, key, value)
         if model_value != value:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from mtj_loader.dtypes import parameter_dtype
-from mtj_loader.models import family, usable_shards
+from mtj_loader.models import parameters, usable_shards
 from mtj_loader.planning.plan_data import PlanData
 
 _GIB = 1 << 30
@@ -97,7 +97,7 @@ def _fit(plan: PlanData, slice_: Slice) -> Fit:
 def device_bytes(plan: PlanData, shards: int) -> int:
     """Bytes of parameters on each device if the plan's model had this many shards."""
     transposed = plan.options.transposed_linear
-    specs = family(plan.model_type).parameters(plan.config, shards, transposed)
+    specs = parameters(plan.config, shards, transposed)
     elements = sum(math.prod(spec.shard_shape(shards)) for spec in specs)
     return elements * parameter_dtype(plan.options.dtype).itemsize
 

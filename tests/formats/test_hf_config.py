@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from mtj_loader.errors import ConfigError
-from mtj_loader.formats.hf_config import IGNORED_KEYS, Reader, normalize
+from mtj_loader.formats.hf_config import (
+    IGNORED_KEYS,
+    Reader,
+    add_spellings,
+    canonicalize,
+    normalize,
+)
 
 
 def normal(**config):
@@ -37,7 +43,7 @@ def test_new_spelling_gains_the_old_one():
     assert config["torch_dtype"] == "bfloat16"
 
 
-def test_rope_scaling_of_either_age_becomes_rope_parameters():
+def test_old_and_new_rope_scaling_become_rope_parameters():
     for key in ("type", "rope_type"):
         config = normal(rope_scaling={key: "dynamic", "factor": 3})
         assert config["rope_parameters"] == {"rope_type": "dynamic", "factor": 3}
@@ -53,7 +59,7 @@ def test_a_config_without_rope_gains_none():
     assert config == {"hidden_size": 8, "rope_scaling": None}
 
 
-def test_the_input_is_left_alone():
+def test_the_input_is_not_changed():
     rope = {"rope_theta": 10}
     config = {"rope_parameters": rope}
     normalize(config, file="config.json")
@@ -93,7 +99,7 @@ def test_spellings_that_disagree_are_refused(config, names, values):
     assert caught.value.file == "config.json"
 
 
-def test_equal_numbers_agree_whatever_their_type():
+def test_equal_numbers_of_different_types_agree():
     assert normal(rope_theta=10000, rotary_emb_base=10000.0)["rope_theta"] == 10000
 
 
@@ -103,8 +109,59 @@ def test_rope_parameters_must_be_an_object():
     assert caught.value.key == "rope_parameters"
 
 
+SPELLINGS = {
+    "hidden_size": ("n_embd", "hidden_size"),
+    "hidden_act": ("activation_function",),
+    "norm_eps": (),
+}
+DEFAULTS = {"hidden_size": 64, "hidden_act": "relu", "norm_eps": 1e-5}
+
+
+def canonical(**config):
+    return canonicalize(config, spellings=SPELLINGS, defaults=DEFAULTS, file="config.json")
+
+
+def test_settings_get_their_standard_names():
+    found = canonical(n_embd=8, activation_function="gelu", vocab_size=3)
+    expected = {"hidden_size": 8, "hidden_act": "gelu", "norm_eps": 1e-5, "vocab_size": 3}
+    assert found.settings == expected
+    assert found.spellings["hidden_size"] == "n_embd"
+    assert canonical(hidden_size=8).spellings["hidden_size"] == "hidden_size"
+    assert canonical().spellings["hidden_size"] == "n_embd"  # the family's own name
+
+
+def test_null_means_absent_except_for_a_few_settings():
+    settings = canonical(n_embd=None, sliding_window=None).settings
+    assert settings == {**DEFAULTS, "sliding_window": None}
+
+
+@pytest.mark.parametrize("key", ["hidden_act", "norm_eps"])
+def test_a_standard_name_that_the_family_does_not_use_is_refused(key):
+    """transformers would ignore it, so that it must not be taken for the family's own name."""
+    with pytest.raises(ConfigError, match="an unknown setting") as caught:
+        canonical(**{key: "silu"})
+    assert caught.value.key == key
+
+
+def test_canonical_settings_that_disagree_are_refused():
+    with pytest.raises(ConfigError, match="two spellings of one setting disagree") as caught:
+        canonical(n_embd=8, hidden_size=9)
+    assert caught.value.key == "n_embd and hidden_size"
+
+
+def test_added_spellings():
+    config = {"hidden_size": 8, "activation_function": "gelu", "n_embd": None, "other": 1}
+    assert add_spellings(config, SPELLINGS) == {
+        "hidden_size": 8,
+        "n_embd": 8,
+        "activation_function": "gelu",
+        "hidden_act": "gelu",
+        "other": 1,
+    }
+
+
 @pytest.mark.parametrize("value", [True, 0, -1, 2.0, "2", 2**31, 10**400, [2], {}])
-def test_what_is_no_positive_integer(value):
+def test_invalid_integers(value):
     with pytest.raises(ConfigError, match="not a legal value") as caught:
         reader(hidden_size=value).integer("hidden_size")
     assert caught.value.key == "hidden_size"
@@ -117,33 +174,33 @@ def test_an_enormous_integer_is_described_not_printed():
 
 
 @pytest.mark.parametrize("value", [False, "1", -0.5, float("nan"), float("inf"), 10**400, [1.0]])
-def test_what_is_no_number(value):
+def test_invalid_numbers(value):
     with pytest.raises(ConfigError, match="not a legal value") as caught:
         reader(layer_norm_eps=value).number("layer_norm_eps")
     assert caught.value.expected == "a finite number of at least 0.0"
 
 
 @pytest.mark.parametrize("value", [0, 1, "true", [True]])
-def test_what_is_no_flag(value):
+def test_invalid_flags(value):
     with pytest.raises(ConfigError, match="not a legal value") as caught:
         reader(tie=value).flag("tie")
     assert caught.value.expected == "true or false"
 
 
 @pytest.mark.parametrize("value", ["gelu_10", "GELU", 1, ["gelu"]])
-def test_what_is_no_choice(value):
+def test_invalid_choices(value):
     with pytest.raises(ConfigError, match="not a legal value") as caught:
         reader(act=value).choice("act", ["gelu", "relu"])
     assert caught.value.expected == "one of gelu, relu"
 
 
 @pytest.mark.parametrize("value", [1.0, [1.0, True], [1.0, -1.0], ["1"]])
-def test_what_is_no_list_of_numbers(value):
+def test_invalid_lists_of_numbers(value):
     with pytest.raises(ConfigError, match="not a legal value"):
         reader(factors=value).numbers("factors")
 
 
-def test_good_values():
+def test_valid_values():
     config = reader(a=3, b=3, c=[1, 2.5], d=False, e="relu")
     assert config.integer("a", high=3) == 3
     assert config.number("b") == 3.0
@@ -168,7 +225,7 @@ def test_without_a_default_a_setting_is_required(config):
     assert caught.value.key == "a"
 
 
-def test_a_key_that_nobody_asked_for_is_refused():
+def test_a_key_that_was_not_read_is_refused():
     config = reader(hidden_size=8, logit_softcap=30.0, use_cache=True)
     config.integer("hidden_size")
     with pytest.raises(ConfigError, match="may change what the model computes") as caught:
@@ -177,11 +234,11 @@ def test_a_key_that_nobody_asked_for_is_refused():
     config.refuse_rest(harmless=["logit_softcap"])
 
 
-def test_harmless_keys_pass_whatever_they_say():
+def test_ignored_keys_may_have_any_value():
     reader(**dict.fromkeys(IGNORED_KEYS, "anything")).refuse_rest()
 
 
-def test_import_names_are_read_past():
+def test_import_names_are_ignored():
     reader(auto_map={"AutoConfig": "os.system"}).refuse_rest()
 
 
@@ -193,17 +250,17 @@ def test_import_names_are_read_past():
         ("pruned_heads", {"0": [1]}, "{}"),
     ],
 )
-def test_settings_that_are_not_supported_are_refused_by_name(key, value, neutral):
+def test_unsupported_settings_are_refused_by_name(key, value, neutral):
     with pytest.raises(ConfigError, match="a setting that is not supported") as caught:
         reader(**{key: value}).refuse_rest()
     assert (caught.value.key, caught.value.expected) == (key, neutral)
 
 
-def test_settings_that_are_not_supported_pass_at_the_value_of_the_reference():
+def test_unsupported_settings_pass_at_the_default_of_transformers():
     reader(quantization_config=None, is_encoder_decoder=False, pruned_heads={}).refuse_rest()
 
 
-def test_errors_inside_rope_parameters_carry_the_path():
+def test_errors_in_rope_parameters_name_the_path():
     config = reader(rope_parameters={"factor": "two"})
     with pytest.raises(ConfigError) as caught:
         config.rope().number("factor")
@@ -211,7 +268,7 @@ def test_errors_inside_rope_parameters_carry_the_path():
     config.refuse_rest()
 
 
-def test_a_long_value_is_cut():
+def test_a_long_value_is_shortened():
     with pytest.raises(ConfigError) as caught:
         reader(a="x" * 1000).flag("a")
     assert len(str(caught.value.found)) < 100

@@ -1,4 +1,4 @@
-"""Configs of Llama and its kin: published files, defaults, refusals, shard counts."""
+"""Configs of Llama and relatives: published files, defaults, refusals, shard counts."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
-def test_what_a_config_does_not_say_is_as_in_transformers(model_type: str) -> None:
+def test_defaults_are_those_of_transformers(model_type: str) -> None:
     c = read({"model_type": model_type})
     found = c.n_heads, c.n_kv_heads, c.head_dim, c.d_ff, c.norm_eps, c.max_positions, c.rope.theta
     assert found == DEFAULTS[model_type]
@@ -216,7 +216,7 @@ def test_key_value_heads_divide_the_shards_or_are_divided() -> None:
     assert shards_of(**twelve, num_key_value_heads=3) == [1, 3, 6, 12]
 
 
-def test_key_value_heads_that_fit_no_way() -> None:
+def test_key_value_heads_that_do_not_fit() -> None:
     config = read(
         {"model_type": "llama", **SMALL, "num_attention_heads": 12, "num_key_value_heads": 4}
     )

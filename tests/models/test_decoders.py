@@ -1,4 +1,4 @@
-"""Llama and its kin, and Mixtral's two layouts: where weights go, and what is read for them."""
+"""Llama and relatives, and Mixtral's two layouts: where weights go and what is read."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ TREES = [
 
 @pytest.mark.parametrize(("model_type", "name", "shards"), TREES)
 @pytest.mark.parametrize("transposed_linear", [False, True])
-def test_every_weight_is_in_its_place(
+def test_every_weight_is_in_the_right_place(
     model_type: str, name: str, shards: int, transposed_linear: bool
 ) -> None:
     folder = FAMILIES / model_type / name
@@ -83,7 +83,7 @@ def test_every_weight_is_in_its_place(
     assert model.report.bytes_read == model.report.bytes_needed
 
 
-def test_shards_of_one_kv_head_hold_the_same_and_it_is_read_once() -> None:
+def test_shards_that_share_a_kv_head_hold_equal_copies_read_once() -> None:
     """Two KV heads on eight shards."""
     folder = FAMILIES / "llama" / "llama_3"
     model = mtj_loader.load(folder, "mp=8", dtype="float32")
@@ -108,7 +108,7 @@ def fused_copy(folder: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize("name", MIXTRALS)
 @pytest.mark.parametrize("expert_parallel", [False, True])
-def test_both_layouts_of_a_mixtral_are_the_same(
+def test_both_mixtral_layouts_give_the_same_tree(
     name: str, expert_parallel: bool, tmp_path: Path
 ) -> None:
     folder = FAMILIES / "mixtral" / name
@@ -135,7 +135,7 @@ def test_whole_experts_give_the_same_logits(name: str, shards: int) -> None:
     np.testing.assert_allclose(logits, np.load(folder / "logits.npy"), rtol=0, atol=1e-4)
 
 
-def test_each_shard_of_a_host_reads_its_experts_alone() -> None:
+def test_each_host_reads_only_its_own_experts() -> None:
     """Of two hosts each needs half of the experts, and all that is whole in every shard."""
     folder = FAMILIES / "mixtral" / "published"
     mesh = mtj_loader.make_abstract_mesh("dp=1,mp=8", hosts=2)
@@ -148,8 +148,8 @@ def test_each_shard_of_a_host_reads_its_experts_alone() -> None:
     assert per_host == [whole + (split + padding * 2) // 2, whole + (split - padding * 2) // 2]
 
 
-def test_experts_that_no_token_chose_do_not_count() -> None:
-    """Not a number in an expert that is not used leaves the logits as they are."""
+def test_unused_experts_do_not_affect_the_logits() -> None:
+    """A NaN in an unused expert does not change the logits."""
     folder = FAMILIES / "mixtral" / "top_one"
     model = mtj_loader.load(folder, "mp=1", dtype="float32")
     ids = np.load(folder / "ids.npy")[:1, :1]  # one token uses one of eight experts a layer
@@ -164,7 +164,7 @@ def test_experts_that_no_token_chose_do_not_count() -> None:
     assert spared == 7
 
 
-def test_experts_that_the_shards_do_not_divide() -> None:
+def test_experts_that_do_not_divide_by_the_shards() -> None:
     folder = FAMILIES / "mixtral" / "twelve_experts"
     assert mtj_loader.plan(folder, "mp=6", expert_parallel=True).shards == 6
     folder = FAMILIES / "mixtral" / "published"
@@ -176,7 +176,7 @@ def test_experts_that_the_shards_do_not_divide() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "mpt", "qwen3"])
-def test_only_models_with_experts_deal_experts(model_type: str) -> None:
+def test_expert_parallel_needs_experts(model_type: str) -> None:
     folder = FAMILIES / model_type / next(iter(CASES[model_type]))
     with pytest.raises(UsageError, match="expert_parallel is for models with experts"):
         mtj_loader.plan(folder, "mp=1", expert_parallel=True)

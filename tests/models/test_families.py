@@ -1,4 +1,4 @@
-"""Every family against logits that Hugging Face transformers wrote down (tests/oracle)."""
+"""Every family against recorded logits of Hugging Face transformers (tests/oracle)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import mtj_loader
 from mtj_loader.errors import VerifyError
-from mtj_loader.models import FAMILIES, family
+from mtj_loader.models import FAMILIES, parameters
 from mtj_loader.models.forward import Forward
 from mtj_loader.parameters import ParamSpec
 from tests.parity.cases import CASES, NAMES
@@ -24,7 +24,7 @@ from tests.support.models import DATA, GOLDENS, make_mesh
 FOLDER = DATA / "families"
 HIGHEST = jax.lax.Precision.HIGHEST
 FIRST = [(model_type, next(iter(cases))) for model_type, cases in CASES.items()]
-# `make parity` runs all cases with a cache; here those that a family begins with must do.
+# `make parity` runs all cases with a cache; here the first cases of a family are enough.
 CACHED = [(model_type, name) for model_type, cases in CASES.items() for name in list(cases)[:2]]
 
 
@@ -58,8 +58,8 @@ def test_the_cases_of_a_family_cover_shard_counts():
 
 
 @pytest.mark.parametrize(("model_type", "name"), NAMES)
-def test_logits_on_the_most_shards(model_type: str, name: str):
-    """The two layouts take turns."""
+def test_logits_on_the_largest_shard_count(model_type: str, name: str):
+    """Alternates between the two layouts."""
     (*_, most) = [mesh for mesh in meshes_of(model_type, name) if mesh.startswith("mp")]
     turned = NAMES.index((model_type, name)) % 2 == 0
     model = load(model_type, name, most, transposed_linear=turned)
@@ -91,13 +91,13 @@ def test_logits_of_the_goldens(golden: str):
 
 @pytest.mark.parametrize(("model_type", "name"), NAMES)
 def test_haiku_has_the_parameters_that_are_declared(model_type: str, name: str):
-    """No module is misspelled: a parameter that none asks for would be missing here."""
+    """Every declared parameter is used: an unused one would be missing here."""
     plan = mtj_loader.plan(FOLDER / model_type / name, "mp=1")
     for shards, turned in itertools.product((1, 2), (False, True)):
         if f"mp={shards}" not in meshes(plan.config):
             continue
         forward = Forward(plan.config, make_mesh(1, shards), turned, np.dtype(np.float32))
-        specs = family(model_type).parameters(plan.config, shards, turned)
+        specs = parameters(plan.config, shards, turned)
         assert shapes_of(forward) == {key(spec): spec.array_shape(shards) for spec in specs}
 
 
@@ -173,7 +173,7 @@ SPELLINGS = [
 
 @pytest.mark.parametrize(("model_type", "name", "prefix", "buffers"), SPELLINGS)
 def test_published_spellings(model_type, name, prefix, buffers, tmp_path):
-    """Names without the base model's prefix, and the buffers that old files carry."""
+    """Names without the base model's prefix, and the buffers of old files."""
     source = FOLDER / model_type / name
     folder = rewritten(source, tmp_path, lambda n: n.removeprefix(prefix), **buffers)
     other = mtj_loader.load(folder, "mp=1", dtype="float32").params
@@ -208,7 +208,7 @@ def test_a_tied_copy_must_be_equal(model_type, name, embedding, tmp_path):
 
 
 def test_every_shard_adds_its_embedding_bias():
-    """GPT-J's, which MTJ trained and transformers does not have; a file cannot show it."""
+    """GPT-J's bias, which MTJ has and transformers does not, so no file contains it."""
     model = load("gptj", "published", "mp=2")
     ids, _ = oracle("gptj", "published")
     module = "causal_transformer_shard/~/embedding_shard/~/linear"
@@ -222,8 +222,8 @@ def test_every_shard_adds_its_embedding_bias():
     assert np.abs(model.logits(ids) - expected).max() > 0.1
 
 
-def test_configs_are_read_as_they_are_spelled():
-    """Each case is a config.json of its own, so that old spellings stay covered."""
+def test_cases_cover_old_spellings():
+    """Each case has its own config.json, so that old spellings stay covered."""
     texts = {json.dumps(config_of(*case), sort_keys=True) for case in NAMES}
     assert len(texts) == len(NAMES)
     keys = {key for case in NAMES for key in config_of(*case)}

@@ -1,4 +1,4 @@
-"""Configs of MTJ's families: as published, what is absent, other spellings, refusals."""
+"""Configs of MTJ's families: published files, defaults, other spellings, refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read(model_type: str, **settings: object) -> ModelConfig:
     return models.family(model_type).Config.read(normal, file="config.json")
 
 
-# What every published config.json says besides, which changes nothing.
+# Keys of every published config.json that do not change the model.
 COMMON: dict[str, object] = {
     "architectures": ["SomeForCausalLM"],
     "bos_token_id": 0,
@@ -171,7 +171,7 @@ def test_what_families_add_to_published_configs():
     assert (bloom.activation, bloom.residual_after_norm) == ("gelu_pytorch_tanh", False)
 
 
-# The defaults of transformers' config classes, of which MODELS has as many as it can.
+# The defaults of transformers' config classes.
 DEFAULTS = {
     "gptj": (4096, 28, 16, 16384, 2048, 50400, "gelu_new", False),
     "gpt_neo": (2048, 24, 16, 8192, 2048, 50257, "gelu_new", True),
@@ -182,7 +182,7 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
-def test_what_a_config_does_not_say_is_as_in_transformers(model_type: str):
+def test_defaults_are_those_of_transformers(model_type: str):
     config = read(model_type)
     assert DEFAULTS[model_type] == (
         config.d_model,
@@ -270,7 +270,7 @@ def test_refusals(model_type: str, settings: dict, key: str, wording: str):
 
 
 def names(config: ModelConfig) -> set[str]:
-    specs = models.family(config.model_type).parameters(config, 1, False)
+    specs = models.parameters(config, 1, False)
     return {f"{spec.module} {spec.param}".replace("layer_0/~/", "") for spec in specs}
 
 
@@ -306,7 +306,7 @@ def test_opt_without_a_final_norm(settings: dict):
     assert names(read("opt")) - names(read("opt", **settings)) == FINAL_NORM
 
 
-def test_projections_of_opt_are_there_where_widths_differ():
+def test_opt_has_projections_if_widths_differ():
     more = names(read("opt", word_embed_proj_dim=512)) - names(read("opt", word_embed_proj_dim=768))
     assert more == {"embedding_shard project_in", "projection_shard project_out"}
 

@@ -11,7 +11,7 @@ import pytest
 from mtj_loader import models
 from mtj_loader.errors import ConfigError, MapError, MeshError
 from mtj_loader.models.families import gpt_neox
-from mtj_loader.models.layers.activations import ACTIVATIONS
+from mtj_loader.models.layers.feed_forward import ACTIVATIONS
 from tests.support.models import read_config
 
 # As EleutherAI published them.
@@ -89,7 +89,7 @@ def test_neox_20b():
     assert config.rope.exponent_dim == 24
 
 
-def test_what_a_config_does_not_say_is_as_in_transformers():
+def test_defaults_are_those_of_transformers():
     config = read_config(LEAST)
     assert config.activation == "gelu"
     assert config.norm_eps == 1e-5
@@ -154,7 +154,7 @@ def test_usable_shards():
     assert models.usable_shards(read_config(NEOX_20B), 8) == [1, 2, 4, 8]
 
 
-def test_a_shard_count_that_does_not_divide():
+def test_a_shard_count_that_does_not_divide_the_model():
     with pytest.raises(MeshError) as caught:
         models.check_shards(read_config(LEAST), 8)
     assert "8 shards do not divide the model: heads (6), d_ff, the feed-forward width (60)" in str(
@@ -169,7 +169,7 @@ def test_a_vocabulary_divides_after_padding():
     assert [config.padded_vocabulary(n) for n in (1, 2, 3, 6)] == [61, 62, 63, 66]
     (embedding,) = [
         spec
-        for spec in gpt_neox.parameters(config, 6, False)
+        for spec in models.parameters(config, 6, False)
         if spec.module == "embedding_shard/~/linear"
     ]
     assert embedding.array_shape(6) == (6, 11, 48)

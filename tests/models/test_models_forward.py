@@ -1,4 +1,4 @@
-"""The compiled passes: shapes as declared, cache as full forward, precision, no retracing."""
+"""The compiled passes: declared shapes, cache like the full pass, precision, no retracing."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtj_loader.models import passes
-from mtj_loader.models.families import gpt_neox
-from mtj_loader.models.layers.parts import LayerNorm
-from mtj_loader.models.parameter_table import Declared
+from mtj_loader.models import parameters, passes
+from mtj_loader.models.layers.norms import LayerNorm
+from mtj_loader.models.parameter_table import ParameterBuilder
 from tests.oracle.neox_cases import CASES
 from tests.support.models import PARITY, config_of, make_forward, params_of, read_config
 
 HIGHEST = jax.lax.Precision.HIGHEST
 CACHE_TOLERANCE = 2e-5  # float32 sums in another order, for logits of a few units
 
-# Rows of unequal length: prompts [b, t] padded on the right, and what follows them.
+# Rows of unequal length: prompts [b, t] padded on the right, and the tokens after them.
 LENGTHS = np.array([7, 3, 5, 1], np.int32)
 STEPS = 4
 
@@ -43,7 +42,7 @@ def test_haiku_has_the_parameters_that_are_declared(name, dp, shards, transposed
     forward = make_forward(
         config, dp=dp, mp=shards, transposed_linear=transposed, dtype=jnp.bfloat16
     )
-    specs = gpt_neox.parameters(config, shards, transposed)
+    specs = parameters(config, shards, transposed)
     sharding = NamedSharding(forward.mesh, P("mp"))
     facts = {
         (module, param): (shape.shape, shape.dtype, shape.sharding)
@@ -58,17 +57,17 @@ def test_haiku_has_the_parameters_that_are_declared(name, dp, shards, transposed
 
 def test_absent_biases_and_projection_are_not_declared():
     config = read_config(CASES["serial_tied_unbiased"])
-    names = {(spec.module, spec.param) for spec in gpt_neox.parameters(config, 1, False)}
+    names = {(spec.module, spec.param) for spec in parameters(config, 1, False)}
     assert ("layer_0/~/combined_qkv", "b") not in names
     assert ("layer_0/~/linear_3", "b") not in names
     assert ("layer_0/~/linear_5", "b") in names
     assert ("projection_shard/~/linear", "w") not in names
 
 
-def test_transposed_linear_turns_only_linear_weights():
+def test_transposed_linear_transposes_only_linear_weights():
     config = read_config(CASES["pythia_like"])
     plain, turned = (
-        {(s.module, s.param): s.array_shape(2) for s in gpt_neox.parameters(config, 2, turn)}
+        {(s.module, s.param): s.array_shape(2) for s in parameters(config, 2, turn)}
         for turn in (False, True)
     )
     for (module, param), shape in plain.items():
@@ -86,8 +85,8 @@ CACHED = [
 
 
 @pytest.mark.parametrize(("name", "options"), CACHED)
-def test_cached_steps_are_the_full_forward(name, options):
-    """Every row, at every step, as the full forward has it for that row alone."""
+def test_cached_steps_equal_the_full_forward_pass(name, options):
+    """Every row, at every step, equals the full forward pass of that row alone."""
     forward, params = forward_of(name, **options)
     rows = random_rows(forward, (len(LENGTHS), LENGTHS.max() + STEPS))
     prompts = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], rows[:, : LENGTHS.max()], 1)
@@ -102,8 +101,8 @@ def test_cached_steps_are_the_full_forward(name, options):
 
 
 @pytest.mark.parametrize("name", ["rope_dynamic", "rope_longrope"])
-def test_frequencies_are_those_of_each_rows_total(name):
-    """Long and short rows in one batch, each as the full forward of its whole length."""
+def test_frequencies_depend_on_each_rows_total_length(name):
+    """Long and short rows in one batch equal the full forward pass at their own lengths."""
     forward, params = forward_of(name, dp=2)
     totals = np.array([29, 9])  # past the trained length, and within
     rows = random_rows(forward, (2, 29))
@@ -116,7 +115,7 @@ def test_frequencies_are_those_of_each_rows_total(name):
     assert np.abs(other[0] - full[0][7]).max() > 1e-3
 
 
-def test_the_cache_is_placed_with_its_rows_and_heads():
+def test_the_cache_is_split_by_rows_and_heads():
     forward, params = forward_of("pythia_like", dp=2, mp=2)
     ids = random_rows(forward, (4, 7))
     _, cache = forward.prefill(params, ids, LENGTHS, LENGTHS, 16)
@@ -128,7 +127,7 @@ def test_the_cache_is_placed_with_its_rows_and_heads():
     assert cache.frequencies.dtype == jnp.float32
 
 
-def test_a_step_uses_up_its_cache():
+def test_a_step_donates_its_cache():
     forward, params = forward_of("pythia_like", dp=2, mp=2)
     ids = random_rows(forward, (4, 7))
     _, cache = forward.prefill(params, ids, LENGTHS, LENGTHS, 16)
@@ -136,8 +135,8 @@ def test_a_step_uses_up_its_cache():
     assert all(array.is_deleted() for array in (*cache.keys, *cache.values))
 
 
-def test_a_token_beyond_the_cache_changes_no_row():
-    """A row that is done goes on stepping beside the others; it must do no harm."""
+def test_a_token_beyond_the_cache_changes_nothing():
+    """A finished row keeps stepping with the others and must not affect them."""
     forward, params = forward_of("pythia_like", dp=2, mp=2)
     ids = random_rows(forward, (4, 7))
     _, cache = forward.prefill(params, ids, LENGTHS, LENGTHS, 16)
@@ -157,7 +156,7 @@ def test_any_batch_on_any_mesh(rows):
     np.testing.assert_allclose(logits, alone.logits(own, ids), atol=CACHE_TOLERANCE)
 
 
-def test_padding_of_the_vocabulary_is_in_no_logits():
+def test_logits_exclude_the_padding_of_the_vocabulary():
     """61 tokens on 6 shards are padded to 66; huge padding rows would win every argmax."""
     forward, params = forward_of("pythia_like", mp=6)
     module = "causal_transformer_shard/~/projection_shard/~/linear"
@@ -183,7 +182,7 @@ def test_every_pass_is_traced_once(monkeypatch):
 
         monkeypatch.setattr(passes, name, counted)
     config = config_of(PARITY / "pythia_like")
-    forward = make_forward.__wrapped__(config, dp=2, mp=2)  # fresh, nothing is compiled yet
+    forward = make_forward.__wrapped__(config, dp=2, mp=2)  # not compiled yet
     params = params_of(PARITY / "pythia_like", forward)
     traced.clear()  # placing the parameters traced init
     ids = random_rows(forward, (4, 7))
@@ -196,8 +195,8 @@ def test_every_pass_is_traced_once(monkeypatch):
 
 
 @pytest.mark.parametrize("spec", [P(), P("dp")])
-def test_tokens_may_come_from_any_placement(spec):
-    """A sampler's tokens are on devices already, on every one or split over dp."""
+def test_tokens_may_have_any_placement(spec):
+    """A sampler's tokens are already on the devices, replicated or split over dp."""
     forward, params = forward_of("pythia_like", dp=2, mp=2)
     ids = random_rows(forward, (4, 7))
 
@@ -248,7 +247,7 @@ def test_products_are_exact_to_float32(name, dtype):
 
 
 def test_bfloat16_is_close_to_float32_of_the_same_weights():
-    """Weights that are bfloat16 already: what differs is the rounding of activations."""
+    """With bfloat16 weights in both models, only the rounding of activations differs."""
     folder = PARITY / "pythia_like"
     half = make_forward(config_of(folder), mp=3, dtype=jnp.bfloat16)
     params = params_of(folder, half)
@@ -264,8 +263,7 @@ def test_bfloat16_is_close_to_float32_of_the_same_weights():
 
 def test_norms_are_float32_in_bfloat16():
     """A mean of 100 with small differences: bfloat16 statistics would be off by whole units."""
-    shapes = {"norm": {"scale": (48,), "offset": (48,)}}
-    table = Declared(shapes, np.dtype(jnp.bfloat16), transposed_linear=False)
+    table = ParameterBuilder({"d": 48}, 1, False, np.dtype(jnp.bfloat16))
 
     def normalize(x):
         return LayerNorm(table, 1e-5, name="norm")(x)

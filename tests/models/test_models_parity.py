@@ -1,4 +1,4 @@
-"""Logits and modules against what Hugging Face transformers wrote down (tests/oracle)."""
+"""Logits and modules against recorded outputs of Hugging Face transformers (tests/oracle)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from mtj_loader.models import usable_shards
-from mtj_loader.models.families.gpt_neox import Transformer, parameters
-from mtj_loader.models.layers.attention import Span, rotation
-from mtj_loader.models.layers.parts import sum_over_shards
-from mtj_loader.models.parameter_table import declared
+from mtj_loader.models.families.gpt_neox import make_model
+from mtj_loader.models.layers.linears import sum_over_shards
+from mtj_loader.models.layers.positions import Positions, rotation
+from mtj_loader.models.parameter_table import ParameterBuilder
 from tests.oracle.neox_cases import CASES, WITH_MODULES
 from tests.support.models import GOLDENS, PARITY, config_of, make_forward, make_mesh, params_of
 from tests.support.mtj_tree import neox_tree, sha256
@@ -74,7 +74,7 @@ def test_logits_on_data_parallel_meshes(dp):
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox_serial"])
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_tree_that_these_tests_use_is_the_one_of_mtj(name, shards, transposed):
+def test_the_reference_tree_is_mtjs(name, shards, transposed):
     folder = GOLDENS / name
     golden = json.loads((folder / "mtj_tree.json").read_text())
     expected = golden[f"shards={shards},transposed_linear={str(transposed).lower()}"]
@@ -96,7 +96,7 @@ def test_the_tree_that_these_tests_use_is_the_one_of_mtj(name, shards, transpose
 @pytest.mark.parametrize("name", WITH_MODULES)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_modules(name, shards):
-    """Every module alone, fed with what transformers fed to its own."""
+    """Every module alone, with the inputs of the same module in transformers."""
     seen = dict(np.load(PARITY / name / "modules.npz"))
     seen["ids"] = np.load(PARITY / name / "ids.npy")[:1]
     outputs = run_modules(PARITY / name, shards, seen)
@@ -107,26 +107,26 @@ def test_modules(name, shards):
 
 
 def run_modules(folder, shards, seen):
-    """What each of our modules makes of the input that transformers recorded, in every shard."""
+    """The output of each of our modules for recorded inputs, in every shard."""
     config = config_of(folder)
-    specs = parameters(config, shards, transposed_linear=False)
-    table = declared(specs, shards=shards, dtype=np.dtype(np.float32), transposed_linear=False)
     frequencies = config.rope.frequencies(seen["ids"].shape[1])[None]
 
     def body(seen, frequencies):
-        model = Transformer(config, table)
-        positions = np.arange(seen["ids"].shape[1])
-        span = Span(positions[None], positions, rotation(frequencies, positions[None], 1.0))
-        outputs = {"embedding": model.embedding(seen["ids"])}
+        params = ParameterBuilder(config.axis_sizes(shards), shards, False, np.dtype(np.float32))
+        model = make_model(config, params)
+        keys = np.arange(seen["ids"].shape[1])
+        positions = Positions(keys[None], keys, rotation(frequencies, keys[None], 1.0))
+        outputs = {"embedding": model.embedding(seen["ids"], positions)}
         outputs["final_norm"] = model.projection.norm(seen["final_norm.in"])
         for i, layer in enumerate(model.layers):
             at = f"layer_{i}"
-            outputs[at] = layer(seen[f"{at}.in"], span, None)[0]
-            for norm in ("attention_norm", "mlp_norm"):
-                outputs[f"{at}.{norm}"] = getattr(layer, norm)(seen[f"{at}.{norm}.in"])
-            attention, _ = layer.attention(seen[f"{at}.attention.in"], span, None)
+            outputs[at] = layer(seen[f"{at}.in"], positions, None)[0]
+            norms = {"attention_norm": layer.attention_norm, "mlp_norm": layer.feed_forward_norm}
+            for norm, module in norms.items():
+                outputs[f"{at}.{norm}"] = module(seen[f"{at}.{norm}.in"])
+            attention, _ = layer.attention(seen[f"{at}.attention.in"], positions, None)
             outputs[f"{at}.attention"] = sum_over_shards(attention)
-            outputs[f"{at}.mlp"] = sum_over_shards(layer.mlp(seen[f"{at}.mlp.in"]))
+            outputs[f"{at}.mlp"] = sum_over_shards(layer.feed_forward(seen[f"{at}.mlp.in"]))
         return outputs
 
     def local(params, seen, frequencies):

@@ -14,7 +14,7 @@ from mtj_loader.models.layers import rope
 
 def read(head_dim=8, max_positions=64, fraction=1.0, **settings):
     config = normalize({"rope_parameters": settings}, file="config.json")
-    return rope.read(
+    return rope.read_rope(
         Reader(config, "config.json"),
         head_dim=head_dim,
         max_positions=max_positions,
@@ -35,13 +35,13 @@ def test_theta_defaults_to_ten_thousand():
     assert read().theta == 10000.0
 
 
-def test_only_a_fraction_of_the_head_turns():
+def test_only_a_fraction_of_the_head_is_rotated():
     np.testing.assert_allclose(
         read(rope_theta=100.0, partial_rotary_factor=0.5).frequencies(1), [1, 0.1], rtol=1e-6
     )
 
 
-def test_the_family_says_which_fraction_where_the_config_does_not():
+def test_the_family_gives_the_default_fraction():
     assert len(read(fraction=0.25).frequencies(1)) == 1
 
 
@@ -62,7 +62,7 @@ def test_proportional_pairs_the_whole_head():
     np.testing.assert_allclose(frequencies, [0.5, 0.05, 0, 0], rtol=1e-6)
 
 
-def test_dynamic_sets_in_past_the_trained_length():
+def test_dynamic_starts_beyond_the_trained_length():
     dynamic, plain = read(rope_type="dynamic", factor=2.0), read().frequencies(1)
     np.testing.assert_array_equal(dynamic.frequencies(1), plain)
     np.testing.assert_array_equal(dynamic.frequencies(64), plain)
@@ -110,7 +110,7 @@ def test_longrope_chooses_by_the_length_of_the_row():
 
 def test_a_table_has_a_row_for_each_total():
     dynamic = read(rope_type="dynamic", factor=2.0)
-    table = rope.table(dynamic, [10, 100, 10])
+    table = rope.frequency_table(dynamic, [10, 100, 10])
     assert table.shape == (3, 4)
     assert table.dtype == np.float32
     np.testing.assert_array_equal(table[0], table[2])
@@ -131,8 +131,16 @@ def test_a_table_has_a_row_for_each_total():
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "beta_fast", "unknown setting"),
         ({"factor": 2.0}, "factor", "unknown setting"),
         ({"rope_theta": 1}, "rope_theta", "a number above 1"),
-        ({"partial_rotary_factor": 0.1}, "partial_rotary_factor", "do not come in pairs within 8"),
-        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor", "do not come in pairs within 8"),
+        (
+            {"partial_rotary_factor": 0.1},
+            "partial_rotary_factor",
+            "not pairs within a head of 8",
+        ),
+        (
+            {"partial_rotary_factor": 1.5},
+            "partial_rotary_factor",
+            "not pairs within a head of 8",
+        ),
         (
             {"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.25},
             "rope_type",
@@ -158,7 +166,7 @@ def test_a_table_has_a_row_for_each_total():
         ({"full_attention": {"rope_type": "default"}}, "full_attention", "unknown setting"),
     ],
 )
-def test_settings_that_make_no_sense(settings, key, wording):
+def test_invalid_settings(settings, key, wording):
     with pytest.raises(ConfigError, match=wording) as caught:
         read(**settings)
     assert caught.value.key == f"rope_parameters.{key}"
@@ -181,7 +189,7 @@ def test_settings_without_finite_frequencies_are_refused(settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"rope_type": "dynamic", "factor": 1e308},  # all pairs but the first stand still
+        {"rope_type": "dynamic", "factor": 1e308},  # only the first pair rotates
         {"rope_theta": 1e300},
         {"rope_type": "linear", "factor": 1e308},
         {"rope_type": "linear", "factor": 1e-37},  # finite, but not times a position
@@ -190,6 +198,6 @@ def test_settings_without_finite_frequencies_are_refused(settings):
         LONGROPE | {"long_factor": [1e300] * 4, "factor": 2.0},
     ],
 )
-def test_settings_that_cannot_tell_positions_apart_are_refused(settings):
+def test_settings_that_make_positions_indistinguishable_are_refused(settings):
     with pytest.raises(ConfigError, match="angles that are zero or not finite"):
         read(**settings)

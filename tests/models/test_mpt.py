@@ -19,44 +19,9 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.decoder_tree import decoder_tree
 from tests.support.families import TOLERANCE, assert_cached_logits
 from tests.support.models import DATA
+from tests.support.mpt_options import ATTENTION, CONFIG, config
+from tests.support.mpt_options import MPT_OPTIONS as CASES
 
-ATTENTION: dict[str, Any] = {
-    "alibi": True,
-    "alibi_bias_max": 8,
-    "clip_qkv": None,
-    "qk_ln": False,
-    "softmax_scale": None,
-}
-CONFIG: dict[str, Any] = {
-    "model_type": "mpt",
-    "d_model": 24,
-    "expansion_ratio": 4,
-    "layer_norm_epsilon": 1e-5,
-    "learned_pos_emb": True,
-    "logit_scale": None,
-    "max_seq_len": 20,
-    "n_heads": 6,
-    "n_layers": 2,
-    "no_bias": True,
-    "vocab_size": 61,
-}
-
-
-def config(attention: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
-    return {**CONFIG, **settings, "attn_config": {**ATTENTION, **(attention or {})}}
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "steep_alibi": config({"alibi_bias_max": 4}),
-    "steep_alibi_of_eight_heads": config({"alibi_bias_max": 16}, n_heads=8),
-    "qk_ln": config({"qk_ln": True, "clip_qkv": 0.9}),
-    "qk_ln_with_biases": config({"qk_ln": True}, no_bias=False, layer_norm_epsilon=3e-4),
-    "learned_positions": config({"alibi": False}, n_heads=8),
-    "no_positions": config({"alibi": False}, learned_pos_emb=False, n_heads=4),
-    "biases": config({"softmax_scale": 0.4, "clip_qkv": 0.5}, no_bias=False, n_heads=12),
-    "narrow": config(expansion_ratio=2.5, logit_scale=0.3),
-    "scaled_logits": config(logit_scale="inv_sqrt_d_model", n_heads=2),
-}
 MESHES = {
     "steep_alibi": "mp=6",
     "steep_alibi_of_eight_heads": "dp=2,mp=4",
@@ -79,7 +44,7 @@ def random_ids() -> np.ndarray:
     return np.random.default_rng(2).integers(0, CONFIG["vocab_size"], (4, 12))
 
 
-def test_the_reference_is_transformers_where_that_is_an_oracle() -> None:
+def test_the_reference_agrees_with_transformers() -> None:
     for name in ("mpt_7b", "clipped"):
         folder = DATA / "families" / "mpt" / name
         settings = json.loads((folder / "config.json").read_text())
@@ -92,7 +57,7 @@ def test_the_reference_is_transformers_where_that_is_an_oracle() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name: str, tmp_path: Path) -> None:
     folder, tensors = written(tmp_path, CASES[name])
-    turned = len(name) % 2 == 0  # as good as random
+    turned = len(name) % 2 == 0  # alternates between cases
     mesh = MESHES[name]
     model = mtj_loader.load(folder, mesh, dtype="float32", transposed_linear=turned)
     ids = random_ids()
@@ -110,7 +75,9 @@ def test_cached_logits(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["qk_ln_with_biases", "learned_positions"])
 @pytest.mark.parametrize("transposed_linear", [False, True])
-def test_every_weight_is_in_its_place(name: str, transposed_linear: bool, tmp_path: Path) -> None:
+def test_every_weight_is_in_the_right_place(
+    name: str, transposed_linear: bool, tmp_path: Path
+) -> None:
     folder, tensors = written(tmp_path, CASES[name])
     options: dict[str, Any] = {"transposed_linear": transposed_linear}
     model = mtj_loader.load(folder, "mp=2", dtype="float32", **options)
@@ -118,8 +85,8 @@ def test_every_weight_is_in_its_place(name: str, transposed_linear: bool, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, model.params), expected)
 
 
-def test_a_table_of_positions_beside_alibi_is_refused(tmp_path: Path) -> None:
-    """Published configs say learned_pos_emb: true, and have no such table."""
+def test_learned_positions_together_with_alibi_are_refused(tmp_path: Path) -> None:
+    """Published configs have learned_pos_emb: true but no such table."""
     settings = config()
     tensors = mpt_reference.random_tensors(settings, seed=1)
     table = {"transformer.wpe.weight": np.zeros((20, 24), np.float32)}
@@ -132,7 +99,7 @@ def read(settings: dict[str, Any]) -> Config:
     return Config.read(settings, file="config.json")
 
 
-def test_what_a_config_does_not_say_is_as_in_transformers() -> None:
+def test_defaults_are_those_of_transformers() -> None:
     found = read({})
     assert (found.d_model, found.n_heads, found.layers, found.vocab_size) == (2048, 16, 24, 50368)
     assert (found.d_ff, found.max_positions, found.norm_eps) == (8192, 2048, 1e-5)
@@ -141,7 +108,7 @@ def test_what_a_config_does_not_say_is_as_in_transformers() -> None:
     assert (found.logit_scale, found.tie_word_embeddings) == (1, True)
 
 
-def test_zero_is_no_bound() -> None:
+def test_clip_qkv_of_zero_means_no_bound() -> None:
     assert read(config({"clip_qkv": 0})).clip_qkv is None
 
 
@@ -157,8 +124,8 @@ REFUSED = [
     (config(attn_cfg={}), "attn_cfg", "unknown setting"),
     (config(norm_type="rmsnorm"), "norm_type", "not a legal value"),
     (config(logit_scale="sqrt"), "logit_scale", "not a legal value"),
-    (config(expansion_ratio=2.3), "expansion_ratio", "no width of a feed-forward layer"),
-    (config(expansion_ratio=0), "expansion_ratio", "no width of a feed-forward layer"),
+    (config(expansion_ratio=2.3), "expansion_ratio", "not the width of a feed-forward layer"),
+    (config(expansion_ratio=0), "expansion_ratio", "not the width of a feed-forward layer"),
     (config(ffn_config={"ffn_type": "mptglu"}), "ffn_config", "not supported"),
     ({**CONFIG, "attn_config": "multihead"}, "attn_config", "not an object"),
     (config(n_heads=5), "d_model", "d_model is not a multiple of n_heads"),

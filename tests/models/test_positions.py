@@ -1,4 +1,4 @@
-"""How positions enter: ALiBi slopes, sinusoids, rotary pairs, windows."""
+"""Positions: ALiBi slopes, sinusoids, rotary pairs, windows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mtj_loader.models.layers.alibi import alibi, bloom_slopes, mpt_slopes
-from mtj_loader.models.layers.attention import Span, attend, rotate_halves, rotate_pairs
-from mtj_loader.models.layers.positions import sinusoids
+from mtj_loader.models.layers.attention import attend
+from mtj_loader.models.layers.embeddings import sinusoids
+from mtj_loader.models.layers.positions import Positions, rotate_halves, rotate_pairs
 from tests.support.models import make_mesh
 
 PAPER_8 = [2.0**-i for i in range(1, 9)]  # Press et al., section 3
@@ -53,14 +54,14 @@ def test_mpt_slopes(heads: int, bias_max: float):
     np.testing.assert_allclose(slopes, MPT[heads, bias_max], rtol=1e-6)
 
 
-def span(positions: list[list[int]], keys: int) -> Span:
-    return Span(jnp.asarray(positions, jnp.int32), jnp.arange(keys), None)
+def make_positions(queries: list[list[int]], keys: int) -> Positions:
+    return Positions(jnp.asarray(queries, jnp.int32), jnp.arange(keys), None)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 6])
 def test_alibi_is_the_slope_times_the_distance_for_each_shards_heads(shards: int):
     def local(positions: jax.Array) -> jax.Array:
-        return alibi(bloom_slopes(6), Span(positions, jnp.arange(4), None))
+        return alibi(bloom_slopes(6), Positions(positions, jnp.arange(4), None))
 
     on_mesh = jax.shard_map(local, mesh=make_mesh(1, shards), in_specs=P(), out_specs=P(None, "mp"))
     bias = np.asarray(jax.jit(on_mesh)(jnp.array([[0, 2], [3, 1]])))
@@ -80,11 +81,11 @@ def test_a_bias_is_added_to_the_scaled_scores():
     np.testing.assert_allclose(out.item(), scores @ [1, 2, 3] / scores.sum(), rtol=1e-6)
 
 
-def test_a_window_ends_at_the_query():
-    seen = span([[0, 3]], 5).within(2)
+def test_a_window_includes_the_query():
+    seen = make_positions([[0, 3]], 5).visible(2)
     assert seen.tolist() == [[[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]]
-    wide = span([[0, 3]], 5)
-    assert wide.within(4).tolist() == wide.visible.tolist()
+    wide = make_positions([[0, 3]], 5)
+    assert wide.visible(4).tolist() == wide.visible().tolist()
 
 
 def fairseq(rows: int, width: int, padding: int) -> np.ndarray:
@@ -98,7 +99,7 @@ def fairseq(rows: int, width: int, padding: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("width", "padding"), [(12, 1), (13, 2), (4, 30), (64, 7)])
-def test_sinusoids_are_those_of_fairseq(width: int, padding: int):
+def test_sinusoids_match_fairseq(width: int, padding: int):
     """Position p has row p + 2."""
     positions = np.array([[0, 1, 2, 3, 4], [5, 28, 29, 30, 31]])
     found = sinusoids(jnp.asarray(positions), width, padding)
@@ -128,7 +129,7 @@ def test_rotary_pairs_are_complex_products():
     np.testing.assert_array_equal(found[..., 4:], x[..., 4:])
 
 
-def test_pairs_and_halves_differ_in_the_order_of_dimensions_alone():
+def test_pairs_and_halves_differ_only_in_the_order_of_dimensions():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, 3, 4)), jnp.float32)
     order = jnp.array([0, 2, 1, 3])
     halves = rotate_halves(x[..., order], turn([0.7, 0.1]))

@@ -1,8 +1,8 @@
-"""Tiny configs of every family that differ in everything that can go wrong unseen.
+"""Tiny configs of every family, chosen so that mistakes cannot cancel out.
 
-A case is what config.json says, without `model_type`; settings are spelled as transformers writes
-them, as old files do, or left out. No two dimensions of a case are equal, and over the cases of a
-family every shard count from 1 to 8 that its heads allow occurs. Used live (`make parity`), and by
+A case is a config.json without `model_type`; settings are spelled as transformers writes them, as
+in old files, or left out. No two dimensions of a case are equal, and the cases of a family cover
+every shard count from 1 to 8 that its heads allow. Used live (`make parity`), and by
 tests/oracle to write tests/data/families.
 """
 
@@ -15,7 +15,7 @@ from tests.parity.decoder_cases import LLAMA, MISTRAL, MIXTRAL, MPT, QWEN3
 Settings = dict[str, Any]
 
 GPTJ: dict[str, Settings] = {
-    # Everything said, in the names of the family.
+    # Every setting, in the names of the family.
     "published": {
         "n_embd": 42,
         "n_head": 6,
@@ -30,7 +30,7 @@ GPTJ: dict[str, Settings] = {
         "tie_word_embeddings": False,
         "vocab_size": 61,
     },
-    # The usual names; the default width of the MLP; whole heads turn.
+    # The usual names; the default width of the MLP; whole heads are rotated.
     "default_inner": {
         "hidden_size": 24,
         "num_attention_heads": 12,
@@ -105,7 +105,7 @@ OPT: dict[str, Settings] = {
         "vocab_size": 61,
         "prefix": "</s>",
     },
-    # OPT-350m: norms behind the sums, none at the end, embeddings of another width.
+    # OPT-350m: norms after the sums, no final norm, embeddings of another width.
     "opt_350m": {
         "hidden_size": 36,
         "word_embed_proj_dim": 24,
@@ -175,7 +175,7 @@ XGLM: dict[str, Settings] = {
         "pad_token_id": 1,
         "vocab_size": 61,
     },
-    # The row of the padding token, zero, is that of position 5.
+    # The zero row of the padding token is that of position 5.
     "padding_in_sight": {
         "hidden_size": 24,
         "num_attention_heads": 12,
@@ -209,7 +209,7 @@ XGLM: dict[str, Settings] = {
 }
 
 BLOOM: dict[str, Settings] = {
-    # As the first published files spell it.
+    # The spelling of the first published files.
     "published": {
         "n_embed": 24,
         "num_attention_heads": 6,

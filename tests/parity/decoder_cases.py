@@ -7,7 +7,7 @@ from typing import Any
 Settings = dict[str, Any]
 
 LLAMA: dict[str, Settings] = {
-    # As Llama 2 was published: no grouped queries, and none of what came later.
+    # As Llama 2 was published: no grouped queries, and no later settings.
     "llama_2": {
         "hidden_size": 36,
         "num_attention_heads": 6,
@@ -98,7 +98,7 @@ MISTRAL: dict[str, Settings] = {
         "sliding_window": 5,
         "vocab_size": 53,
     },
-    # As the later versions: null is no window, not the default one.
+    # As in later versions: null is no window, not the default window.
     "no_window": {
         "hidden_size": 36,
         "num_attention_heads": 6,
@@ -144,7 +144,7 @@ MIXTRAL: dict[str, Settings] = {
         "sliding_window": None,
         "vocab_size": 53,
     },
-    # More experts than ten: 10 and 11 stand behind 9, not behind 1.
+    # More than ten experts: 10 and 11 come after 9, not after 1.
     "twelve_experts": {
         "hidden_size": 20,
         "num_attention_heads": 6,
@@ -159,7 +159,7 @@ MIXTRAL: dict[str, Settings] = {
         "sliding_window": 7,
         "vocab_size": 61,
     },
-    # One expert a token, whose share is 1; all that can be left out is.
+    # One expert per token, whose share is 1; every optional setting is left out.
     "top_one": {
         "hidden_size": 24,
         "num_attention_heads": 4,
@@ -177,7 +177,7 @@ MIXTRAL: dict[str, Settings] = {
 
 # What transformers computes as llm-foundry defines it; tests/support/mpt_reference.py has the rest.
 MPT: dict[str, Settings] = {
-    # All that mpt-7b-instruct says; a head count that is no power of two.
+    # All settings of mpt-7b-instruct; a head count that is not a power of two.
     "mpt_7b": {
         "attn_config": {
             "alibi": True,

@@ -1,8 +1,8 @@
-"""Ours against transformers, live: the same weights through both, whatever the family.
+"""Compares mtj_loader with transformers on the same random weights, for any family.
 
-A tiny random model is made with transformers and saved as transformers saves it; we load that
-folder and must compute the same. Needs the `parity` extra, which is why the oracle is imported
-late: `make test` collects these files without torch.
+transformers creates and saves a tiny random model; we load that folder and must compute the same.
+This needs the `parity` extra, so the oracle is imported late: `make test` collects these files
+without torch.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from tests.support.families import assert_cached_logits, assert_logits
 
 ROWS, TOKENS = 4, 29
 GREEDY_TOKENS = 20
-_PROMPTS, _PROMPT_TOKENS = 12, 6  # enough prompts that some never come close to a tie
+_PROMPTS, _PROMPT_TOKENS = 12, 6  # enough that some have no near ties
 _LEAD = 1e-3  # ten times what the logits of two implementations may differ by
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One model twice.
+    """One model in both implementations.
 
     Attributes:
       theirs: the model of transformers, float32.
       folder: the same, saved.
       ids: int32 [ROWS, TOKENS].
-      logits: what theirs gives for the ids, float32 [ROWS, TOKENS, vocab_size].
+      logits: of their model for the ids, float32 [ROWS, TOKENS, vocab_size].
     """
 
     theirs: Any
@@ -49,17 +49,17 @@ class Pair:
 
     @property
     def shard_counts(self) -> list[int]:
-        """Those that the model can be split into, up to eight."""
+        """The shard counts up to eight that the model allows."""
         return usable_shards(mtj_loader.plan(self.folder, "mp=1").config, 8)
 
 
 def oracle() -> Any:
-    """The module that knows torch and transformers."""
+    """The module that uses torch and transformers."""
     return importlib.import_module("tests.oracle.random_models")
 
 
 def make_pair(family: str, name: str, folder: Path, *, seed: int = 1000) -> Pair:
-    """A random model of a case, with other weights and ids than those in tests/data."""
+    """A random model of a case, with different weights and ids from those in tests/data."""
     config = config_json(family, name)
     theirs = oracle().random_model(config, seed)
     ids = oracle().random_ids(config["vocab_size"], (ROWS, TOKENS), seed)
@@ -68,14 +68,14 @@ def make_pair(family: str, name: str, folder: Path, *, seed: int = 1000) -> Pair
 
 
 def check_logits(pair: Pair) -> None:
-    """Logits on every shard count, the two layouts in turn."""
+    """Logits on every shard count, alternating between the two layouts."""
     for number, shards in enumerate(pair.shard_counts):
         model = pair.ours(f"mp={shards}", transposed_linear=number % 2 == 1)
         assert_logits(model, pair.ids, pair.logits)
 
 
 def check_two_axes(pair: Pair) -> None:
-    """Logits, prefill and steps on a mesh of both axes, of eight devices where the model fits."""
+    """Logits, prefill and steps on a mesh with both axes, with eight devices if possible."""
     shards = max(n for n in pair.shard_counts if n <= 4)
     model = pair.ours(f"dp=2,mp={shards}")
     assert_logits(model, pair.ids[:3], pair.logits[:3])  # dp does not divide three rows
@@ -83,7 +83,7 @@ def check_two_axes(pair: Pair) -> None:
 
 
 def check_greedy(pair: Pair) -> None:
-    """The likeliest tokens, one after another, for prompts on which no step is left to chance."""
+    """Greedy text, for prompts without near ties at any step."""
     vocab_size = pair.logits.shape[-1]
     prompts = oracle().random_ids(vocab_size, (_PROMPTS, _PROMPT_TOKENS), seed=1)
     tokens, leads = oracle().greedy(pair.theirs, prompts, GREEDY_TOKENS)

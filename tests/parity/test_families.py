@@ -29,13 +29,13 @@ def test_greedy_text(pair: harness.Pair):
     harness.check_greedy(pair)
 
 
-# Classes whose defaults describe a model that cannot be; see each family's file.
+# Classes whose defaults do not describe a valid model; see each family's file.
 _NO_DEFAULT_MODEL: set[str] = set()
 
 
 @pytest.mark.parametrize("model_type", sorted(CASES.keys() - _NO_DEFAULT_MODEL))
-def test_what_a_config_does_not_say_is_as_in_transformers(model_type: str):
-    """A config with nothing in it, read by us, and as transformers fills it in."""
+def test_defaults_are_those_of_transformers(model_type: str):
+    """An empty config means the same as the config that transformers fills in."""
     transformers = pytest.importorskip("transformers")
     full = transformers.AutoConfig.for_model(model_type).to_dict()
     least, most = (

@@ -1,4 +1,4 @@
-"""The parameter trees of Llama and its kin, and of MPT, by plain rules in numpy.
+"""The parameter trees of Llama and relatives, and of MPT, by simple rules in numpy.
 
 Independent of the loader, the maps and the declarations: whole tensors, one rule after another.
 Torch's linear weights are [out, in]; every array of a tree is [n, …].
@@ -32,7 +32,7 @@ def decoder_tree(
       tensors: by the names that transformers 5 has in memory.
       shards: n.
       transposed_linear: linear weights are [n, out, in].
-      expert_parallel: whole experts are dealt over the shards.
+      expert_parallel: whole experts are distributed over the shards.
     """
     rules = _Rules(config, tensors, shards, transposed_linear, expert_parallel)
     layers = config.get("num_hidden_layers", config.get("n_layers"))

@@ -1,4 +1,4 @@
-"""Stand-ins for `models.forward.Forward` whose tokens a test can foresee.
+"""Stand-ins for `models.forward.Forward` whose tokens a test can predict.
 
 Axes: b batch, t padded prompt, T cache, V vocabulary.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-STATES = 101  # a prime, so that most histories have logits of their own
+STATES = 101  # a prime, so that most histories have different logits
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ def make_mesh(dp: int = 1) -> Mesh:
 class HashForward:
     """Logits are a row of `params["table"]` [STATES, V], picked by the sum of position x token.
 
-    So every token and every position matters, and nothing else must. `calls` notes what was run.
+    So every token and every position affects the logits, and nothing else does. `calls` records
+    the calls.
     """
 
     config: FakeConfig
@@ -46,7 +47,7 @@ class HashForward:
         return self._run(params, cache, tokens, positions, positions + 1)
 
     def _run(self, params, *arguments):
-        """The logits lie where those of a real model lie."""
+        """Places the logits like those of a real model."""
         logits, cache = _hash_step(params["table"], *arguments)
         return jax.device_put(logits, NamedSharding(self.mesh, PartitionSpec("dp"))), cache
 
@@ -60,7 +61,7 @@ def _hash_step(table, cache, tokens, positions, lengths):
 
 
 def hash_tokens(table: np.ndarray, prompt: list[int], count: int) -> list[int]:
-    """The greedy continuation that HashForward gives, worked out one token at a time."""
+    """The greedy continuation that HashForward gives, computed one token at a time."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(np.argmax(table[sum((i + 1) * t for i, t in enumerate(ids)) % STATES])))
@@ -69,7 +70,7 @@ def hash_tokens(table: np.ndarray, prompt: list[int], count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ScriptForward:
-    """Row i says `params["script"][i]`, whatever the prompt; -1 stands for logits that are NaN."""
+    """Row i outputs `params["script"][i]` for any prompt; -1 means NaN logits."""
 
     config: FakeConfig
     mesh: Mesh = field(default_factory=make_mesh)

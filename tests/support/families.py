@@ -1,4 +1,4 @@
-"""Checks of any family's model against logits that somebody else computed."""
+"""Checks of a model of any family against reference logits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from mtj_loader.models.config import ModelConfig
 
 TOLERANCE = 1e-4  # of logits in float32
 
-# Four rows (dp=2 divides them) of unequal prompts, and the tokens that are added to each.
+# Four rows (dp=2 divides them) of unequal prompts, and the number of tokens added to each.
 LENGTHS = np.array([7, 3, 5, 1], np.int32)
 STEPS = 4
 _CACHE_LENGTH = 16  # more than any row needs
 
 
 def meshes(config: ModelConfig) -> list[str]:
-    """All shard counts up to 8 that the model allows, and both axes at once where that is legal."""
+    """All shard counts up to 8 that the model allows, and meshes with both axes."""
     counts = usable_shards(config, 8)
     both = [f"dp=2,mp={n}" for n in counts[-1:] if n in (3, 4)]
     both += ["dp=2,mp=4"] if 4 in counts[:-1] else []

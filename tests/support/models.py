@@ -30,7 +30,7 @@ def make_mesh(dp: int, mp: int) -> Mesh:
 
 
 def read_config(config: Mapping[str, object]) -> ModelConfig:
-    """As the loader reads it."""
+    """Reads a GPT-NeoX config as the loader does."""
     normal = hf_config.normalize(config, file="config.json")
     return family("gpt_neox").Config.read(normal, file="config.json")
 
@@ -40,7 +40,7 @@ def config_of(folder: Path) -> ModelConfig:
     return read_config(json.loads((folder / "config.json").read_text()))
 
 
-@functools.cache  # tests share what is compiled
+@functools.cache  # tests share compiled programs
 def make_forward(
     config: ModelConfig,
     *,
@@ -65,7 +65,7 @@ def params_of(folder: Path, forward: Forward) -> Params:
 
 
 def place(tree: Tree, forward: Forward) -> Params:
-    """Puts numpy arrays where the model wants them, in its dtype."""
+    """Places numpy arrays for the model, in its dtype."""
     return jax.tree.map(
         lambda shape, array: jax.device_put(array.astype(shape.dtype), shape.sharding),
         forward.param_shapes(),

@@ -1,6 +1,6 @@
-"""MPT in float64 numpy, from the definitions in mosaicml/llm-foundry, for what transformers lacks.
+"""MPT in float64 numpy, as mosaicml/llm-foundry defines it, for what transformers does not do.
 
-Written from a checkpoint's own names and layouts; nothing of ours is used.
+Uses a checkpoint's own names and layouts, and no code of mtj_loader.
 
 t time   d model   h heads   k head_dim   f feed-forward   V vocabulary
 """

@@ -1,4 +1,4 @@
-"""MTJ's parameter tree of a GPT-NeoX checkpoint, by MTJ's rules written plainly in numpy.
+"""MTJ's parameter tree of a GPT-NeoX checkpoint, by MTJ's rules in simple numpy.
 
 Independent of the loader and of the map: whole tensors, one rule after another.
 """

@@ -1,7 +1,6 @@
-"""BLOOM (Le Scao et al., 2022, arXiv:2211.05100): ALiBi, and a norm behind the embedding.
+"""BLOOM (Le Scao et al., 2022, arXiv:2211.05100): ALiBi, and a norm after the embedding.
 
-n shards   d model   f feed-forward   V padded vocabulary   h heads   k head_dim
-b batch   t time
+b batch   t time   d model
 """
 
 from __future__ import annotations
@@ -9,48 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
-import haiku as hk
 import jax
 
-from mtj_loader.formats.hf_config import Reader, canonicalize
-from mtj_loader.models.config import MAX_LAYERS, MAX_VOCABULARY, ModelConfig, head_dim
-from mtj_loader.models.decoder import NAME, CausalTransformer
-from mtj_loader.models.layers import parts
+from mtj_loader.models.config import ConfigReader, ModelConfig
+from mtj_loader.models.decoder import CausalTransformer, Layer
+from mtj_loader.models.layers import embeddings
 from mtj_loader.models.layers.alibi import alibi, bloom_slopes
-from mtj_loader.models.layers.attention import KVCache, Span, attend, update_cache
-from mtj_loader.models.layers.blocks import MLP, mlp_parameters, split_qkv
-from mtj_loader.models.layers.parts import (
-    LayerNorm,
-    Linear,
-    Projection,
-    add_residual,
-    sum_over_shards,
-)
-from mtj_loader.models.parameter_table import Declaration, Declared
-from mtj_loader.parameters import ParamSpec
-
-# transformers' BloomConfig
-_SYNONYMS = {
-    "n_embed": "hidden_size",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-}
-_DEFAULTS: dict[str, object] = {
-    "apply_residual_connection_post_layernorm": False,
-    "hidden_size": 64,
-    "layer_norm_epsilon": 1e-5,
-    "n_head": 8,
-    "n_layer": 2,
-    "tie_word_embeddings": True,
-    "vocab_size": 250880,
-}
-_ACTIVATION = "gelu_pytorch_tanh"  # the config has no choice
-_DEFAULT_LENGTH = 2048  # what BLOOM was trained with; ALiBi itself sets no limit
-# How the training code was to fuse and to round; and ALiBi's table there.
-_HARMLESS = (
-    "attention_softmax_in_fp32", "offset_alibi", "skip_bias_add", "skip_bias_add_qkv",
-)  # fmt: skip
+from mtj_loader.models.layers.attention import FusedAttention, KVCache
+from mtj_loader.models.layers.feed_forward import MLP
+from mtj_loader.models.layers.linears import add_residual, sum_over_shards
+from mtj_loader.models.layers.norms import LayerNorm
+from mtj_loader.models.layers.positions import Positions
+from mtj_loader.models.parameter_table import ParameterBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,124 +32,83 @@ class Config(ModelConfig):
       residual_after_norm: residual sums start from the normed stream.
     """
 
+    model_type = "bloom"
+    spellings: ClassVar = {
+        "hidden_act": (),
+        "hidden_size": ("hidden_size", "n_embed"),
+        "intermediate_size": (),
+        "max_position_embeddings": ("seq_length",),
+        "norm_eps": ("layer_norm_epsilon",),
+        "num_attention_heads": ("n_head", "num_attention_heads"),
+        "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+    }
+    defaults: ClassVar = {  # of transformers' BloomConfig
+        "apply_residual_connection_post_layernorm": False,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 64,
+        "intermediate_size": None,
+        "max_position_embeddings": 2048,  # the trained length; ALiBi itself sets no limit
+        "norm_eps": 1e-5,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": True,
+        "vocab_size": 250880,
+    }
+    ignored_keys = (  # how the training code fused and rounded, and its table for ALiBi
+        "attention_softmax_in_fp32", "offset_alibi", "skip_bias_add", "skip_bias_add_qkv",
+    )  # fmt: skip
+
     residual_after_norm: bool
 
     @classmethod
-    def read(cls, hf: Mapping[str, object], *, file: str) -> Config:
-        """Reads a normalized config.json.
+    def read_own(cls, reader: ConfigReader, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads the attribute above."""
+        after_norm = reader.flag("apply_residual_connection_post_layernorm")
+        return {"residual_after_norm": after_norm}
 
-        Raises:
-          ConfigError: a setting that is malformed, contradictory, unknown or not supported.
-        """
-        full = canonicalize(hf, synonyms=_SYNONYMS, defaults=_DEFAULTS, file=file)
-        reader = Reader(full, file)
-        size = head_dim(reader, "hidden_size", "n_head")
-        heads = reader.integer("n_head")
-        width = heads * size
-        config = cls(
-            model_type="bloom",
-            d_model=width,
-            layers=reader.integer("n_layer", high=MAX_LAYERS),
-            n_heads=heads,
-            n_kv_heads=heads,
-            head_dim=size,
-            d_embed=width,
-            d_ff=4 * width,
-            vocab_size=reader.integer("vocab_size", high=MAX_VOCABULARY),
-            max_positions=reader.integer("seq_length", _DEFAULT_LENGTH),
-            norm_eps=reader.number("layer_norm_epsilon"),
-            activation=_ACTIVATION,
-            tie_word_embeddings=reader.flag("tie_word_embeddings"),
-            rope=None,
-            residual_after_norm=reader.flag("apply_residual_connection_post_layernorm"),
-        )
-        # With slow_but_exact transformers leaves out biases where pretraining_tp is above 1.
-        reader.refuse_rest(_HARMLESS, {"n_inner": 4 * width, "slow_but_exact": False})
-        return config
+    def supported_values(self) -> Mapping[str, object]:
+        """With slow_but_exact, transformers leaves out biases if pretraining_tp is above 1."""
+        return {"n_inner": self.d_ff, "slow_but_exact": False}
 
 
-def parameters(config: Config, shards: int, transposed_linear: bool) -> list[ParamSpec]:
-    """Every parameter of a model with this config, over so many shards."""
-    declare = Declaration(config.axis_sizes(shards), transposed_linear)
-    specs = [declare.parameter("embedding_shard/~/linear", "w", "V d", "V")]
-    specs += declare.layer_norm("embedding_shard/~/replicated_layer_norm")
-    for i in range(config.layers):
-        layer = f"layer_{i}/~/"
-        specs += declare.layer_norm(layer + "replicated_layer_norm")
-        specs += declare.layer_norm(layer + "replicated_layer_norm_1")
-        specs += declare.linear(layer + "combined_qkv", "d", "(h 3 k)", split="h", bias=True)
-        specs += declare.linear(layer + "linear_3", "(h k)", "d", split="h", bias=True)
-        specs += mlp_parameters(declare, layer, bias=True)
-    specs += declare.layer_norm("projection_shard/~/replicated_layer_norm")
-    if not config.tie_word_embeddings:
-        specs += declare.linear("projection_shard/~/linear", "d", "V", split="V", bias=False)
-    return specs
+class Embedding(embeddings.Embedding):
+    """Token embedding with a norm."""
 
+    def __init__(self, params: ParameterBuilder, eps: float, name: str) -> None:
+        super().__init__(params, name)
+        self.norm = LayerNorm(params, eps, name="replicated_layer_norm")
 
-class Embedding(parts.Embedding):
-    """Token embedding, normed."""
-
-    def __init__(self, declared: Declared, eps: float, name: str) -> None:
-        super().__init__(declared, name)
-        self.norm = LayerNorm(declared, eps, name="replicated_layer_norm")
-
-    def __call__(self, ids: jax.Array) -> jax.Array:  # int32 [b, t] -> [b, t, d]
+    def __call__(self, ids: jax.Array, positions: Positions) -> jax.Array:  # [b, t, d]
         """The normed rows of these tokens."""
-        return self.norm(super().__call__(ids))
+        return self.norm(self.tokens(ids))
 
 
-class Layer(hk.Module):
-    """Attention, then MLP, each behind its norm."""
-
-    def __init__(self, config: Config, declared: Declared, name: str) -> None:
-        super().__init__(name=name)
-        self._config = config
-        norm = partial(LayerNorm, declared, config.norm_eps)
-        self.attention_norm = norm(name="replicated_layer_norm")
-        self.mlp_norm = norm(name="replicated_layer_norm_1")
-        self._qkv = Linear(declared, name="combined_qkv")
-        self._attention_out = Linear(declared, name="linear_3")
-        self.mlp = MLP(declared, config.activation)
+class NormedResidualLayer(Layer):
+    """A layer whose residual sums start from the normed stream."""
 
     def __call__(
-        self, x: jax.Array, span: Span, memory: KVCache | None
+        self, x: jax.Array, positions: Positions, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
         """The residual stream after this layer, and the keys and values it attended to."""
-        normed = self.attention_norm(x)
-        attention, memory = self.attention(normed, span, memory)
-        x = self._residual(x, normed)
-        x = add_residual(x, sum_over_shards(attention))
-        normed = self.mlp_norm(x)
-        x = self._residual(x, normed)
-        return add_residual(x, sum_over_shards(self.mlp(normed))), memory
-
-    def _residual(self, x: jax.Array, normed: jax.Array) -> jax.Array:  # [b, t, d]
-        return normed if self._config.residual_after_norm else x
-
-    def attention(
-        self, x: jax.Array, span: Span, memory: KVCache | None
-    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> float32 [b, t, d]
-        """This shard's term of the attention's output, and the keys and values it attended to."""
-        size = self._config.head_dim
-        q, k, v = split_qkv(self._qkv(x).astype(x.dtype), size)
-        memory = update_cache(memory, (k, v), span.positions)
-        bias = alibi(bloom_slopes(self._config.n_heads), span)
-        heads = attend(q, memory, span.visible, size**-0.5, bias)
-        return self._attention_out(heads.reshape(*x.shape[:2], -1)), memory
+        x = self.attention_norm(x)
+        attention, cache = self.attention(x, positions, cache)
+        x = self.feed_forward_norm(add_residual(x, sum_over_shards(attention)))
+        return add_residual(x, sum_over_shards(self.feed_forward(x))), cache
 
 
-class Transformer(CausalTransformer):
+def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
     """BLOOM."""
+    norm = partial(LayerNorm, params, config.norm_eps)
+    score_bias = partial(alibi, bloom_slopes(config.n_heads))
 
-    def __init__(self, config: Config, declared: Declared) -> None:
-        super().__init__(name=NAME)
-        self.rope = config.rope
-        self.embedding = Embedding(declared, config.norm_eps, name="embedding_shard")
-        names = [f"layer_{i}" for i in range(config.layers)]
-        self.layers = [Layer(config, declared, name=name) for name in names]
-        self.projection = Projection(
-            declared,
-            norm=partial(LayerNorm, declared, config.norm_eps),
-            tied_to=self.embedding if config.tie_word_embeddings else None,
-            name="projection_shard",
-        )
+    def attention(index: int) -> FusedAttention:
+        return FusedAttention(params, head_dim=config.head_dim, bias=True, score_bias=score_bias)
+
+    layer = partial(
+        NormedResidualLayer if config.residual_after_norm else Layer,
+        norm=norm,
+        attention=attention,
+        feed_forward=lambda index: MLP(params, config.activation),
+    )
+    embedding = partial(Embedding, eps=config.norm_eps)
+    return CausalTransformer(config, params, norm=norm, layer=layer, embedding=embedding)

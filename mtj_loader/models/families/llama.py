@@ -1,37 +1,19 @@
-"""Llama (Touvron et al., 2023, arXiv:2302.13971; Llama 2 and 3), and whoever took its layout.
-
-n shards   d model   f feed-forward   V padded vocabulary   h heads   g KV heads   k head_dim
-"""
+"""Llama (Touvron et al., 2023, arXiv:2302.13971; Llama 2 and 3), and models of its layout."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
-from mtj_loader.formats.hf_config import Reader
-from mtj_loader.models import pre_norm
-from mtj_loader.models.config import ModelConfig
-from mtj_loader.models.layers.blocks import GatedMLP, attention_parameters, gated_mlp_parameters
-from mtj_loader.models.layers.parts import RMSNorm
-from mtj_loader.models.parameter_table import Declaration, Declared
-from mtj_loader.models.pre_norm import PreNormTransformer, RotaryAttention
-from mtj_loader.parameters import ParamSpec
-
-# transformers' LlamaConfig
-_DEFAULTS: dict[str, object] = {
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 2048,
-    "mlp_bias": False,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "vocab_size": 32000,
-}
+from mtj_loader.models.config import ConfigReader, ModelConfig
+from mtj_loader.models.decoder import CausalTransformer, Layer
+from mtj_loader.models.layers.attention import Attention
+from mtj_loader.models.layers.feed_forward import GatedMLP
+from mtj_loader.models.layers.norms import RMSNorm
+from mtj_loader.models.layers.positions import rotate_halves
+from mtj_loader.models.parameter_table import ParameterBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,48 +25,51 @@ class Config(ModelConfig):
       mlp_bias: whether the three of the MLP have.
     """
 
+    model_type = "llama"
+    spellings: ClassVar = {"norm_eps": ("rms_norm_eps",)}
+    defaults: ClassVar = {  # of transformers' LlamaConfig
+        "attention_bias": False,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "mlp_bias": False,
+        "norm_eps": 1e-6,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    }
+    rotary: ClassVar = {"fraction": 1.0, "whole_heads": True}
+
     attention_bias: bool
     mlp_bias: bool
 
     @classmethod
-    def read(cls, hf: Mapping[str, object], *, file: str) -> Config:
-        """Reads a normalized config.json.
-
-        Raises:
-          ConfigError: a setting that is malformed, contradictory, unknown or not supported.
-        """
-        reader = Reader({**_DEFAULTS, **hf}, file)
-        config = cls(
-            **pre_norm.settings(reader, "llama"),
-            attention_bias=reader.flag("attention_bias"),
-            mlp_bias=reader.flag("mlp_bias"),
-        )
-        reader.refuse_rest()
-        return config
+    def read_own(cls, reader: ConfigReader, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads the attributes above."""
+        names = ("attention_bias", "mlp_bias")
+        return {name: reader.flag(name) for name in names}
 
 
-def parameters(config: Config, shards: int, transposed_linear: bool) -> list[ParamSpec]:
-    """Every parameter of a model with this config, over so many shards."""
-    declare = Declaration(config.axis_sizes(shards), transposed_linear)
-    bias = config.attention_bias
-
-    def layer(path: str) -> list[ParamSpec]:
-        return [
-            *attention_parameters(declare, path, bias=bias, out_bias=bias, kv="g"),
-            *gated_mlp_parameters(declare, path, bias=config.mlp_bias),
-        ]
-
-    return pre_norm.parameters(config, declare, layer, declare.norm_scale)
-
-
-class Transformer(PreNormTransformer):
+def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
     """Llama."""
+    norm = partial(RMSNorm, params, config.norm_eps)
 
-    def __init__(self, config: Config, declared: Declared) -> None:
-        super().__init__(
-            config,
-            declared,
-            norm=partial(RMSNorm, declared, config.norm_eps),
-            attention=partial(RotaryAttention, declared, config),
-            feed_forward=partial(GatedMLP, declared, config.activation),
+    def attention(index: int) -> Attention:
+        return Attention(
+            params,
+            head_dim=config.head_dim,
+            bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            kv_heads="g",
+            rotate=rotate_halves,
         )
+
+    def feed_forward(index: int) -> GatedMLP:
+        return GatedMLP(params, config.activation, bias=config.mlp_bias)
+
+    layer = partial(Layer, norm=norm, attention=attention, feed_forward=feed_forward)
+    return CausalTransformer(config, params, norm=norm, layer=layer)

@@ -1,1 +1,1 @@
-"""The Haiku modules that families are composed of."""
+"""The Haiku modules that families consist of."""

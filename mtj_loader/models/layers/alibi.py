@@ -1,8 +1,8 @@
 """Attention with linear biases (Press et al., 2021, arXiv:2108.12409).
 
-A head's scores lose `slope` for every position between query and key. Only the differences within
-a row of scores matter, so biases are counted from the query; transformers counts them from the
-first key, which is the same after the softmax.
+A head's score decreases by `slope` for every position between query and key. Only differences
+within a row of scores matter, so distances are counted from the query; transformers counts them
+from the first key, which is the same after the softmax.
 
 n shards   b batch   t time (queries)   T time (keys)   h heads
 """
@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtj_loader.models.layers.attention import Span
-from mtj_loader.models.layers.parts import SHARDS
+from mtj_loader.models.layers.linears import SHARDS
+from mtj_loader.models.layers.positions import Positions
 
 BIAS_MAX = 8.0  # the smallest slope is 2^-8 in the paper, whatever the number of heads
 
 
 def bloom_slopes(n_heads: int) -> np.ndarray:  # float32 [h]
-    """Slopes as BLOOM has them.
+    """BLOOM's slopes.
 
-    For the greatest power of two m ≤ h they are the paper's for m heads; the other heads take
-    every second slope of 2m heads, from the first.
+    The first m heads, m being the largest power of two ≤ h, have the paper's slopes for m heads;
+    the other heads have every second slope of 2m heads, from the first.
     """
     power = 2 ** math.floor(math.log2(n_heads))
     slopes = _powers(power, np.arange(1, power + 1))
@@ -39,9 +39,9 @@ def _powers(heads: int, exponents: np.ndarray) -> np.ndarray:
 
 
 def mpt_slopes(n_heads: int, bias_max: float = BIAS_MAX) -> np.ndarray:  # float32 [h]
-    """Slopes as MPT has them (mosaicml/llm-foundry, `gen_slopes`).
+    """MPT's slopes (mosaicml/llm-foundry, `gen_slopes`).
 
-    For the least power of two m ≥ h, slope i is 2^(-i·bias_max/m), i from 1; if m is not h, the
+    With m the smallest power of two ≥ h, slope i is 2^(-i·bias_max/m), i from 1; if m is not h, the
     second, fourth, … come first, then the first, third, …, and h of them are taken.
     """
     power = 2 ** math.ceil(math.log2(n_heads))
@@ -52,16 +52,16 @@ def mpt_slopes(n_heads: int, bias_max: float = BIAS_MAX) -> np.ndarray:  # float
     return slopes[:n_heads]
 
 
-def alibi(slopes: np.ndarray, span: Span) -> jax.Array:
+def alibi(slopes: np.ndarray, positions: Positions) -> jax.Array:
     """The bias of this shard's heads, to be added to scaled scores.
 
     Args:
       slopes: float32 [h], of all heads.
-      span: where queries and keys stand.
+      positions: of queries and keys.
 
     Returns:
-      float32 [b or 1, h/n, t, T]; not above zero for visible keys.
+      float32 [b or 1, h/n, t, T]; zero or negative for visible keys.
     """
-    of_shards = jnp.asarray(slopes.reshape(jax.lax.axis_size(SHARDS), -1))  # [n, h/n]
-    own = of_shards[jax.lax.axis_index(SHARDS)]
-    return own[:, None, None] * span.distance[:, None]
+    by_shard = jnp.asarray(slopes.reshape(jax.lax.axis_size(SHARDS), -1))  # [n, h/n]
+    own = by_shard[jax.lax.axis_index(SHARDS)]
+    return own[:, None, None] * positions.distance[:, None]

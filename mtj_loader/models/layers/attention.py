@@ -1,123 +1,64 @@
-"""Causal attention with a cache, and rotary positions.
+"""Causal attention with a cache.
 
-b batch   t time (queries)   T time (keys)   h heads and g KV heads of one shard   k head_dim
-r rotated dims
+A layer creates an attention in its `__init__`: its linear layers then have the layer's path.
+
+  b batch   t time (queries)   T time (keys)   d model   h heads and g KV heads of one shard
+  k head_dim
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mtj_loader.models.layers.linears import Linear
+from mtj_loader.models.layers.positions import Positions, Rotation
+from mtj_loader.models.parameter_table import ParameterBuilder
+
 # One layer's keys and values, [b, T, g, k] each.
 KVCache = tuple[jax.Array, jax.Array]
+QKV = tuple[jax.Array, jax.Array, jax.Array]
 
 
-@dataclass(frozen=True)
-class Span:
-    """Where the tokens of one pass stand; the same for every layer.
-
-    Attributes:
-      positions: int32 [b, t], or [1, t] where all rows stand alike.
-      key_positions: int32 [T], of the keys that are attended to.
-      rotation: cosines and sines, float32 [b, t, r/2] each; None without rotary embedding.
-    """
-
-    positions: jax.Array
-    key_positions: jax.Array
-    rotation: tuple[jax.Array, jax.Array] | None
-
-    @property
-    def visible(self) -> jax.Array:  # bool [b, t, T]
-        """The keys that each query may attend to: its own position and those before."""
-        return self.key_positions <= self.positions[..., None]
-
-    def within(self, window: int) -> jax.Array:  # bool [b, t, T]
-        """Of the visible keys the last `window`, a query's own position among them."""
-        return self.visible & (self.key_positions > self.positions[..., None] - window)
-
-    @property
-    def distance(self) -> jax.Array:  # float32 [b, t, T]
-        """Key position − query position: not above zero for visible keys."""
-        return (self.key_positions - self.positions[..., None]).astype(jnp.float32)
-
-
-def rotation(
-    frequencies: jax.Array,  # float32 [b, r/2]
-    positions: jax.Array,  # int32 [b, t]
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:  # float32 [b, t, r/2] each
-    """Cosine and sine of every pair's angle, times `scale`."""
-    angles = positions[..., None].astype(jnp.float32) * frequencies[:, None, :]
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate_halves(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the first r dimensions of each head; dimension i is paired with i + r/2.
-
-    Args:
-      x: float32 [b, t, h, k].
-      turn: cosines and sines, float32 [b, t, r/2] each.
-    """
-    cos, sin = (part[:, :, None, :] for part in turn)  # [b, t, 1, r/2]
-    half = cos.shape[-1]
-    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*turned, rest], axis=-1)
-
-
-def rotate_pairs(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the first r dimensions of each head; dimension 2i is paired with 2i + 1.
-
-    Args:
-      x: float32 [b, t, h, k].
-      turn: cosines and sines, float32 [b, t, r/2] each.
-    """
-    cos, sin = (part[:, :, None, :] for part in turn)  # [b, t, 1, r/2]
-    turning, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
-    first, second = turning[..., 0::2], turning[..., 1::2]
-    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.reshape(turning.shape), rest], axis=-1)
-
-
-def update_cache(memory: KVCache | None, new: KVCache, positions: jax.Array) -> KVCache:
+def update_cache(cache: KVCache | None, new: KVCache, positions: jax.Array) -> KVCache:
     """The keys and values to attend to: the new ones, or the cache with the new ones in it.
 
     Args:
-      memory: the cache, [b, T, g, k] each; None in a pass that starts from nothing.
+      cache: [b, T, g, k] each; None in a pass over whole rows.
       new: those of this pass, [b, t, g, k] each.
-      positions: int32 [b, t], where to write; what lies outside the cache is dropped.
+      positions: int32 [b, t], where to write; positions outside the cache are dropped.
     """
-    if memory is None:
+    if cache is None:
         return new
     rows = jnp.arange(positions.shape[0])[:, None]
     keys, values = (
         old.at[rows, positions].set(fresh, mode="drop")
-        for old, fresh in zip(memory, new, strict=True)
+        for old, fresh in zip(cache, new, strict=True)
     )
     return keys, values
 
 
 def attend(
     q: jax.Array,  # [b, t, h, k]
-    memory: KVCache,  # [b, T, g, k] each
+    cache: KVCache,  # [b, T, g, k] each
     visible: jax.Array,  # bool [b, t, T]
     scale: float,
     bias: jax.Array | None = None,  # float32 [b or 1, h, t, T]
 ) -> jax.Array:  # [b, t, h, k]
-    """Softmax attention; scores, to which `bias` is added, and softmax in float32.
+    """Softmax attention; `bias` is added to the scores; scores and softmax are in float32.
 
-    With g < h every h/g neighboring heads attend to the same keys and values (grouped queries,
+    With g < h, every h/g neighboring heads attend to the same keys and values (grouped queries,
     Ainslie et al., 2023, arXiv:2305.13245).
     """
-    keys, values = memory
+    keys, values = cache
     scores = _scores(q, keys) * scale
     scores = scores if bias is None else scores + bias
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)  # every query sees at least itself
-    return _mixture(weights.astype(values.dtype), values).astype(values.dtype)
+    return _weighted_values(weights.astype(values.dtype), values).astype(values.dtype)
 
 
 def _scores(q: jax.Array, keys: jax.Array) -> jax.Array:
@@ -127,7 +68,7 @@ def _scores(q: jax.Array, keys: jax.Array) -> jax.Array:
     return _product("btgrk,bTgk->bgrtT", grouped, keys).reshape(b, h, t, -1)
 
 
-def _mixture(weights: jax.Array, values: jax.Array) -> jax.Array:
+def _weighted_values(weights: jax.Array, values: jax.Array) -> jax.Array:
     """[b, h, t, T] and [b, T, g, k] -> float32 [b, t, h, k]."""
     b, h, t, keys = weights.shape
     grouped = weights.reshape(b, values.shape[2], -1, t, keys)  # [b, g, h/g, t, T]
@@ -142,3 +83,122 @@ def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:  # float32
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
+
+
+class _AttentionBase:
+    """What separate and fused projections of queries, keys and values share.
+
+    Args:
+      params: where parameters are declared.
+      head_dim: k.
+      out_bias: whether the output projection has a bias.
+      scale: of the scores; 1/√k if None.
+      window: how many positions back a query sees, its own included; None for all.
+      rotate: the rotary embedding, such as `rotate_halves`; None without one.
+      q_norm, k_norm: norms of queries and keys, [b, t, h, k]; None without.
+      score_bias: what is added to the scores, float32 [b or 1, h, t, T]; None for nothing.
+    """
+
+    def __init__(
+        self,
+        params: ParameterBuilder,
+        *,
+        head_dim: int,
+        out_bias: bool,
+        scale: float | None = None,
+        window: int | None = None,
+        rotate: Callable[[jax.Array, Rotation], jax.Array] | None = None,
+        q_norm: Callable[[jax.Array], jax.Array] | None = None,
+        k_norm: Callable[[jax.Array], jax.Array] | None = None,
+        score_bias: Callable[[Positions], jax.Array] | None = None,
+    ) -> None:
+        self._head_dim, self._window, self._rotate = head_dim, window, rotate
+        self._scale = head_dim**-0.5 if scale is None else scale
+        self._q_norm, self._k_norm, self._score_bias = q_norm, k_norm, score_bias
+        self._out = Linear(params, "(h k)", "d", split="h", bias=out_bias, name="linear_3")
+
+    def __call__(
+        self, x: jax.Array, positions: Positions, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> float32 [b, t, d]
+        """This shard's term of the output, and the keys and values it attended to."""
+        q, k, v = self.project(x)
+        q = q if self._q_norm is None else self._q_norm(q)
+        k = k if self._k_norm is None else self._k_norm(k)
+        if self._rotate is not None:
+            assert positions.rotation is not None  # the config of such a family has a rope
+            q, k = self._rotate(q, positions.rotation), self._rotate(k, positions.rotation)
+        q, k, v = (y.astype(x.dtype) for y in (q, k, v))
+        cache = update_cache(cache, (k, v), positions.queries)
+        bias = None if self._score_bias is None else self._score_bias(positions)
+        heads = attend(q, cache, positions.visible(self._window), self._scale, bias)
+        return self._out(heads.reshape(*x.shape[:2], -1)), cache
+
+    def project(self, x: jax.Array) -> QKV:  # [b, t, d] -> float32 [b, t, h, k] each
+        """Queries, keys and values."""
+        raise NotImplementedError
+
+
+class Attention(_AttentionBase):
+    """Attention with a linear layer each for queries, values and keys, in MTJ's order.
+
+    Args:
+      params: where parameters are declared.
+      bias: whether these three have biases.
+      kv_heads: the axis of key-value heads: "h", or "g" for grouped queries.
+      **options: of `_AttentionBase`.
+    """
+
+    def __init__(
+        self,
+        params: ParameterBuilder,
+        *,
+        bias: bool,
+        kv_heads: str = "h",
+        **options: Any,  # noqa: ANN401
+    ) -> None:
+        def linear(heads: str, name: str) -> Linear:
+            return Linear(params, "d", f"({heads} k)", split=heads, bias=bias, name=name)
+
+        # Haiku numbers modules of one base name in the order of creation, so "linear" is first.
+        self._q = linear("h", "linear")
+        self._v = linear(kv_heads, "linear_1")
+        self._k = linear(kv_heads, "linear_2")
+        super().__init__(params, **options)
+
+    def project(self, x: jax.Array) -> QKV:  # [b, t, d] -> float32 [b, t, h, k] each
+        """Queries, keys and values."""
+        q, k, v = (
+            linear(x).reshape(*x.shape[:2], -1, self._head_dim)
+            for linear in (self._q, self._k, self._v)
+        )
+        return q, k, v
+
+
+class FusedAttention(_AttentionBase):
+    """Attention with one linear layer, in whose outputs each head is q, k and v in turn.
+
+    Args:
+      params: where parameters are declared.
+      bias: whether this layer and the output projection have biases.
+      clip: queries, keys and values are clamped to ± this; None for no bound.
+      **options: of `_AttentionBase`.
+    """
+
+    def __init__(
+        self,
+        params: ParameterBuilder,
+        *,
+        bias: bool,
+        clip: float | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(params, out_bias=bias, **options)
+        self._clip = clip
+        self._qkv = Linear(params, "d", "(h 3 k)", split="h", bias=bias, name="combined_qkv")
+
+    def project(self, x: jax.Array) -> QKV:  # [b, t, d] -> float32 [b, t, h, k] each
+        """Queries, keys and values."""
+        qkv = self._qkv(x)
+        qkv = qkv if self._clip is None else jnp.clip(qkv, -self._clip, self._clip)
+        qkv = qkv.reshape(*x.shape[:2], -1, 3, self._head_dim)
+        return qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]

@@ -1,70 +1,70 @@
-"""Positions that enter with the tokens: learned ones, and sinusoids.
+"""Token positions in one pass, and rotary embedding by them.
 
-n shards   b batch   t time   p positions   d model   e embedding
+b batch   t time (queries)   T time (keys)   h heads of one shard   k head_dim   r rotated dims
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mtj_loader.models.layers.parts import Embedding, add_residual, gather_columns
-from mtj_loader.models.parameter_table import Declaration
-from mtj_loader.parameters import ParamSpec
-
-_WAVELENGTHS = 10_000.0  # ratio of the longest to the shortest (Vaswani et al., 2017)
-FAIRSEQ_OFFSET = 2  # fairseq's first position is padding_idx + 1, and its padding_idx is 1
-MIN_SINUSOIDAL_WIDTH = 4  # the frequencies' exponent divides by width/2 − 1
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [b, t, r/2] each
 
 
-def learned_positions(declare: Declaration) -> ParamSpec:
-    """The table of learned positions; its columns are split, as MTJ does."""
-    return declare.parameter("embedding_shard", "pos_embs", "p d", "d")
+@dataclass(frozen=True)
+class Positions:
+    """The positions of the tokens in one pass; the same for every layer.
 
+    Attributes:
+      queries: int32 [b, t], or [1, t] if all rows have the same positions.
+      keys: int32 [T], of the keys that are attended to.
+      rotation: None without rotary embedding.
+    """
 
-class PositionedEmbedding(Embedding):
-    """Token embedding, and learned positions; for d = e."""
+    queries: jax.Array
+    keys: jax.Array
+    rotation: Rotation | None
 
-    def at(self, ids: jax.Array, positions: jax.Array) -> jax.Array:
-        """Tokens and their positions.
+    def visible(self, window: int | None = None) -> jax.Array:  # bool [b, t, T]
+        """The keys that each query may attend to.
 
         Args:
-          ids: int32 [b, t].
-          positions: int32 [b or 1, t].
-
-        Returns:
-          [b, t, d].
+          window: how many positions back a query sees, its own included; None for all.
         """
-        rows = gather_columns(self.position_columns(positions))
-        return add_residual(self(ids), rows.astype(jnp.float32))
+        past = self.keys <= self.queries[..., None]
+        return past if window is None else past & (self.keys > self.queries[..., None] - window)
 
-    def position_columns(self, positions: jax.Array) -> jax.Array:  # -> [b or 1, t, d/n]
-        """This shard's columns of the rows of these positions."""
-        return self.parameter("pos_embs")[positions]
+    @property
+    def distance(self) -> jax.Array:  # float32 [b, t, T]
+        """Key position − query position: zero or negative for visible keys."""
+        return (self.keys - self.queries[..., None]).astype(jnp.float32)
 
 
-def sinusoids(positions: jax.Array, width: int, pad_token_id: int) -> jax.Array:
-    """Sinusoidal positions as fairseq and tensor2tensor have them: sines, then cosines.
+def rotation(
+    frequencies: jax.Array,  # float32 [b, r/2]
+    positions: jax.Array,  # int32 [b, t]
+    scale: float,
+) -> Rotation:
+    """Cosine and sine of every pair's angle, times `scale`."""
+    angles = positions[..., None].astype(jnp.float32) * frequencies[:, None, :]
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
-    Frequencies are 10000^(-i / (width/2 − 1)); an odd width ends in a zero. The row of fairseq's
-    padding index is zero, wherever it stands.
 
-    Args:
-      positions: int32 [b or 1, t], counted from 0.
-      width: d, at least LEAST_SINUSOIDAL_WIDTH.
-      pad_token_id: fairseq's padding index, counted with its offset.
+def rotate_halves(x: jax.Array, rotation: Rotation) -> jax.Array:  # float32 [b, t, h, k]
+    """Rotates the first r dimensions of each head; dimension i is paired with i + r/2."""
+    cos, sin = (part[:, :, None, :] for part in rotation)  # [b, t, 1, r/2]
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*rotated, rest], axis=-1)
 
-    Returns:
-      float32 [b or 1, t, width].
-    """
-    half = width // 2
-    exponents = np.arange(half, dtype=np.float32)
-    frequencies = np.exp(exponents * np.float32(-math.log(_WAVELENGTHS) / (half - 1)))
-    rows = positions[..., None] + FAIRSEQ_OFFSET
-    angles = rows.astype(jnp.float32) * frequencies
-    odd = jnp.zeros((*positions.shape, width % 2), jnp.float32)
-    table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles), odd], axis=-1)
-    return jnp.where(rows == pad_token_id, 0, table)
+
+def rotate_pairs(x: jax.Array, rotation: Rotation) -> jax.Array:  # float32 [b, t, h, k]
+    """Rotates the first r dimensions of each head; dimension 2i is paired with 2i + 1."""
+    cos, sin = (part[:, :, None, :] for part in rotation)  # [b, t, 1, r/2]
+    paired, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    first, second = paired[..., 0::2], paired[..., 1::2]
+    rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.reshape(paired.shape), rest], axis=-1)

@@ -1,13 +1,13 @@
 """Rotary position embedding: the inverse frequencies of every rope type of transformers 5.
 
-Rotary embedding (Su et al., 2021, arXiv:2104.09864) turns pair i of a head's first r dimensions by
-position · theta^(-2i/r). The types below stretch those frequencies to contexts longer than the
-model was trained on. Two of them depend on the length of the sequence; here they are fixed for a
-row by its total length (prompt and what is to be generated), so that a cached step computes what
-a full forward pass would.
+Rotary embedding (Su et al., 2021, arXiv:2104.09864) rotates pair i of a head's first r dimensions
+by position · theta^(-2i/r). The types below stretch those frequencies to contexts longer than the
+model was trained on. Two of them depend on the length of the sequence; here they are fixed for
+each row by its total length (the prompt and all tokens to generate), so that a cached step
+computes the same as a full forward pass.
 
 Everything is numpy in float32, in the order of operations that published models were trained
-with: the exponent 2i/r is rounded to float32 before the power, which shows at long distances.
+with: the exponent 2i/r is rounded to float32 before the power, which matters at long distances.
 
   r rotated dimensions of a head, r/2 pairs   b batch
 """
@@ -28,13 +28,13 @@ DEFAULT_THETA = 10_000.0  # Su et al., and the default of every transformers fam
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rope type "default", and what all types share.
+    """Rope type "default", and the base of the other types.
 
     Attributes:
       theta: the base of the wavelengths.
       head_dim: size of a head, k.
       fraction: share of each head that is rotated.
-      trained_positions: the context length that the model's positions are made for.
+      trained_positions: the context length that the model was trained on.
     """
 
     theta: float
@@ -49,16 +49,16 @@ class Rope:
 
     @property
     def scale(self) -> float:
-        """What cosine and sine are multiplied by; other than 1 for yarn and longrope."""
+        """The factor of cosine and sine; only yarn and longrope have another than 1."""
         return 1.0
 
     @property
-    def turning_pairs(self) -> int:
-        """How many pairs turn: the first ones."""
+    def rotated_pairs(self) -> int:
+        """How many pairs are rotated: the first ones."""
         return len(self._exponents())
 
     def frequencies(self, total: int) -> np.ndarray:
-        """Inverse frequencies, float32 [r/2], of a row of `total` tokens, if they depend on it."""
+        """Inverse frequencies, float32 [r/2], of a row of `total` tokens."""
         return self._powers(self.theta)
 
     def _exponents(self) -> np.ndarray:  # float32 [r/2]
@@ -69,7 +69,7 @@ class Rope:
 
     @classmethod
     def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
-        """Reads what this type needs besides the `shared` attributes above."""
+        """Reads what this type needs in addition to the `shared` attributes above."""
         return cls(**shared)
 
 
@@ -91,33 +91,33 @@ class Linear(Rope):
 
 @dataclass(frozen=True, kw_only=True)
 class Proportional(Linear):
-    """All of the head is paired, but only the first `fraction` of the pairs turn.
+    """The whole head is paired, but only the first `fraction` of the pairs are rotated.
 
-    Exponents are 2i/head_dim, as if the whole head turned; the remaining frequencies are zero.
+    Exponents are 2i/head_dim, as if the whole head were rotated; the other frequencies are zero.
     """
 
     @property
-    def turning_pairs(self) -> int:
-        """How many pairs turn: the first ones."""
+    def rotated_pairs(self) -> int:
+        """How many pairs are rotated: the first ones."""
         return int(self.fraction * self.head_dim // 2)
 
     def frequencies(self, total: int) -> np.ndarray:
         """Inverse frequencies, float32 [head_dim/2]."""
-        turning = np.arange(0, 2 * self.turning_pairs, 2, dtype=np.float32)
-        exponents = turning / np.float32(self.head_dim)
+        rotated = np.arange(0, 2 * self.rotated_pairs, 2, dtype=np.float32)
+        exponents = rotated / np.float32(self.head_dim)
         result = np.zeros(self.head_dim // 2, np.float32)
-        result[: self.turning_pairs] = np.float32(1) / _power(self.theta, exponents)
+        result[: self.rotated_pairs] = np.float32(1) / _power(self.theta, exponents)
         return result / np.float32(self.factor)
 
     @classmethod
     def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
-        """Reads `factor`, 1 where there is none."""
+        """Reads `factor`, by default 1."""
         return cls(**shared, factor=_factor(config, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamic(Linear):
-    """NTK-aware scaling that sets in past the trained length and grows with the row's length.
+    """NTK-aware scaling that starts beyond the trained length and grows with the row's length.
 
     theta' = theta · (factor·t/T − (factor−1))^(r/(r−2)), with t at least T, the trained length
     (bloc97 and emozilla, 2023; Peng et al., 2023, arXiv:2309.00071, section 3.3).
@@ -131,7 +131,7 @@ class Dynamic(Linear):
 
     @classmethod
     def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
-        """Reads `factor`; needs two pairs at least, for r − 2 divides."""
+        """Reads `factor`; needs at least two pairs, because r − 2 is a divisor."""
         rope = cls(**shared, factor=_factor(config))
         if rope.exponent_dim <= 2:
             raise config.error("dynamic rope needs more than two rotated dimensions", "rope_type")
@@ -140,7 +140,7 @@ class Dynamic(Linear):
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3(Linear):
-    """Long wavelengths are divided, short ones stay, a smooth ramp between (Llama 3.1)."""
+    """Divides low frequencies, keeps high ones, with a smooth ramp between (Llama 3.1)."""
 
     low_freq_factor: float
     high_freq_factor: float
@@ -167,16 +167,16 @@ class Llama3(Linear):
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn(Linear):
-    """YaRN (Peng et al., 2023, arXiv:2309.00071): interpolation by parts, and warmer attention."""
+    """YaRN (Peng et al., 2023, arXiv:2309.00071): interpolation by parts and scaled attention."""
 
-    beta_fast: float  # pairs that turn more often than this in the trained context stay
-    beta_slow: float  # pairs that turn less often are divided by the factor
+    beta_fast: float  # pairs with more rotations than this in the trained context are unchanged
+    beta_slow: float  # pairs with fewer rotations than this are divided by the factor
     truncate: bool
     attention_factor: float
 
     @property
     def scale(self) -> float:
-        """What cosine and sine are multiplied by."""
+        """The factor of cosine and sine."""
         return self.attention_factor
 
     def frequencies(self, total: int) -> np.ndarray:
@@ -186,8 +186,8 @@ class Yarn(Linear):
         kept = np.float32(1) - self._ramp()
         return divided * (1 - kept) + np.float32(1) / positive * kept
 
-    def _ramp(self) -> np.ndarray:  # float32 [r/2], 0 where a pair stays, 1 where it is divided
-        low, high = self._pair_turning(self.beta_fast), self._pair_turning(self.beta_slow)
+    def _ramp(self) -> np.ndarray:  # float32 [r/2], 0 for an unchanged pair, 1 for a divided one
+        low, high = self._pair_rotating(self.beta_fast), self._pair_rotating(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.exponent_dim - 1)
@@ -196,14 +196,14 @@ class Yarn(Linear):
         pairs = np.arange(self.exponent_dim // 2, dtype=np.float32)
         return np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
 
-    def _pair_turning(self, turns: float) -> float:
-        """The (fractional) pair that makes so many turns within the trained context."""
-        wavelength = self.trained_positions / (turns * 2 * math.pi)
+    def _pair_rotating(self, rotations: float) -> float:
+        """The (fractional) pair that rotates so many times within the trained context."""
+        wavelength = self.trained_positions / (rotations * 2 * math.pi)
         return self.exponent_dim * math.log(wavelength) / (2 * math.log(self.theta))
 
     @classmethod
     def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
-        """Reads the factor, the ends of the ramp and the attention factor or what gives it."""
+        """Reads the factor, the ends of the ramp, and the settings of the attention factor."""
         longest = shared["trained_positions"]
         shared = _original_positions(config, shared)
         factor = _factor(config, longest / shared["trained_positions"])
@@ -222,15 +222,15 @@ class Yarn(Linear):
 
 @dataclass(frozen=True, kw_only=True)
 class LongRope(Rope):
-    """LongRoPE (Ding et al., 2024, arXiv:2402.13753): a searched divisor for every pair."""
+    """LongRoPE (Ding et al., 2024, arXiv:2402.13753): a divisor for every pair."""
 
-    short_factor: tuple[float, ...]  # rows within the trained context
-    long_factor: tuple[float, ...]  # longer rows
+    short_factor: tuple[float, ...]  # for rows within the trained context
+    long_factor: tuple[float, ...]  # for longer rows
     attention_factor: float
 
     @property
     def scale(self) -> float:
-        """What cosine and sine are multiplied by."""
+        """The factor of cosine and sine."""
         return self.attention_factor
 
     def frequencies(self, total: int) -> np.ndarray:
@@ -242,7 +242,7 @@ class LongRope(Rope):
 
     @classmethod
     def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
-        """Reads the two lists of divisors, and the attention factor or what gives it."""
+        """Reads the two lists of divisors and the settings of the attention factor."""
         longest = shared["trained_positions"]
         shared = _original_positions(config, shared)
         trained = shared["trained_positions"]
@@ -270,13 +270,14 @@ TYPES: dict[str, type[Rope]] = {
 }
 
 
-def read(
+def read_rope(
     config: Reader,
     *,
     head_dim: int,
     max_positions: int,
     fraction: float,
     theta: float = DEFAULT_THETA,
+    whole_heads: bool = False,
 ) -> Rope:
     """Reads the rotary embedding of a config.
 
@@ -284,12 +285,13 @@ def read(
       config: the family's reader.
       head_dim: size of a head.
       max_positions: the longest context, as the config states it.
-      fraction: share of the head that is rotated where the config does not say.
-      theta: the base of the wavelengths where the config does not say.
+      fraction: share of the head that is rotated, if the config does not say.
+      theta: the base of the wavelengths, if the config does not say.
+      whole_heads: refuse fractions other than 1, because transformers ignores them here.
 
     Raises:
-      ConfigError: an unknown rope type (the known ones are named), a key that the type does not
-        know, or a value that makes no sense.
+      ConfigError: an unknown rope type (the message lists the known ones), a key that does not
+        belong to the type, or an invalid value.
     """
     rope = config.rope()
     kind = TYPES[rope.choice("rope_type", TYPES, "default")]
@@ -300,14 +302,17 @@ def read(
         "trained_positions": max_positions,
     }
     _check_shared(rope, shared)
+    if whole_heads and shared["fraction"] != 1 and kind is not Proportional:
+        what = "this family rotates whole heads"
+        raise config.error(what, "partial_rotary_factor", "1")
     result = kind.read(rope, shared)
     rope.refuse_rest()
     _check_usable(rope, result)
     return result
 
 
-def table(rope: Rope, totals: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Inverse frequencies of a batch, float32 [b, r/2]: row i is made for `totals[i]` tokens."""
+def frequency_table(rope: Rope, totals: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Inverse frequencies of a batch, float32 [b, r/2]; row i is for `totals[i]` tokens."""
     rows = {total: rope.frequencies(total) for total in {int(total) for total in totals}}
     return np.stack([rows[int(total)] for total in totals])
 
@@ -318,33 +323,33 @@ def _power(theta: float, exponents: np.ndarray) -> np.ndarray:
 
 
 def _check_usable(config: Reader, rope: Rope) -> None:
-    """Raises ConfigError if positions cannot be told apart, within or beyond what was trained."""
+    """Raises ConfigError if positions are indistinguishable, up to twice the trained length."""
     try:
         with np.errstate(all="ignore"):
-            usable = all(_tells(rope, n * rope.trained_positions) for n in (1, 2))
+            usable = all(_is_distinct(rope, n * rope.trained_positions) for n in (1, 2))
     except (ArithmeticError, ValueError):
         usable = False
     if not usable:
         what = "settings of the rotary embedding give angles that are zero or not finite"
-        raise config.error(what, "rope_type", "settings of usual size")
+        raise config.error(what, "rope_type", "settings of the usual size")
 
 
-def _tells(rope: Rope, total: int) -> bool:
-    """Whether, in a row of `total` tokens, every pair turns, no angle overflows, and no product."""
+def _is_distinct(rope: Rope, total: int) -> bool:
+    """Whether every pair rotates in a row of `total` tokens, and nothing overflows."""
     row = rope.frequencies(total)
     angles = row * np.float32(total)
     product = np.float32(rope.scale) ** 2  # a query's times a key's
-    turns = (row[: rope.turning_pairs] > 0).all()
-    return bool(turns and np.isfinite(angles).all() and 0 < product < np.inf)
+    rotates = (row[: rope.rotated_pairs] > 0).all()
+    return bool(rotates and np.isfinite(angles).all() and 0 < product < np.inf)
 
 
 def _check_shared(config: Reader, shared: Mapping[str, Any]) -> None:
     if shared["theta"] <= 1:
         raise config.error("not a legal value", "rope_theta", "a number above 1")
-    share = min(shared["fraction"], 2.0)  # what is above 1 is refused, however large
+    share = min(shared["fraction"], 2.0)  # anything above 1 is refused, however large
     pairs = math.ceil(int(shared["head_dim"] * share) / 2)
     if not 2 <= 2 * pairs <= shared["head_dim"]:
-        what = f"the rotated dimensions do not come in pairs within {shared['head_dim']}, the head"
+        what = f"the rotated dimensions are not pairs within a head of {shared['head_dim']}"
         raise config.error(what, "partial_rotary_factor", "a share from 0 to 1")
 
 
@@ -356,14 +361,14 @@ def _factor(config: Reader, default: float | None = None) -> float:
 
 
 def _original_positions(config: Reader, shared: dict[str, Any]) -> dict[str, Any]:
-    """`shared` with the context length before stretching, where the config states one."""
+    """`shared` with the context length before stretching, if the config states it."""
     longest = shared["trained_positions"]
     trained = config.integer("original_max_position_embeddings", longest, low=2)  # ln is not 0
     return {**shared, "trained_positions": trained}
 
 
 def _yarn_attention_factor(config: Reader, factor: float) -> float:
-    """0.1·m·ln(factor) + 1 (section 3.4 of the paper); a ratio of two where both m are given."""
+    """0.1·m·ln(factor) + 1 (section 3.4 of the paper); a ratio of two if both m are given."""
 
     def grown(m: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0

@@ -1,0 +1,96 @@
+"""Norms. All compute in float32 and return the dtype of their input.
+
+n shards   d model
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mtj_loader.models.layers.linears import SHARDS, ParameterizedModule
+from mtj_loader.models.parameter_table import ParameterBuilder
+
+
+class LayerNorm(ParameterizedModule):
+    """Layer normalization (Ba et al., 2016, arXiv:1607.06450).
+
+    Args:
+      params: where parameters are declared.
+      eps: epsilon.
+      scale, offset: whether the norm has these parameters.
+      name: of the module.
+    """
+
+    def __init__(
+        self,
+        params: ParameterBuilder,
+        eps: float,
+        *,
+        scale: bool = True,
+        offset: bool = True,
+        name: str,
+    ) -> None:
+        super().__init__(params, name)
+        self._eps = eps
+        if scale:
+            self.declare_scale("scale")
+        if offset:
+            self.declare_scale("offset")
+
+    def declare_scale(self, param: str) -> None:
+        """Declares a parameter with one number per normalized element."""
+        self.declare(param, "d")
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., d] -> [..., d]
+        """Normalizes the last axis."""
+        x32 = x.astype(jnp.float32)
+        centered = x32 - self.mean(x32)
+        y = centered * jax.lax.rsqrt(self.mean(jnp.square(centered)) + self._eps)
+        scale, offset = self.parameter32("scale"), self.parameter32("offset")
+        y = y if scale is None else y * scale
+        y = y if offset is None else y + offset
+        return y.astype(x.dtype)
+
+    def mean(self, x: jax.Array) -> jax.Array:  # float32 [..., d] -> float32 [..., 1]
+        """The mean over the normalized axis."""
+        return jnp.mean(x, axis=-1, keepdims=True)
+
+
+class AllHeadsLayerNorm(LayerNorm):
+    """Layer normalization over all heads at once, which are split over the shards."""
+
+    def declare_scale(self, param: str) -> None:
+        """Declares a parameter that is split as its input is."""
+        self.declare(param, "(h k)", "h")
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [b, t, h/n, k] -> [b, t, h/n, k]
+        """Normalizes the last two axes."""
+        return super().__call__(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+
+    def mean(self, x: jax.Array) -> jax.Array:  # float32 [..., h·k/n] -> float32 [..., 1]
+        """The mean over the heads of all shards."""
+        return jax.lax.pmean(super().mean(x), SHARDS)
+
+
+class RMSNorm(ParameterizedModule):
+    """Root mean square normalization (Zhang and Sennrich, 2019, arXiv:1910.07467).
+
+    Args:
+      params: where parameters are declared.
+      eps: epsilon.
+      axis: what is normalized: "d" the residual stream, "k" each head.
+      name: of the module.
+    """
+
+    def __init__(self, params: ParameterBuilder, eps: float, *, axis: str = "d", name: str) -> None:
+        super().__init__(params, name)
+        self._eps = eps
+        self.declare("scale", axis)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., d] -> [..., d]
+        """Normalizes the last axis."""
+        x32 = x.astype(jnp.float32)
+        square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        scale = self.parameter("scale").astype(jnp.float32)
+        return (x32 * jax.lax.rsqrt(square + self._eps) * scale).astype(x.dtype)
