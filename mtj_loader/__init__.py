@@ -31,8 +31,7 @@ from mtj_loader.version import version
 
 if TYPE_CHECKING:
     from mtj_loader.api import load, plan
-    from mtj_loader.conversion.convert_checkpoint import convert
-    from mtj_loader.conversion.convert_report import ConvertReport
+    from mtj_loader.conversion.convert_checkpoint import ConvertReport, convert
     from mtj_loader.loading.load_report import LoadReport
     from mtj_loader.model import Model
     from mtj_loader.planning.load_plan import LoadPlan
@@ -75,7 +74,7 @@ __all__ = [
 # Names that are imported on first use, and their modules. Most need JAX, which takes a second to
 # import, and half of the commands run without it.
 _LAZY = {
-    "ConvertReport": "mtj_loader.conversion.convert_report",
+    "ConvertReport": "mtj_loader.conversion.convert_checkpoint",
     "LoadPlan": "mtj_loader.planning.load_plan",
     "LoadReport": "mtj_loader.loading.load_report",
     "Model": "mtj_loader.model",

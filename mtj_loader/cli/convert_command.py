@@ -15,9 +15,13 @@ from mtj_loader.cli import signals
 from mtj_loader.cli.command import command
 from mtj_loader.cli.output import print_json, print_table, warn
 from mtj_loader.cli.shared_options import AsJson
-from mtj_loader.conversion.convert_checkpoint import NewDType, OnOverflow
+from mtj_loader.conversion.convert_checkpoint import (
+    ConvertReport,
+    NewDType,
+    OnOverflow,
+    TensorReport,
+)
 from mtj_loader.conversion.convert_checkpoint import convert as convert_checkpoint
-from mtj_loader.conversion.convert_report import ConvertReport, TensorReport
 from mtj_loader.names import blank_indices, fold_names
 from mtj_loader.options import Source
 

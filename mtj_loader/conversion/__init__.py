@@ -1,1 +1,1 @@
-"""Checkpoints written in another dtype, from files to files; no model and no device."""
+"""Converting checkpoints to another dtype, from files to files, without a model or device."""

@@ -1,4 +1,4 @@
-"""A dtype change, element by element: rounded once, to nearest even, and its losses counted."""
+"""Changing the dtype of elements: rounding once, to nearest even, and counting losses."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import numpy as np
 from mtj_loader.dtypes import FLOAT32, FLOAT64, WEIGHT_DTYPES
 from mtj_loader.weights.kernels import count_nonfinite, is_nonfinite
 
-SOURCES: dict[str, np.dtype] = WEIGHT_DTYPES | {"F64": FLOAT64}  # what can be converted
-SPELLINGS = {dtype: name for name, dtype in SOURCES.items()}
+# What can be converted, by the names that safetensors uses.
+SOURCE_DTYPES: dict[str, np.dtype] = WEIGHT_DTYPES | {"F64": FLOAT64}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SOURCE_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What a dtype change did to some elements.
+    """Numbers of elements that a dtype change lost, or that were NaN or infinite before.
 
     Attributes:
-      overflow: finite ones that are too large for the new dtype.
-      underflow: nonzero ones that became zero.
-      nonfinite: ones that were NaN or infinite before, and are so still.
+      overflow: finite elements that are too large for the new dtype.
+      underflow: nonzero elements that became zero.
+      nonfinite: elements that were NaN or infinite before the change; they stay so.
     """
 
     overflow: int = 0
@@ -37,17 +38,17 @@ class Losses:
 
 
 def cast(chunk: np.ndarray, target: np.dtype, *, clamp: bool) -> tuple[np.ndarray, Losses]:
-    """Changes the dtype of an array of one of the `SOURCES`.
+    """Changes the dtype of an array that has one of the `SOURCE_DTYPES`.
 
     Args:
-      chunk: the elements; given back as it is if it has the dtype already.
+      chunk: the elements; returned unchanged if it already has the dtype.
       target: float16, bfloat16 or float32.
-      clamp: make the largest number of the new dtype of what overflows, instead of infinity.
+      clamp: replace what overflows with the largest number of the new dtype, not infinity.
     """
     nonfinite = count_nonfinite(chunk)
     if chunk.dtype == target:
         return chunk, Losses(nonfinite=nonfinite)
-    after = _rounded(chunk, target)
+    after = _round(chunk, target)
     overflow = count_nonfinite(after) - nonfinite
     underflow = _count_nonzero(chunk) - _count_nonzero(after)
     if overflow and clamp:
@@ -56,18 +57,18 @@ def cast(chunk: np.ndarray, target: np.dtype, *, clamp: bool) -> tuple[np.ndarra
     return after, Losses(overflow, underflow, nonfinite)
 
 
-def _rounded(chunk: np.ndarray, target: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # all are counted
+def _round(chunk: np.ndarray, target: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # they are counted
         if chunk.dtype == FLOAT64 and target != FLOAT32:
-            chunk = _rounded_to_odd(chunk)
+            chunk = _round_to_odd(chunk)
         return chunk.astype(target)
 
 
-def _rounded_to_odd(chunk: np.ndarray) -> np.ndarray:
-    """float64 → float32, inexact results with the last bit set, so that rounding again is exact.
+def _round_to_odd(chunk: np.ndarray) -> np.ndarray:
+    """float64 → float32 with the last bit set if inexact, so that rounding again is correct.
 
     Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
-    rounding to odd", 2008: it takes two bits more than the final format has.
+    rounding to odd", 2008: the intermediate format needs two more bits than the final one.
     """
     near = chunk.astype(FLOAT32)
     wide, bits = near.astype(FLOAT64), near.view(np.uint32)
@@ -78,4 +79,4 @@ def _rounded_to_odd(chunk: np.ndarray) -> np.ndarray:
 
 
 def _count_nonzero(chunk: np.ndarray) -> int:
-    return int(np.count_nonzero(chunk.view(f"u{chunk.itemsize}") << 1))  # without the sign
+    return int(np.count_nonzero(chunk.view(f"u{chunk.itemsize}") << 1))  # ignores the sign bit

@@ -1,19 +1,104 @@
-"""A checkpoint in another dtype: the function behind `mtj_loader.convert`."""
+"""Converting a checkpoint to another dtype: `mtj_loader.convert`, its steps and its report."""
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
 from typing import Literal, get_args
 
-from mtj_loader.conversion.convert_plan import PathLike, find_target, make_plan, open_source
-from mtj_loader.conversion.convert_report import ConvertReport
-from mtj_loader.conversion.execute import execute
-from mtj_loader.conversion.output_folder import check_target
-from mtj_loader.display import parse_bytes
-from mtj_loader.errors import UsageError
-from mtj_loader.options import Source
+from mtj_loader.conversion.casting import Losses
+from mtj_loader.conversion.convert_plan import (
+    ConvertPlan,
+    TensorConversion,
+    find_target,
+    make_index,
+    make_plan,
+    open_source,
+)
+from mtj_loader.conversion.convert_tensors import convert_tensors
+from mtj_loader.conversion.output_folder import check_target, create_folder, write_at
+from mtj_loader.display import counted, parse_bytes, show_bytes
+from mtj_loader.errors import NonFiniteError, UsageError
+from mtj_loader.formats.checkpoint import CONFIG_FILE
+from mtj_loader.formats.file_names import INDEX_FILE
+from mtj_loader.loading.load_failure import clean_failure
+from mtj_loader.loading.progress import progress_bar
+from mtj_loader.options import PathLike, Source
+from mtj_loader.storage.base import Storage, check_unchanged
 
 NewDType = Literal["float16", "bfloat16", "float32"]
 OnOverflow = Literal["refuse", "clamp"]
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # in config.json: since transformers 5, and before
+_COPY_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """A converted tensor; dtypes as safetensors spells them, losses in elements."""
+
+    name: str
+    source_dtype: str
+    dtype: str
+    elements: int
+    overflow: int
+    underflow: int
+    nonfinite: int
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """A finished conversion; sizes in bytes.
+
+    Attributes:
+      location: the source: a path, or `owner/name@commit`.
+      out: the output folder.
+      dtype: of its floats.
+      files: its weight files.
+      tensors: all tensors, with the number of elements that overflowed (and were clamped), that
+        became zero, and that were NaN or infinite.
+      copied: other files that were copied unchanged.
+      left_out: files that were not copied: other weights, large files, folders.
+      bytes_read, bytes_written: of weights.
+      seconds: from the first read until everything is on disk.
+      warnings: conditions that did not stop the conversion.
+    """
+
+    location: str
+    out: str
+    dtype: str
+    files: tuple[str, ...]
+    tensors: tuple[TensorReport, ...]
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+    @property
+    def losses(self) -> Losses:
+        """The sum over all tensors."""
+        return sum((Losses(t.overflow, t.underflow, t.nonfinite) for t in self.tensors), Losses())
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as JSON types; docs/json.md describes them."""
+        return {**asdict(self), **asdict(self.losses)}
+
+    def __str__(self) -> str:
+        """The report in two lines."""
+        losses = self.losses
+        return (
+            f"{counted(len(self.tensors), 'tensor')} to {self.dtype}: {show_bytes(self.bytes_read)}"
+            f" read, {show_bytes(self.bytes_written)} written in {self.seconds:.2f} s,"
+            f" {counted(len(self.files), 'file')} in {self.out}\n"
+            f"{losses.overflow:,} overflowed, {losses.underflow:,} became zero, "
+            f"{losses.nonfinite:,} are NaN or infinite"
+        )
 
 
 def convert(
@@ -32,34 +117,34 @@ def convert(
     stream: bool = False,
     progress: bool = True,
 ) -> ConvertReport:
-    """Writes a checkpoint of any family anew, its floats in another dtype.
+    """Writes a copy of a checkpoint of any family with its floats in another dtype.
 
-    Each number is rounded once, to nearest even; integers and booleans stay as they are. The
-    config, with its dtype changed, the tokenizer and all other small files come along. The output
-    appears whole or not at all.
+    Each number is rounded once, to nearest even; integers and booleans are kept. The config, with
+    its dtype changed, the tokenizer and all other small files are copied too. The output folder
+    appears complete or not at all.
 
     Args:
       src: a folder, a .safetensors file, a URL such as gs://bucket/model, or a Hugging Face id.
-      out: the folder to make; by default `<name>-<dtype>` beside the source, and in the working
-        folder for what is not on this machine.
-      dtype: of the new floats.
-      on_overflow: "refuse" makes numbers that are too large for the dtype an error, "clamp" makes
-        them the largest that it has.
-      allow_nonfinite: convert NaN and infinity all the same.
-      overwrite: replace a checkpoint that is there already.
-      max_shard_size: the most bytes of tensors in a file, such as "5GB"; a larger tensor gets a
-        file of its own.
+      out: the output folder; by default `<name>-<dtype>` next to the source, or in the working
+        folder if the source is not a local path.
+      dtype: of the converted floats.
+      on_overflow: "refuse" raises an error if numbers are too large for the dtype; "clamp" replaces
+        them with the largest number of the dtype.
+      allow_nonfinite: convert NaN and infinity instead of raising an error.
+      overwrite: replace an existing checkpoint.
+      max_shard_size: maximum size of the tensors in a file, such as "5GB"; a larger tensor gets its
+        own file.
       revision: of a Hugging Face id: a branch, a tag or a commit.
       token: for private models; by default the one that huggingface_hub finds.
-      cache_dir: where downloads are kept; by default huggingface_hub's cache.
-      local_files_only: take what the cache has, and ask no server.
-      stream: read a Hugging Face repository by ranges and keep no file of it; docs/storage.md.
-      progress: show a progress bar where a person can see it.
+      cache_dir: folder for downloads; by default huggingface_hub's cache.
+      local_files_only: use only files in the cache, without network access.
+      stream: read byte ranges of a Hugging Face repository and store no files; docs/storage.md.
+      progress: show a progress bar if there is a terminal.
 
     Raises:
-      UsageError: an option, or a target that may not be written.
-      CheckpointError: the source is at fault; NonFiniteError for NaN, infinity and overflow.
-      MachineError: the disk is full or failed, or the network did.
+      UsageError: an invalid option, or a target that may not be written.
+      CheckpointError: an invalid source; NonFiniteError for NaN, infinity and overflow.
+      MachineError: a full disk, or a disk or network error.
     """
     _check_choice("dtype", dtype, get_args(NewDType))
     _check_choice("on_overflow", on_overflow, get_args(OnOverflow))
@@ -68,7 +153,7 @@ def convert(
     check_target(target, overwrite=overwrite)
     source = open_source(Source(src, revision, token, cache_dir, local_files_only, stream))
     plan = make_plan(source, target, dtype, max_shard_bytes)
-    return execute(
+    return _execute(
         plan,
         clamp=on_overflow == "clamp",
         allow_nonfinite=allow_nonfinite,
@@ -81,3 +166,101 @@ def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         expected = ", ".join(choices)
         raise UsageError("unknown option", key=key, expected=expected, found=repr(value))
+
+
+@clean_failure()
+def _execute(
+    plan: ConvertPlan, *, clamp: bool, allow_nonfinite: bool, overwrite: bool, progress: bool
+) -> ConvertReport:
+    started_at = time.perf_counter()
+    storage = plan.checkpoint.storage
+    with (
+        storage,
+        create_folder(plan.target, overwrite=overwrite) as folder,
+        progress_bar(plan.source_bytes, shown=progress, verb="converting") as advance,
+    ):
+        _write_other_files(plan, folder)
+        losses = convert_tensors(storage, plan.tensors, folder, clamp=clamp, progress=advance)
+        check_unchanged(storage, *plan.checkpoint.index.files.values())
+        tensors = [_report_tensor(tensor, losses[tensor.source.name]) for tensor in plan.tensors]
+        _check_losses(tensors, plan.dtype, clamp=clamp, allow_nonfinite=allow_nonfinite)
+    return _make_report(plan, tensors, time.perf_counter() - started_at)
+
+
+def _write_other_files(plan: ConvertPlan, folder: Path) -> None:
+    """Writes everything except tensors: small files, config, headers, and an index for shards."""
+    for name in plan.copied:
+        _copy_file(plan.checkpoint.storage, name, folder / name)
+    _write_json(folder / CONFIG_FILE, _set_dtype(plan.checkpoint.config, plan.dtype))
+    for file in plan.files:
+        write_at(folder / file.name, 0, memoryview(file.header))
+    if len(plan.files) > 1:
+        _write_json(folder / INDEX_FILE, make_index(plan.files))
+
+
+def _copy_file(storage: Storage, name: str, path: Path) -> None:
+    size_bytes = storage.version(name).size_bytes
+    write_at(path, 0, memoryview(b""))  # creates the file even if it is empty
+    for start in range(0, size_bytes, _COPY_CHUNK_BYTES):
+        data = storage.read(name, start, min(_COPY_CHUNK_BYTES, size_bytes - start))
+        write_at(path, start, memoryview(data))
+
+
+def _write_json(path: Path, document: Mapping[str, object]) -> None:
+    """Writes JSON in the same layout as transformers."""
+    write_at(path, 0, memoryview((json.dumps(document, indent=2) + "\n").encode()))
+
+
+def _set_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:
+    """Returns the config with its dtype changed, under the keys that it already uses.
+
+    If it has none, the older key is added, which all versions of transformers read.
+    """
+    keys = [key for key in _DTYPE_KEYS if key in config] or ["torch_dtype"]
+    return {**config, **dict.fromkeys(keys, dtype)}
+
+
+def _report_tensor(tensor: TensorConversion, losses: Losses) -> TensorReport:
+    source, target = tensor.source, tensor.target
+    counts = (losses.overflow, losses.underflow, losses.nonfinite)
+    return TensorReport(source.name, source.dtype, target.dtype, prod(source.shape), *counts)
+
+
+def _check_losses(
+    tensors: Sequence[TensorReport], dtype: str, *, clamp: bool, allow_nonfinite: bool
+) -> None:
+    nonfinite = {tensor.name: tensor.nonfinite for tensor in tensors if tensor.nonfinite}
+    if nonfinite and not allow_nonfinite:
+        what, hint = "weights are NaN or infinite", "allow_nonfinite converts them anyway"
+        raise _loss_error(what, nonfinite, hint)
+    overflow = {tensor.name: tensor.overflow for tensor in tensors if tensor.overflow}
+    if overflow and not clamp:
+        what = f"finite weights are too large for {dtype}"
+        hint = f"on_overflow=clamp replaces them with the largest {dtype}"
+        raise _loss_error(what, overflow, hint)
+
+
+def _loss_error(what: str, counts: dict[str, int], hint: str) -> NonFiniteError:
+    """Names the tensor with the highest count, and the total count."""
+    tensor = max(counts, key=lambda name: counts[name])
+    total, tensors = sum(counts.values()), counted(len(counts), "tensor")
+    found = f"{counts[tensor]:,} in this tensor, {total:,} in {tensors}"
+    return NonFiniteError(what, tensor=tensor, found=found, hint=hint)
+
+
+def _make_report(
+    plan: ConvertPlan, tensors: Sequence[TensorReport], seconds: float
+) -> ConvertReport:
+    return ConvertReport(
+        location=plan.checkpoint.location,
+        out=str(plan.target),
+        dtype=plan.dtype,
+        files=tuple(file.name for file in plan.files),
+        tensors=tuple(tensors),
+        copied=plan.copied,
+        left_out=plan.left_out,
+        bytes_read=plan.source_bytes,
+        bytes_written=sum(file.data_bytes for file in plan.files),
+        seconds=seconds,
+        warnings=plan.warnings,
+    )

@@ -1,39 +1,45 @@
-"""Planning a conversion: what is read, what is written and where, before anything is."""
+"""Planning a conversion: what is read, and the files, headers and offsets that are written."""
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mtj_loader import options
-from mtj_loader.conversion.casting import SPELLINGS
-from mtj_loader.conversion.output_folder import check_room
-from mtj_loader.conversion.output_layout import Move, OutputFile, plan_files
-from mtj_loader.conversion.small_files import is_small_file, sort_files
-from mtj_loader.dtypes import parameter_dtype
-from mtj_loader.errors import StorageError, UsageError
+from mtj_loader.conversion.casting import SAFETENSORS_NAMES, SOURCE_DTYPES
+from mtj_loader.conversion.output_folder import check_disk_space
+from mtj_loader.dtypes import BITS, parameter_dtype
+from mtj_loader.errors import CheckpointError, StorageError, UsageError
 from mtj_loader.formats.checkpoint import (
+    CONFIG_FILE,
     Checkpoint,
     existing_path,
     open_checkpoint,
     repository_files,
 )
-from mtj_loader.formats.file_names import SUFFIX
+from mtj_loader.formats.file_names import INDEX_FILE, OTHER_WEIGHTS, SINGLE_FILE, SUFFIX
+from mtj_loader.formats.records import TensorRecord
+from mtj_loader.options import PathLike, Source
 from mtj_loader.storage.base import Storage
 from mtj_loader.storage.local import LocalStorage
 
-PathLike = str | os.PathLike[str]
+_KEPT_DTYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
+_ALIGNMENT_BYTES = 8  # of the header, as in the reference writer, so that the data is aligned
+_WEIGHT_SUFFIXES = (SUFFIX, *OTHER_WEIGHTS, ".ckpt", ".onnx_data", ".tflite", ".index.json")
+_MAX_COPIED_BYTES = 100_000_000  # three times the largest tokenizers; weight files are larger
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint, opened.
+class ConvertSource:
+    """An open checkpoint.
 
     Attributes:
-      checkpoint: its headers.
-      names: other files and folders that are where it comes from; a folder's end in a slash.
-      warnings: what was noticed on the way.
+      checkpoint: its headers and storage.
+      names: other files and folders at its location; the names of folders end with a slash.
+      warnings: for the report.
     """
 
     checkpoint: Checkpoint
@@ -42,16 +48,43 @@ class Source:
 
 
 @dataclass(frozen=True)
+class TensorConversion:
+    """A tensor in a source file and in an output file; the dtypes may differ."""
+
+    source: TensorRecord
+    target: TensorRecord
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A safetensors file to write: the header, and the tensors that follow it without gaps."""
+
+    name: str
+    header: bytes
+    tensors: tuple[TensorConversion, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole file."""
+        return len(self.header) + self.data_bytes
+
+    @property
+    def data_bytes(self) -> int:
+        """Of its tensors."""
+        return sum(tensor.target.size_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
 class ConvertPlan:
-    """A conversion to be.
+    """A planned conversion.
 
     Attributes:
-      checkpoint: what is read.
-      target: the folder that is written; its path has no links.
-      dtype: of the new floats, as numpy spells it.
-      files: the weights.
-      copied, left_out: the other files of the checkpoint that are copied and not.
-      warnings: what was noticed and is no error.
+      checkpoint: the source.
+      target: the output folder; its path contains no links.
+      dtype: of the converted floats, as numpy spells it.
+      files: the weight files to write.
+      copied, left_out: other files of the checkpoint that are copied, and that are not.
+      warnings: for the report.
     """
 
     checkpoint: Checkpoint
@@ -63,87 +96,186 @@ class ConvertPlan:
     warnings: tuple[str, ...]
 
     @property
-    def moves(self) -> list[Move]:
-        """Every tensor, in the order of the new files."""
-        return [move for file in self.files for move in file.moves]
+    def tensors(self) -> list[TensorConversion]:
+        """All tensors, in the order of the output files."""
+        return [tensor for file in self.files for tensor in file.tensors]
 
     @property
     def source_bytes(self) -> int:
-        """All tensors, as they are read."""
-        return sum(move.source.size_bytes for move in self.moves)
+        """Size of all tensors in the source."""
+        return sum(tensor.source.size_bytes for tensor in self.tensors)
 
 
 def find_target(src: PathLike, out: PathLike | None, dtype: str) -> Path:
-    """The folder to make, without links in its path: a rename replaces a folder, not a link.
+    """The output folder, without links in its path: a rename would replace the link.
 
-    Without `out` it is `<name>-<dtype>`, beside the source where that is on this machine.
+    Without `out` it is `<name>-<dtype>`, next to the source if that is a local path.
 
     Raises:
-      UsageError: a path that cannot be one.
+      UsageError: an invalid path.
     """
     path = existing_path(src)
     if out is not None:
-        return _resolved(out)
-    if path is None:  # a URL, whose query is no name, or a Hugging Face id
+        return _resolve(out)
+    if path is None:  # a URL, whose query is not part of the name, or a Hugging Face id
         name = Path(os.fspath(src).partition("?")[0]).name
         return Path.cwd() / f"{name.removesuffix(SUFFIX)}-{dtype}"
-    path = path.resolve() if path.name in ("", "..") else path.absolute()  # they have a name too
+    path = path.resolve() if path.name in ("", "..") else path.absolute()  # so that it has a name
     return path.parent.resolve() / f"{path.name.removesuffix(SUFFIX)}-{dtype}"
 
 
-def _resolved(path: PathLike) -> Path:
-    try:
-        return Path(path).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~nobody, a NUL
-        raise UsageError("cannot use this path", file=ascii(path), found=str(error)) from error
-
-
-def open_source(source: options.Source) -> Source:
-    """Opens a checkpoint; of a repository all small files are fetched too.
+def open_source(source: Source) -> ConvertSource:
+    """Opens a checkpoint; also downloads the small files of a Hugging Face repository.
 
     Raises:
-      UsageError, CheckpointError, StorageError: as `open_checkpoint`.
+      UsageError, CheckpointError, StorageError: see `open_checkpoint`.
     """
     names: list[str] = []
     warnings: tuple[str, ...] = ()
     try:
         if not source.local_files_only:
             names = repository_files(source)
-    except StorageError:  # open_checkpoint may yet find all it needs in the cache
-        warnings = ("the hub cannot be reached: only files that the cache has were copied",)
-    also = [name for name in names if is_small_file(name, 0) and "/" not in name]
+    except StorageError:  # the cache may have everything that open_checkpoint needs
+        warnings = ("the hub cannot be reached: only files in the cache were copied",)
+    also = [name for name in names if _is_copied(name, 0) and "/" not in name]
     checkpoint = open_checkpoint(source, also=also)
-    return Source(checkpoint, _other_names(checkpoint.storage, names), warnings)
+    return ConvertSource(checkpoint, _list_top_level(checkpoint.storage, names), warnings)
 
 
-def _other_names(storage: Storage, names: list[str]) -> tuple[str, ...]:
-    """Files and folders at the top of a repository; without its names, the folders here."""
+def make_plan(source: ConvertSource, target: Path, dtype: str, max_shard_bytes: int) -> ConvertPlan:
+    """Plans a conversion.
+
+    Args:
+      source: the checkpoint.
+      target: see `find_target`.
+      dtype: of the converted floats, as numpy spells it.
+      max_shard_bytes: maximum size of the tensors in an output file.
+
+    Raises:
+      UsageError: the target contains the source.
+      CheckpointError: a tensor has a dtype that is neither converted nor kept.
+      StorageError: not enough disk space.
+    """
+    checkpoint, storage = source.checkpoint, source.checkpoint.storage
+    if isinstance(storage, LocalStorage) and storage.root.resolve().is_relative_to(target):
+        raise UsageError("the output would replace its source", file=target)
+    new_dtype = SAFETENSORS_NAMES[parameter_dtype(dtype)]
+    files = plan_files(checkpoint.index.records.values(), new_dtype, max_shard_bytes)
+    check_disk_space(target, sum(file.size_bytes for file in files))
+    copied, left_out = _sort_other_files(checkpoint, source.names)
+    warnings = (*checkpoint.index.warnings, *source.warnings)
+    return ConvertPlan(checkpoint, target, dtype, files, tuple(copied), tuple(left_out), warnings)
+
+
+def plan_files(
+    records: Iterable[TensorRecord], dtype: str, max_shard_bytes: int
+) -> tuple[OutputFile, ...]:
+    """Distributes tensors, in their order, over files.
+
+    Args:
+      records: all tensors.
+      dtype: of the converted floats, as safetensors spells it; integers and booleans are kept.
+      max_shard_bytes: maximum size of the tensors in a file; a larger tensor gets its own file.
+
+    Raises:
+      CheckpointError: a tensor has a dtype that is neither converted nor kept.
+    """
+    tensors = [TensorConversion(r, replace(r, dtype=_new_dtype(r, dtype))) for r in records]
+    shards = list(_split_into_shards(tensors, max_shard_bytes))
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SINGLE_FILE]
+    return tuple(_lay_out(name, shard) for name, shard in zip(names, shards, strict=True))
+
+
+def make_index(files: Sequence[OutputFile]) -> dict[str, object]:
+    """The contents of `model.safetensors.index.json` for these files."""
+    total = sum(file.data_bytes for file in files)
+    weight_map = {tensor.target.name: file.name for file in files for tensor in file.tensors}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _resolve(path: PathLike) -> Path:
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown ~user, NUL
+        raise UsageError("cannot use this path", file=ascii(path), found=str(error)) from error
+
+
+def _list_top_level(storage: Storage, names: list[str]) -> tuple[str, ...]:
+    """Files and folders at the top of a repository; only the folders of a local checkpoint."""
     if not names and isinstance(storage, LocalStorage):
         names = [f"{path.name}/" for path in storage.root.iterdir() if path.is_dir()]
     parts = [name.partition("/") for name in names]
     return tuple({first + slash for first, slash, _ in parts})
 
 
-def make_plan(source: Source, target: Path, dtype: str, max_shard_bytes: int) -> ConvertPlan:
-    """Decides what goes where.
+def _sort_other_files(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The files to copy, and those to leave out; config, index and weights are written anew."""
+    storage = checkpoint.storage
+    written = {CONFIG_FILE, INDEX_FILE, *checkpoint.index.files}
+    stored = [name for name in storage.names() if name not in written]
+    copied = [name for name in stored if _is_copied(name, storage.version(name).size_bytes)]
+    return copied, sorted({*stored, *names} - written - set(copied))
 
-    Args:
-      source: what is read.
-      target: see `find_target`.
-      dtype: of the new floats, as numpy spells it.
-      max_shard_bytes: of the tensors in a new file.
 
-    Raises:
-      UsageError: the target holds the source.
-      CheckpointError: a tensor's dtype is neither kept nor converted.
-      StorageError: the disk has not enough room.
-    """
-    checkpoint, storage = source.checkpoint, source.checkpoint.storage
-    if isinstance(storage, LocalStorage) and storage.root.resolve().is_relative_to(target):
-        raise UsageError("the output would replace its source", file=target)
-    new_dtype = SPELLINGS[parameter_dtype(dtype)]
-    files = plan_files(checkpoint.index.records.values(), new_dtype, max_shard_bytes)
-    check_room(target, sum(file.size_bytes for file in files))
-    copied, left_out = sort_files(checkpoint, source.names)
-    warnings = (*checkpoint.index.warnings, *source.warnings)
-    return ConvertPlan(checkpoint, target, dtype, files, tuple(copied), tuple(left_out), warnings)
+def _is_copied(name: str, size_bytes: int) -> bool:
+    return not name.endswith(_WEIGHT_SUFFIXES) and size_bytes <= _MAX_COPIED_BYTES
+
+
+def _new_dtype(record: TensorRecord, dtype: str) -> str:
+    if record.dtype in SOURCE_DTYPES:
+        return dtype
+    if record.dtype not in _KEPT_DTYPES:
+        raise CheckpointError(
+            "this dtype cannot be converted",
+            file=record.file,
+            tensor=record.name,
+            expected=f"{', '.join(SOURCE_DTYPES)}, or integers and booleans, which are kept",
+            found=record.dtype,
+        )
+    return record.dtype
+
+
+def _split_into_shards(
+    tensors: Iterable[TensorConversion], max_bytes: int
+) -> Iterator[list[TensorConversion]]:
+    shard: list[TensorConversion] = []
+    shard_bytes = 0
+    for tensor in tensors:
+        if shard and shard_bytes + tensor.target.size_bytes > max_bytes:
+            yield shard
+            shard, shard_bytes = [], 0
+        shard.append(tensor)
+        shard_bytes += tensor.target.size_bytes
+    yield shard
+
+
+def _lay_out(name: str, shard: Sequence[TensorConversion]) -> OutputFile:
+    """Places wide dtypes first, so that every tensor is aligned."""
+    ordered = sorted(shard, key=lambda tensor: -BITS[tensor.target.dtype])
+    header = _encode_header([tensor.target for tensor in ordered])
+    placed: list[TensorConversion] = []
+    position = len(header)
+    for tensor in ordered:
+        target = replace(tensor.target, file=name, offset_bytes=position, strides=None)
+        placed.append(TensorConversion(tensor.source, target))
+        position += target.size_bytes
+    return OutputFile(name, header, tuple(placed))
+
+
+def _encode_header(records: Sequence[TensorRecord]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
+    position = 0
+    for record in records:
+        end = position + record.size_bytes
+        offsets = [position, end]
+        entries[record.name] = {
+            "dtype": record.dtype,
+            "shape": record.shape,
+            "data_offsets": offsets,
+        }
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
+    return struct.pack("<Q", len(text)) + text

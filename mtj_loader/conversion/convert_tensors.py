@@ -1,4 +1,4 @@
-"""Converting the tensors: read, changed and written panel by panel, by a few threads."""
+"""Converting tensors: threads read, cast and write them in chunks."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from pathlib import Path
 
 import numpy as np
 
-from mtj_loader.conversion.casting import SOURCES, Losses, cast
+from mtj_loader.conversion.casting import SOURCE_DTYPES, Losses, cast
+from mtj_loader.conversion.convert_plan import TensorConversion
 from mtj_loader.conversion.output_folder import write_at
-from mtj_loader.conversion.output_layout import Move
 from mtj_loader.dtypes import BITS
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.formats.safetensors import check_bool_bytes
 from mtj_loader.storage.base import Storage
 
-CHUNK_BYTES = 1 << 20  # stays in cache between the read, the cast and the write
-_CHUNKS_A_TURN = 64  # few enough that progress is seen, enough that turns cost nothing
-_MAX_THREADS = 8  # of one host's storage more gain nothing
+CHUNK_BYTES = 1 << 20  # fits into the CPU cache between the read, the cast and the write
+_CHUNKS_PER_PART = 64  # small enough for the progress bar, large enough to hide the overhead
+_MAX_THREADS = 8  # more threads do not make the storage of one host faster
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """What a thread does at a time: elements `start` to `stop` of a tensor."""
+class _Part:
+    """Elements `start` to `stop` of a tensor, which one thread converts."""
 
-    move: Move
+    tensor: TensorConversion
     start: int
     stop: int
 
 
 def convert_tensors(
     storage: Storage,
-    moves: Sequence[Move],
+    tensors: Sequence[TensorConversion],
     folder: Path,
     *,
     clamp: bool,
@@ -44,33 +44,33 @@ def convert_tensors(
 ) -> dict[str, Losses]:
     """Writes every tensor to its place in the files of a folder.
 
-    What is in memory at any time are three panels for each thread, whatever the model's size.
+    Memory use is three chunks per thread, independent of the model's size.
 
     Args:
-      storage: where the tensors are.
-      moves: tensors, contiguous in their files, and where they go.
-      folder: where the files are; what is not there is made.
+      storage: of the source.
+      tensors: their places in the source, where they are contiguous, and in the output.
+      folder: the output; missing files are created.
       clamp: see `casting.cast`.
-      progress: called with the bytes read so far.
+      progress: called with the number of bytes converted so far.
 
     Returns:
-      Losses by tensor.
+      Losses by the name of the tensor.
 
     Raises:
       CheckpointError, StorageError: a read or a write failed.
     """
     stop = threading.Event()
-    losses = {move.source.name: Losses() for move in moves}
+    losses = {tensor.source.name: Losses() for tensor in tensors}
     threads = min(_MAX_THREADS, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="mtj_loader")
     done_bytes = 0
     try:
-        turns = [turn for move in moves for turn in _turns(move)]
-        futures = [pool.submit(_run, turn, storage, folder, clamp, stop) for turn in turns]
-        for turn, future in zip(turns, futures, strict=True):
-            name = turn.move.source.name
-            losses[name] += future.result()
-            done_bytes += (turn.stop - turn.start) * BITS[turn.move.source.dtype] // 8
+        parts = [part for tensor in tensors for part in _split_tensor(tensor)]
+        futures = [pool.submit(_convert_part, part, storage, folder, clamp, stop) for part in parts]
+        for part, future in zip(parts, futures, strict=True):
+            source = part.tensor.source
+            losses[source.name] += future.result()
+            done_bytes += (part.stop - part.start) * BITS[source.dtype] // 8
             progress(done_bytes)
     finally:
         stop.set()
@@ -78,31 +78,34 @@ def convert_tensors(
     return losses
 
 
-def _turns(move: Move) -> Iterator[_Turn]:
-    elements, step = math.prod(move.source.shape), _CHUNKS_A_TURN * _chunk_elements(move)
+def _split_tensor(tensor: TensorConversion) -> Iterator[_Part]:
+    elements = math.prod(tensor.source.shape)
+    step = _CHUNKS_PER_PART * _count_chunk_elements(tensor)
     for start in range(0, elements, step):
-        yield _Turn(move, start, min(start + step, elements))
+        yield _Part(tensor, start, min(start + step, elements))
 
 
-def _run(turn: _Turn, storage: Storage, folder: Path, clamp: bool, stop: threading.Event) -> Losses:
-    source, target = turn.move.source, turn.move.target
+def _convert_part(
+    part: _Part, storage: Storage, folder: Path, clamp: bool, stop: threading.Event
+) -> Losses:
+    source, target = part.tensor.source, part.tensor.target
     losses = Losses()
-    step = _chunk_elements(turn.move)
-    for start in range(turn.start, turn.stop, step):
+    step = _count_chunk_elements(part.tensor)
+    for start in range(part.start, part.stop, step):
         if stop.is_set():
             break
-        chunk = _read(storage, source, start, min(step, turn.stop - start))
-        if source.dtype in SOURCES:
-            chunk, lost = cast(chunk, SOURCES[target.dtype], clamp=clamp)
+        chunk = _read_chunk(storage, source, start, min(step, part.stop - start))
+        if source.dtype in SOURCE_DTYPES:
+            chunk, lost = cast(chunk, SOURCE_DTYPES[target.dtype], clamp=clamp)
             losses += lost
         at_bytes = target.offset_bytes + start * chunk.itemsize
         write_at(folder / target.file, at_bytes, chunk.view(np.uint8).data)
     return losses
 
 
-def _read(storage: Storage, record: TensorRecord, start: int, count: int) -> np.ndarray:
-    """Elements of a tensor; unsigned integers stand for all that is only copied."""
-    dtype = SOURCES.get(record.dtype, np.dtype(f"u{BITS[record.dtype] // 8}"))
+def _read_chunk(storage: Storage, record: TensorRecord, start: int, count: int) -> np.ndarray:
+    """Reads elements of a tensor; those of kept dtypes are read as unsigned integers."""
+    dtype = SOURCE_DTYPES.get(record.dtype, np.dtype(f"u{BITS[record.dtype] // 8}"))
     chunk = np.empty(count, dtype)
     at_bytes = record.offset_bytes + start * dtype.itemsize
     storage.read_into(record.file, at_bytes, chunk.view(np.uint8))
@@ -111,5 +114,5 @@ def _read(storage: Storage, record: TensorRecord, start: int, count: int) -> np.
     return chunk
 
 
-def _chunk_elements(move: Move) -> int:
-    return CHUNK_BYTES * 8 // BITS[move.source.dtype]
+def _count_chunk_elements(tensor: TensorConversion) -> int:
+    return CHUNK_BYTES * 8 // BITS[tensor.source.dtype]

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""The output folder, which appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from mtj_loader.display import show_bytes
 from mtj_loader.errors import StorageError, UsageError
 from mtj_loader.formats.checkpoint import CONFIG_FILE
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Checks that a folder may be made, before work goes into it.
+    """Checks that a folder may be created, before any work is done.
 
     Args:
       target: the folder, without links in its path.
-      overwrite: a checkpoint that is there may be replaced; nothing else ever is.
+      overwrite: an existing checkpoint or empty folder may be replaced; nothing else ever is.
 
     Raises:
-      UsageError: it may not.
+      UsageError: it may not be created.
     """
     if not target.parent.is_dir():
-        raise UsageError("the folder for the output does not exist", file=target.parent)
+        raise UsageError("the parent folder of the output does not exist", file=target.parent)
     if not os.path.lexists(target):
         return
     if not overwrite:
-        hint = "overwrite replaces it, another name leaves it there"
+        hint = "use overwrite to replace it, or choose another name"
         raise UsageError("the output exists already", file=target, hint=hint)
     if not (target / CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
-        what = "the output exists and is not a checkpoint: it is not replaced"
+        what = "the output exists and is not a checkpoint, so it is not replaced"
         raise UsageError(
             what, file=target, expected=f"a folder with {CONFIG_FILE}, or an empty one"
         )
 
 
-def check_room(target: Path, size_bytes: int) -> None:
-    """Raises StorageError if the disk has not so many bytes left."""
+def check_disk_space(target: Path, size_bytes: int) -> None:
+    """Raises StorageError if the disk does not have this many bytes free."""
     free = shutil.disk_usage(target.parent).free
     if free < size_bytes:
         raise StorageError(
-            "there is not enough room on the disk",
+            "not enough disk space",
             file=target.parent,
             expected=show_bytes(size_bytes),
             found=show_bytes(free),
@@ -54,52 +54,56 @@ def check_room(target: Path, size_bytes: int) -> None:
 
 
 @contextmanager
-def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """An empty folder beside the target, which becomes the target when the block ends well.
+def create_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Creates an empty folder next to the target; renames it to the target when the block succeeds.
 
-    When it does not, for whatever reason, the folder is removed and the target is as it was. What
-    was written is on the disk before it gets the target's name. A process that is killed outright
-    leaves a hidden folder `.<target>.<random>.partial`, which nothing reads.
+    If the block fails, the folder is removed and the target is unchanged. Files are synced to the
+    disk before the rename. A process that is killed leaves a hidden folder
+    `.<target>.<random>.partial`, which nothing reads.
 
     Raises:
-      StorageError: the system refused to write.
+      StorageError: writing failed.
     """
-    folder = _sibling(target, "partial")
+    folder = _make_sibling_path(target, "partial")
     try:
-        with write_errors(folder):
+        with convert_write_errors(folder):
             folder.mkdir()
         yield folder
-        with write_errors(folder):
-            _sync(folder)
+        with convert_write_errors(folder):
+            _sync_folder(folder)
             if overwrite:
                 _replace(target, folder)
             else:
-                folder.rename(target)  # which fails where something came up meanwhile
-            _sync_one(target.parent)
+                folder.rename(target)  # fails if the target was created meanwhile
+            _sync_path(target.parent)
     finally:
         _remove(folder)
 
 
 @contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Makes StorageError of what the system says about writing."""
+def convert_write_errors(path: Path) -> Iterator[None]:
+    """Converts an OSError from writing to a StorageError."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        hint = "make room, or name another disk with --out" if error.errno in _FULL else None
+        hint = (
+            "free disk space, or choose another disk with --out"
+            if error.errno in _DISK_FULL
+            else None
+        )
         found = error.strerror or str(error)
         raise StorageError("cannot write", file=path, found=found, hint=hint) from error
 
 
 def write_at(path: Path, offset_bytes: int, data: memoryview) -> None:
-    """Writes all bytes at this place of a file, which is made if it is not there.
+    """Writes all bytes at an offset of a file, which is created if it does not exist.
 
     Raises:
-      StorageError: the disk is full, or the system refused.
+      StorageError: the disk is full, or writing failed.
     """
-    with write_errors(path):
+    with convert_write_errors(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             done = 0
@@ -110,8 +114,8 @@ def write_at(path: Path, offset_bytes: int, data: memoryview) -> None:
 
 
 def _replace(target: Path, folder: Path) -> None:
-    """Gives the folder its name; what has the name now is put aside first, and removed last."""
-    old = _sibling(target, "old")
+    """Renames the folder to the target; an existing target is moved away first and removed last."""
+    old = _make_sibling_path(target, "old")
     try:
         if target.exists():
             target.rename(old)
@@ -123,7 +127,7 @@ def _replace(target: Path, folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder, if it is there; Ctrl-C in the middle has to wait until it is gone."""
+    """Removes a folder if it exists; a Ctrl-C meanwhile is raised after it is removed."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
@@ -131,14 +135,14 @@ def _remove(folder: Path) -> None:
         raise
 
 
-def _sync(folder: Path) -> None:
-    """Waits until the disk has every file of the folder."""
+def _sync_folder(folder: Path) -> None:
+    """Syncs every file of the folder, and the folder, to the disk."""
     for path in folder.iterdir():
-        _sync_one(path)
-    _sync_one(folder)
+        _sync_path(path)
+    _sync_path(folder)
 
 
-def _sync_one(path: Path) -> None:
+def _sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -146,5 +150,5 @@ def _sync_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sibling(target: Path, kind: str) -> Path:
+def _make_sibling_path(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{kind}")

@@ -1,4 +1,4 @@
-"""Dtype changes of single panels: every 16-bit value, and rounding against exact arithmetic."""
+"""Dtype changes of arrays: every 16-bit value, and rounding compared with exact arithmetic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bits(array):
 
 
 def wide(array):
-    """As float64, which holds them all; numpy warns of NaN."""
+    """As float64, which represents all of them; hides numpy's warning about NaN."""
     with np.errstate(invalid="ignore"):
         return array.astype(F64)
 
@@ -40,7 +40,7 @@ def nearest(value: float, dtype: np.dtype) -> int:
     values = [Fraction(table[low])]
     if low < largest:
         values.append(Fraction(table[low + 1]))
-    else:  # where the next number would be, there is infinity
+    else:  # the next number would be infinity
         values.append(2 * Fraction(table[largest]) - Fraction(table[largest - 1]))
     down, up = exact - values[0], values[1] - exact
     chosen = low if down < up or (down == up and low % 2 == 0) else low + 1
@@ -48,13 +48,13 @@ def nearest(value: float, dtype: np.dtype) -> int:
 
 
 def test_every_bfloat16_to_float16():
-    """The numbers of the specification: 65,278 finite nonzero values, 28,672 and 26,112 lost."""
+    """Of 65,278 finite nonzero values, 28,672 overflow and 26,112 become zero."""
     every = EVERY.view(BF16)
     assert np.count_nonzero(np.isfinite(wide(every)) & (wide(every) != 0)) == 65_278
     found, losses = cast(every, F16, clamp=False)
     assert losses == Losses(overflow=28_672, underflow=26_112, nonfinite=256)
     with np.errstate(over="ignore", invalid="ignore"):
-        expected = every.astype(F32).astype(F16)  # exact, then numpy's own rounding
+        expected = every.astype(F32).astype(F16)  # exact, then rounded by numpy
     known = is_number(every)
     np.testing.assert_array_equal(bits(found)[known], bits(expected)[known])
     assert np.isnan(found[~known]).all()
@@ -69,7 +69,7 @@ def test_every_bfloat16_to_float16_clamped():
     assert np.count_nonzero(changed) == 28_672
     assert (np.abs(clamped[changed]) == 65504).all()
     assert (np.signbit(clamped[changed]) == np.signbit(every[changed].astype(F32))).all()
-    assert np.count_nonzero(np.isinf(clamped)) == 2  # the infinities of the source stay
+    assert np.count_nonzero(np.isinf(clamped)) == 2  # the infinities of the source are kept
 
 
 @pytest.mark.parametrize(("source", "target"), [(F16, F32), (BF16, F32)], ids=str)
@@ -92,8 +92,8 @@ def test_every_float16_to_bfloat16():
     assert bits(found)[finite][::7].tolist() == expected
 
 
-def halfway(dtype):
-    """float32 numbers on, just below and just above the middle between 16-bit neighbors."""
+def midpoints(dtype):
+    """float32 numbers at, just below and just above the midpoint of 16-bit neighbors."""
     table = wide(EVERY[:32768].view(dtype))
     table = table[np.isfinite(table)][::37]
     middles = ((table[:-1] + table[1:]) / 2).astype(F32)
@@ -102,8 +102,8 @@ def halfway(dtype):
 
 
 @pytest.mark.parametrize("target", [F16, BF16], ids=str)
-def test_float32_near_the_middle(target):
-    source = halfway(target)
+def test_float32_near_the_midpoint(target):
+    source = midpoints(target)
     found, _ = cast(source, target, clamp=False)
     assert bits(found).tolist() == [nearest(float(value), target) for value in source]
 
@@ -125,13 +125,13 @@ def test_any_float32(target, value):
                 st.sampled_from([2.0**-k for k in range(30, 52)]))
 )  # fmt: skip
 def test_any_float64_is_rounded_once(target, value):
-    """Through float32 some would be rounded twice, and land on the wrong side of a middle."""
+    """Rounding through float32 would round some twice, to the wrong side of a midpoint."""
     found, _ = cast(np.array([value, -value]), target, clamp=False)
     assert bits(found).tolist() == [nearest(value, target), nearest(-value, target)]
 
 
-def test_float64_that_rounding_twice_gets_wrong():
-    value = 1 + 2.0**-8 + 2.0**-40  # just above the middle of two bfloat16
+def test_float64_that_rounds_wrong_if_rounded_twice():
+    value = 1 + 2.0**-8 + 2.0**-40  # just above the midpoint of two bfloat16
     assert np.array(value).astype(F32).astype(BF16) == 1
     found, _ = cast(np.array([value]), BF16, clamp=False)
     assert found[0] == 1 + 2.0**-7

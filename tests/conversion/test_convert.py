@@ -1,4 +1,4 @@
-"""Conversion of checkpoints: what is in the new files, what is refused, and what is left behind."""
+"""Converting checkpoints: the contents of the output, invalid arguments, and failed runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import mtj_loader
 from mtj_loader.cli.app import app
 from mtj_loader.conversion import convert_tensors
 from mtj_loader.conversion import output_folder as folder_module
-from mtj_loader.conversion.output_layout import plan_files
+from mtj_loader.conversion.convert_plan import plan_files
 from mtj_loader.errors import CheckpointError, FormatError, NonFiniteError, StorageError, UsageError
 from mtj_loader.formats.checkpoint import open_checkpoint
 from mtj_loader.formats.records import TensorRecord
@@ -76,13 +76,13 @@ def refusal(kind, *arguments, **options) -> str:
     return f"{caught.value}\n"
 
 
-# What is in the new files.
+# Contents of the output files.
 
 
 @pytest.mark.parametrize(
     ("dtype", "target"), [("float16", np.float16), ("bfloat16", BF16), ("float32", np.float32)]
 )
-def test_floats_are_rounded_and_the_rest_is_kept(source, dtype, target):
+def test_floats_are_rounded_and_other_dtypes_are_kept(source, dtype, target):
     report = mtj_loader.convert(source, dtype=dtype)
     out = source.with_name(f"tiny-{dtype}")
     assert report.out == str(out)
@@ -113,14 +113,14 @@ def test_report(source):
     assert "0 overflowed, 0 became zero, 0 are NaN or infinite" in str(report)
 
 
-def test_header_is_as_the_reference_writes_it(source):
+def test_header_is_like_that_of_the_reference_writer(source):
     mtj_loader.convert(source, dtype="float16")
     file = source.with_name("tiny-float16") / "model.safetensors"
     raw = file.read_bytes()
     assert int.from_bytes(raw[:8], "little") % 8 == 0
     with safe_open(file, "numpy") as opened:
         assert opened.metadata() == {"format": "pt"}
-    for record in open_checkpoint(Source(file)).index.records.values():  # our own strict rules
+    for record in open_checkpoint(Source(file)).index.records.values():  # strict
         assert record.offset_bytes % np.dtype(TENSORS[record.name].dtype).itemsize % 2 == 0
     offsets = {r.name: r.offset_bytes for r in open_checkpoint(Source(file)).index.records.values()}
     assert offsets["ids"] % 8 == 0
@@ -128,20 +128,20 @@ def test_header_is_as_the_reference_writes_it(source):
 
 
 @pytest.mark.parametrize("chunk_bytes", [8, 24, 1 << 20])
-def test_chunks_make_no_difference(tmp_path, monkeypatch, chunk_bytes):
-    """A tensor's last panel and turn may be shorter than the others; losses are summed."""
+def test_chunk_size_does_not_change_the_result(tmp_path, monkeypatch, chunk_bytes):
+    """The last chunk and part of a tensor may be shorter than the others; losses are summed."""
     source = write(tmp_path / "tiny", TENSORS | {"small": np.full(11, 1e-30, np.float32)})
     whole = mtj_loader.convert(source, source.with_name("whole"), dtype="float16")
     assert whole.losses.underflow == 11
     monkeypatch.setattr(convert_tensors, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(convert_tensors, "_CHUNKS_A_TURN", 2)
+    monkeypatch.setattr(convert_tensors, "_CHUNKS_PER_PART", 2)
     parts = mtj_loader.convert(source, source.with_name("parts"), dtype="float16")
     assert snapshot(Path(whole.out)) == snapshot(Path(parts.out))
     assert whole.tensors == parts.tensors
 
 
 def test_every_bfloat16(tmp_path):
-    """The numbers that are known of bfloat16 → float16, through files."""
+    """The known counts for bfloat16 → float16, through files."""
     every = np.arange(65536, dtype=np.uint16).view(BF16)
     source = write(tmp_path / "every", {"w": every})
     options = {"dtype": "float16", "on_overflow": "clamp", "allow_nonfinite": True}
@@ -171,13 +171,13 @@ def test_shards(source):
     assert opened.index.records.keys() == TENSORS.keys()
 
 
-def test_a_tensor_larger_than_a_shard_is_alone(source):
+def test_a_tensor_larger_than_a_shard_gets_its_own_file(source):
     report = mtj_loader.convert(source, dtype="float16", max_shard_size="60")
-    holding = [load_file(Path(report.out) / file).keys() for file in report.files]
-    assert [set(names) for names in holding][:2] == [{"h.0.w"}, {"h.1.w"}]
+    names_by_file = [load_file(Path(report.out) / file).keys() for file in report.files]
+    assert [set(names) for names in names_by_file][:2] == [{"h.0.w"}, {"h.1.w"}]
 
 
-def test_shards_of_the_source_are_joined(tmp_path):
+def test_shards_of_the_source_are_merged(tmp_path):
     shards = {ONE: {"a": bfloat16(3)}, TWO: {"b": bfloat16(4)}}
     source = write_checkpoint(tmp_path / "two", shards, {"model_type": "mpt"})
     report = mtj_loader.convert(source, dtype="float32")
@@ -195,7 +195,7 @@ def test_names_that_json_escapes(tmp_path):
     assert list(load_file(Path(report.out) / "model.safetensors")) == [name]
 
 
-def test_a_model_loads_from_what_was_converted(tmp_path):
+def test_a_converted_model_loads(tmp_path):
     source = neox.write(tmp_path / "neox", neox.tensors(BF16))
     report = mtj_loader.convert(source, dtype="float16")
     before = mtj_loader.load(source, "mp=2", dtype="float32", progress=False)
@@ -205,20 +205,20 @@ def test_a_model_loads_from_what_was_converted(tmp_path):
             np.testing.assert_array_equal(array, after.params[module][param])
 
 
-# The files beside the weights.
+# Files other than weights.
 
 
 @pytest.mark.parametrize(
-    "spelled", [{"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"dtype": None},
+    "dtype_keys", [{"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"dtype": None},
                 {"dtype": "bfloat16", "torch_dtype": "bfloat16"}],
 )  # fmt: skip
-def test_config_keeps_its_spelling(tmp_path, spelled):
-    config = {"eps": 1e-05, **spelled, "name": "ä", "last": {"b": 1, "a": None}}
+def test_config_keeps_its_dtype_keys(tmp_path, dtype_keys):
+    config = {"eps": 1e-05, **dtype_keys, "name": "ä", "last": {"b": 1, "a": None}}
     source = write_checkpoint(tmp_path / "s", {"model.safetensors": {"a": bfloat16(2)}}, config)
     report = mtj_loader.convert(source, dtype="float16")
     text = (Path(report.out) / "config.json").read_text()
     found = json.loads(text)
-    assert found == config | dict.fromkeys(spelled, "float16")
+    assert found == config | dict.fromkeys(dtype_keys, "float16")
     assert list(found) == list(config)
     assert '"eps": 1e-05' in text
 
@@ -230,8 +230,8 @@ def test_config_without_a_dtype_gets_one(tmp_path):
     assert json.loads((out / "config.json").read_text()) == config | {"torch_dtype": "float32"}
 
 
-def test_small_files_come_along_and_other_weights_do_not(source, monkeypatch):
-    monkeypatch.setattr("mtj_loader.conversion.small_files._MAX_BYTES", 1000)
+def test_small_files_are_copied_and_other_weights_are_not(source, monkeypatch):
+    monkeypatch.setattr("mtj_loader.conversion.convert_plan._MAX_COPIED_BYTES", 1000)
     copied = ["README.md", "empty.txt", "modeling_mpt.py", "tokenizer.json", "tokenizer.model"]
     left = ["consolidated.safetensors", "huge.txt", "model.gguf", "pytorch_model.bin",
             "pytorch_model.bin.index.json", "training_args.bin"]  # fmt: skip
@@ -248,8 +248,8 @@ def test_small_files_come_along_and_other_weights_do_not(source, monkeypatch):
         assert found[name] == (source / name).read_bytes()
 
 
-def test_large_small_files_are_copied_in_parts(source, monkeypatch):
-    monkeypatch.setattr("mtj_loader.conversion.small_files._COPIED_BYTES", 7)
+def test_files_are_copied_in_chunks(source, monkeypatch):
+    monkeypatch.setattr("mtj_loader.conversion.convert_checkpoint._COPY_CHUNK_BYTES", 7)
     (source / "vocab.txt").write_bytes(bytes(range(100)))
     out = Path(mtj_loader.convert(source, dtype="float16").out)
     assert (out / "vocab.txt").read_bytes() == bytes(range(100))
@@ -261,11 +261,11 @@ def test_single_file_as_source(source):
     assert load_file(Path(report.out) / "model.safetensors").keys() == TENSORS.keys()
 
 
-@pytest.mark.parametrize("spelled", [".", "../tiny", "../tiny/", "sub/.."])
-def test_default_target_of_any_spelling(source, monkeypatch, spelled):
+@pytest.mark.parametrize("dtype_keys", [".", "../tiny", "../tiny/", "sub/.."])
+def test_default_target_for_different_spellings_of_a_path(source, monkeypatch, dtype_keys):
     (source / "sub").mkdir()
     monkeypatch.chdir(source)
-    assert mtj_loader.convert(spelled, dtype="float16").out == str(source) + "-float16"
+    assert mtj_loader.convert(dtype_keys, dtype="float16").out == str(source) + "-float16"
 
 
 def test_modes_follow_the_umask(source):
@@ -323,20 +323,20 @@ def test_unknown_id(hub):
     assert "no such Hugging Face repository" in refusal(UsageError, "no/thing", dtype="float16")
 
 
-# What is refused.
+# Errors.
 
 
 def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_overflow_is_refused(tmp_path):
+def test_overflow_is_rejected(tmp_path):
     tensors = {f"h.{i}.w": np.array([1.0, 7e4, *[-1e30] * i], BF16) for i in range(3)}
     source = write(tmp_path / "s", tensors)
     message = refusal(NonFiniteError, source, dtype="float16")
     assert message.startswith("finite weights are too large for float16\n")
     assert "tensor: h.2.w\n" in message
-    assert "found: 3 there, 6 in 3 tensors\n" in message
+    assert "found: 3 in this tensor, 6 in 3 tensors\n" in message
     assert "clamp" in message
     assert leftovers(tmp_path) == ["s"]
     report = mtj_loader.convert(source, dtype="float16", on_overflow="clamp")
@@ -352,13 +352,13 @@ def test_overflow_of_bfloat16(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_nonfinite_is_refused(tmp_path, dtype, value):
-    """Also where nothing is to be changed."""
+def test_nonfinite_is_rejected(tmp_path, dtype, value):
+    """Even if the dtype does not change."""
     source = write(tmp_path / "s", {"w": np.array([1, value], BF16)})
     message = refusal(NonFiniteError, source, dtype=dtype, on_overflow="clamp")
     assert message.startswith("weights are NaN or infinite\n")
     assert "tensor: w\n" in message
-    assert "found: 1 there, 1 in 1 tensor\n" in message
+    assert "found: 1 in this tensor, 1 in 1 tensor\n" in message
     assert leftovers(tmp_path) == ["s"]
     report = mtj_loader.convert(source, dtype=dtype, allow_nonfinite=True)
     found = load_file(Path(report.out) / "model.safetensors")["w"].astype(np.float32)
@@ -371,7 +371,7 @@ def test_dtype_that_cannot_be_converted(tmp_path):
     entry = {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}
     (source / "model.safetensors").write_bytes(safetensors_bytes({"w": entry}, bytes(2)))
     message = refusal(CheckpointError, source, dtype="float16")
-    assert "a dtype that cannot be converted" in message
+    assert "this dtype cannot be converted" in message
     assert "tensor: w\n" in message
     assert "found: F8_E4M3\n" in message
     assert leftovers(tmp_path) == ["s"]
@@ -387,13 +387,13 @@ def test_bad_bool(tmp_path, monkeypatch):
     assert leftovers(tmp_path) == ["s"]
 
 
-def test_file_that_changes_meanwhile(source, monkeypatch):
+def test_source_file_that_changes_during_the_conversion(source, monkeypatch):
     def touching(*arguments, **options):
         os.utime(source / "model.safetensors", ns=(1, 1))
         return original(*arguments, **options)
 
     original = convert_tensors.convert_tensors
-    monkeypatch.setattr("mtj_loader.conversion.execute.convert_tensors", touching)
+    monkeypatch.setattr("mtj_loader.conversion.convert_checkpoint.convert_tensors", touching)
     assert "changed after its header was read" in refusal(CheckpointError, source, dtype="float16")
     assert leftovers(source.parent) == ["tiny"]
 
@@ -408,7 +408,7 @@ def test_unknown_options(source):
 
 
 @pytest.mark.parametrize("path", ["~no-such-user-here/model", "a\0b"], ids=["user", "nul"])
-def test_path_that_is_none(source, path):
+def test_invalid_path(source, path):
     for arguments in ((path,), (source, path)):
         message = refusal(UsageError, *arguments, dtype="float16")
         assert message.startswith(("cannot use this path", "no such file"))
@@ -417,7 +417,7 @@ def test_path_that_is_none(source, path):
 # The target.
 
 
-def test_existing_target_is_not_touched(source):
+def test_existing_target_is_not_changed(source):
     out = Path(mtj_loader.convert(source, dtype="float16").out)
     before = snapshot(out)
     message = refusal(UsageError, source, dtype="float16")
@@ -427,7 +427,7 @@ def test_existing_target_is_not_touched(source):
     assert snapshot(out) == before
 
 
-def test_overwrite_swaps(source):
+def test_overwrite_replaces_the_target(source):
     out = Path(mtj_loader.convert(source, dtype="float16").out)
     (out / "old.txt").write_text("old")
     mtj_loader.convert(source, out, dtype="float32", overwrite=True)
@@ -441,7 +441,7 @@ def test_overwrite_replaces_only_checkpoints(source, tmp_path):
     home.mkdir()
     (home / "thesis.tex").write_text("ten years")
     message = refusal(UsageError, source, home, dtype="float16", overwrite=True)
-    assert "is not a checkpoint: it is not replaced" in message
+    assert "is not a checkpoint, so it is not replaced" in message
     file = tmp_path / "file"
     file.write_text("text")
     assert "is not a" in refusal(UsageError, source, file, dtype="float16", overwrite=True)
@@ -471,7 +471,7 @@ def test_target_inside_the_source(source):
     assert leftovers(out) == ["config.json", "model.safetensors"]
 
 
-def test_overwrite_through_a_link_replaces_what_it_points_to(source, tmp_path):
+def test_overwrite_through_a_link_replaces_its_target(source, tmp_path):
     real = write(tmp_path / "real", {"w": bfloat16(2)})
     (tmp_path / "link").symlink_to(real)
     report = mtj_loader.convert(source, tmp_path / "link", dtype="float16", overwrite=True)
@@ -482,11 +482,11 @@ def test_overwrite_through_a_link_replaces_what_it_points_to(source, tmp_path):
 
 def test_missing_parent(source, tmp_path):
     message = refusal(UsageError, source, tmp_path / "a/b", dtype="float16")
-    assert "the folder for the output does not exist" in message
+    assert "the parent folder of the output does not exist" in message
     assert leftovers(tmp_path) == ["tiny"]
 
 
-def test_target_that_appears_meanwhile_is_kept(source, monkeypatch):
+def test_target_created_during_the_conversion_is_kept(source, monkeypatch):
     out = source.with_name("out")
 
     def racing(*arguments, **options):
@@ -495,18 +495,18 @@ def test_target_that_appears_meanwhile_is_kept(source, monkeypatch):
         return original(*arguments, **options)
 
     original = convert_tensors.convert_tensors
-    monkeypatch.setattr("mtj_loader.conversion.execute.convert_tensors", racing)
+    monkeypatch.setattr("mtj_loader.conversion.convert_checkpoint.convert_tensors", racing)
     message = refusal(StorageError, source, out, dtype="float16")
     assert "found: Directory not empty" in message
     assert leftovers(out) == ["theirs"]
     assert leftovers(source.parent) == ["out", "tiny"]
 
 
-def test_no_room(source, monkeypatch):
+def test_not_enough_disk_space(source, monkeypatch):
     usage = shutil.disk_usage(source)
     monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda _: usage._replace(free=100))
     message = refusal(StorageError, source, dtype="float16")
-    assert message.startswith("there is not enough room on the disk\n")
+    assert message.startswith("not enough disk space\n")
     assert "found: 100 B\n" in message
     assert leftovers(source.parent) == ["tiny"]
 
@@ -514,7 +514,7 @@ def test_no_room(source, monkeypatch):
 # The plan.
 
 
-def test_shards_of_many_tensors_are_full():
+def test_shards_of_many_tensors_are_filled():
     def record(i):
         return TensorRecord(f"h.{i}.w", "a", 0, "F32", (256,))
 
@@ -524,8 +524,8 @@ def test_shards_of_many_tensors_are_full():
     for file in files[:-1]:
         assert 10_000 - 512 < file.data_bytes <= 10_000
         assert len(file.header) % 8 == 0
-        ends = [m.target.offset_bytes + m.target.size_bytes for m in file.moves]
-        assert [m.target.offset_bytes for m in file.moves] == [len(file.header), *ends[:-1]]
+        ends = [t.target.offset_bytes + t.target.size_bytes for t in file.tensors]
+        assert [t.target.offset_bytes for t in file.tensors] == [len(file.header), *ends[:-1]]
         assert ends[-1] == file.size_bytes
 
 
@@ -552,7 +552,7 @@ def test_command(tmp_path):
     rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in rest[2:]]
     assert rows[0] == ["tensor", "dtype", "overflowed", "became zero", "NaN or infinite"]
     assert rows[2] == ["h.{0...1}.w", "BF16 → F16", "2", "2", "0"]
-    assert len(rows) == 3  # no line for what lost nothing
+    assert len(rows) == 3  # no row for tensors without losses
 
 
 def test_command_warns(tmp_path):
@@ -588,7 +588,7 @@ def test_help_has_an_example():
     assert "Example: mtj-loader convert mosaicml/mpt-7b-instruct --dtype float16" in result.stdout
 
 
-def test_command_does_without_jax(source):
+def test_command_does_not_import_jax(source):
     script = (
         "import sys; from mtj_loader.cli.app import app\n"
         "app(sys.argv[1:], standalone_mode=False); sys.exit('jax' in sys.modules)"
@@ -598,7 +598,7 @@ def test_command_does_without_jax(source):
 
 
 def leaves(value, path=""):
-    """The keys of a document, in the notation of docs/json.md."""
+    """The keys of a JSON document, in the notation of docs/json.md."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from leaves(item, f"{path}.{key}".removeprefix("."))

@@ -1,4 +1,4 @@
-"""Conversion when something fails: whatever it is and whenever, the target is whole or absent."""
+"""Conversion with faults: whatever fails and when, the target is complete or unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conversion.test_convert import leftovers, refusal, snapshot, write
 from tests.support.checkpoints import safetensors_bytes
 
 ROOT = Path(__file__).parents[2]
-CALLS = ["open", "pwrite", "preadv", "fsync", "mkdir", "rename"]  # of the module os
+CALLS = ["open", "pwrite", "preadv", "fsync", "mkdir", "rename"]  # functions of the module os
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def source(tmp_path):
 
 
 class Fault:
-    """Makes the n-th call of any of CALLS fail, in whatever thread it is made."""
+    """Makes the n-th call of any function in CALLS fail, in any thread."""
 
     def __init__(self, monkeypatch, n: int, error: BaseException) -> None:
         self.left, self.error, self.lock = n, error, threading.Lock()
@@ -56,7 +56,7 @@ class Fault:
     "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr
 )
 def test_any_call_may_fail(source, monkeypatch, error, overwrite):
-    """Every call of the system in turn: Ctrl-C, and a full disk."""
+    """Each system call in turn fails with Ctrl-C or a full disk."""
     out, kind, options = source.with_name("out"), type(error), {"overwrite": overwrite}
     expected = snapshot(Path(mtj_loader.convert(source, out, dtype="float16").out))
     old = write(source.with_name("old"))
@@ -67,8 +67,10 @@ def test_any_call_may_fail(source, monkeypatch, error, overwrite):
             out.rename(source.with_name("elsewhere"))
         with monkeypatch.context() as patch:
             fault = Fault(patch, n, error)
-            failed = fails(lambda: mtj_loader.convert(source, out, dtype="float16", **options))
-        done = out.exists() and snapshot(out) == expected  # also if it came after the rename
+            failed = catch_error(
+                lambda: mtj_loader.convert(source, out, dtype="float16", **options)
+            )
+        done = out.exists() and snapshot(out) == expected  # also if it failed after the rename
         untouched = snapshot(out) == before if overwrite else not out.exists()
         assert done or (failed and untouched)
         assert failed in (None, KeyboardInterrupt if kind is KeyboardInterrupt else StorageError)
@@ -80,8 +82,8 @@ def test_any_call_may_fail(source, monkeypatch, error, overwrite):
     assert n > 20
 
 
-def fails(function) -> type | None:
-    """What a function raises of what it may raise here."""
+def catch_error(function) -> type | None:
+    """The type of the error that a function raises, None if it succeeds."""
     try:
         function()
     except (KeyboardInterrupt, MachineError) as error:
@@ -95,7 +97,7 @@ def clean(folder: Path) -> None:
             subprocess.run(["rm", "-r", str(folder / name)], check=True)
 
 
-def test_full_disk_in_plain_words(source, monkeypatch):
+def test_message_for_a_full_disk(source, monkeypatch):
     def pwrite(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -103,7 +105,7 @@ def test_full_disk_in_plain_words(source, monkeypatch):
     message = refusal(StorageError, source, dtype="float16")
     assert message.startswith("cannot write\n")
     assert "found: No space left on device\n" in message
-    assert "make room, or name another disk" in message
+    assert "free disk space, or choose another disk" in message
     assert leftovers(source.parent) == ["tiny"]
 
 
@@ -126,8 +128,8 @@ def test_short_writes_are_continued(source, monkeypatch):
     assert snapshot(Path(whole.out)) == snapshot(Path(parts.out))
 
 
-def test_everything_is_on_the_disk_before_the_rename(source, monkeypatch):
-    """fsync of every file, then of their folder, then the name, then the name on the disk."""
+def test_everything_is_synced_before_the_rename(source, monkeypatch):
+    """fsync of every file and of their folder, then the rename, then fsync of the parent folder."""
     events: list[tuple[str, str]] = []
     fsync, rename = os.fsync, os.rename
 
@@ -149,7 +151,7 @@ def test_everything_is_on_the_disk_before_the_rename(source, monkeypatch):
     assert parent == ("fsync", str(source.parent))
 
 
-# Signals, to the command line in a process of its own.
+# Signals, sent to the command line in a subprocess.
 
 SLOW = """
 import os, sys, time
@@ -157,18 +159,18 @@ from mtj_loader.cli import main
 from mtj_loader.conversion import {module} as module
 before = module.{function}
 def slow(*arguments, **options):
-    os.write(1, b"ready\\n")  # at once, from any thread
+    os.write(1, b"ready\\n")  # unbuffered, from any thread
     time.sleep(0.5)
     return before(*arguments, **options)
 module.{function} = slow
 main(sys.argv[1:])
 """
 MOMENTS = {
-    "copying": ("execute", "copy_file"),
-    "headers": ("execute", "_write_other_files"),
+    "copying": ("convert_checkpoint", "_copy_file"),
+    "headers": ("convert_checkpoint", "_write_other_files"),
     "tensors": ("convert_tensors", "write_at"),
-    "checking": ("execute", "check_unchanged"),
-    "syncing": ("output_folder", "_sync"),
+    "checking": ("convert_checkpoint", "check_unchanged"),
+    "syncing": ("output_folder", "_sync_folder"),
 }
 
 
@@ -189,7 +191,7 @@ def start(source: Path, moment: str, *arguments: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
-def test_signals_leave_nothing(source, moment, number, code):
+def test_signals_leave_no_files(source, moment, number, code):
     (source / "README.md").write_text("text")
     process = start(source, moment)
     process.send_signal(number)
@@ -199,17 +201,17 @@ def test_signals_leave_nothing(source, moment, number, code):
     assert leftovers(source.parent) == ["tiny"]
 
 
-def test_many_ctrl_c_leave_nothing(source):
+def test_many_ctrl_c_leave_no_files(source):
     process = start(source, "tensors")
     for _ in range(3):
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
     process.communicate(timeout=30)
-    assert process.returncode in (130, -signal.SIGINT)  # the last came when it was ending
+    assert process.returncode in (130, -signal.SIGINT)  # the last one arrived during the exit
     assert leftovers(source.parent) == ["tiny"]
 
 
-def test_ctrl_c_keeps_what_would_be_overwritten(source):
+def test_ctrl_c_keeps_the_target_that_would_be_overwritten(source):
     out = Path(mtj_loader.convert(source, dtype="float16").out)
     before = snapshot(out)
     process = start(source, "syncing", "--overwrite")
@@ -234,13 +236,13 @@ def test_killed_process_leaves_no_target(source):
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """300 MB of tensors, in far less than the least `host_memory`, 64 MiB."""
+    """Converts 300 MB of tensors in much less than the minimum of `host_memory`, 64 MiB."""
     source = write(tmp_path / "s")
     elements = 150_000_000
     entry = {"dtype": "BF16", "shape": [elements], "data_offsets": [0, 2 * elements]}
     with (source / "model.safetensors").open("wb") as file:
         file.write(safetensors_bytes({"w": entry}))
-        file.truncate(file.tell() + 2 * elements)  # zeros that take no room
+        file.truncate(file.tell() + 2 * elements)  # a sparse file of zeros
     script = (
         "import resource, sys, mtj_loader\n"
         "mtj_loader.convert\n"
@@ -259,7 +261,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert int(grown) * 1024 < 64 << 20
 
 
-def test_open_files_do_not_pile_up(tmp_path, monkeypatch):
+def test_open_files_do_not_accumulate(tmp_path, monkeypatch):
     source = write(tmp_path / "s", {f"h.{i}.w": np.ones(3, np.float32) for i in range(300)})
     monkeypatch.setattr(convert_tensors, "CHUNK_BYTES", 4)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

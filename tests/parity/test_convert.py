@@ -1,4 +1,4 @@
-"""Converted checkpoints against transformers and torch; needs the `parity` extra."""
+"""Converted checkpoints, compared with transformers and torch; needs the `parity` extra."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
 
 
 def tiny_model(family: str):
-    """A random model in bfloat16, with the vocabulary of the fixture's tokenizer."""
+    """A random model in bfloat16 with the vocabulary size of the fixture's tokenizer."""
     import torch  # noqa: PLC0415
     import transformers  # noqa: PLC0415
 
@@ -33,7 +33,7 @@ def tiny_model(family: str):
     return transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
 
 
-def saved(family: str, folder: Path) -> Path:
+def save_model(family: str, folder: Path) -> Path:
     model = tiny_model(family)
     model.save_pretrained(folder, max_shard_size="200KB")
     for name in TOKENIZER_FILES:
@@ -45,11 +45,11 @@ def saved(family: str, folder: Path) -> Path:
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["mpt", "gpt_neox"])
 def test_loads_in_transformers(family, dtype, max_shard_size, tmp_path):
-    """Every weight is what torch makes of it, and the logits are the same."""
+    """Every weight equals torch's conversion, and the logits are the same."""
     import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
-    source = saved(family, tmp_path / family)
+    source = save_model(family, tmp_path / family)
     report = mtj_loader.convert(source, dtype=dtype, max_shard_size=max_shard_size)
     assert len(report.files) > 1 or max_shard_size == "5GB"
     assert set(TOKENIZER_FILES) <= set(report.copied)
@@ -69,8 +69,8 @@ def test_loads_in_transformers(family, dtype, max_shard_size, tmp_path):
         assert torch.equal(found(ids).logits, expected(ids).logits)
 
 
-def test_config_says_the_dtype_as_transformers_does(tmp_path):
-    source = saved("mpt", tmp_path / "mpt")
+def test_config_has_the_dtype_where_transformers_writes_it(tmp_path):
+    source = save_model("mpt", tmp_path / "mpt")
     report = mtj_loader.convert(source, dtype="float16")
     before, after = (
         json.loads((Path(folder) / "config.json").read_text()) for folder in (source, report.out)
@@ -80,8 +80,8 @@ def test_config_says_the_dtype_as_transformers_does(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["float16", "bfloat16"])
-def test_rounding_is_torchs(target, tmp_path):
-    """A million float32 numbers of all sizes, and what torch makes of them."""
+def test_rounding_equals_torch(target, tmp_path):
+    """A million float32 numbers of all magnitudes, converted by torch too."""
     import torch  # noqa: PLC0415
     from safetensors.torch import load_file, save_file  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Token ids against transformers' AutoTokenizer, live; needs the `parity` extra (`make parity`)."""
+"""Token ids compared with transformers' AutoTokenizer; needs the `parity` extra (`make parity`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPECIAL = {f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "unk", "p
 
 
 def transformers_tokenizer(folder: Path):
-    """Imported late: only `make parity` has it."""
+    """Imported here because only the `parity` extra installs it."""
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     return AutoTokenizer.from_pretrained(folder)
@@ -62,7 +62,7 @@ def test_vocab_and_merges(tmp_path: Path, name, add_bos_token: bool, add_prefix_
 @pytest.mark.parametrize("name", ["TokenizersBackend", "GPT2Tokenizer", "GPTNeoXTokenizer"])
 @pytest.mark.parametrize("settings", [{}, {"add_prefix_space": True}, {"add_bos_token": True}])
 def test_tokenizer_json(tmp_path: Path, name: str, settings: dict):
-    """With the normal form that all published GPT-NeoX tokenizers have."""
+    """With the Unicode normalization of all published GPT-NeoX tokenizers."""
     content = json.loads((FIXTURE / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "NFC"} if name == "GPTNeoXTokenizer" else None
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
