@@ -13,7 +13,7 @@ import pytest
 
 import mtj_loader
 from mtj_loader.errors import DeviceError, MemoryLimitError
-from mtj_loader.loading import free_memory, memory_check
+from mtj_loader.loading import memory_check, process_memory
 from mtj_loader.planning import tpu_fit
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.storage.local import LocalStorage
@@ -232,10 +232,10 @@ def test_too_little_memory_is_refused_before_a_byte_is_read(
     with pytest.raises(MemoryLimitError) as error:
         mtj_loader.load(plan=plan, progress=False)
     assert str(error.value).splitlines() == [
-        "the parameters do not fit into the memory that this process can have",
+        "the parameters do not fit into the memory available to this process",
         f"  expected: {needed / 1000:.2f} kB for 8 CPU devices, which share it",
         f"  found: {(needed - 1) / 1000:.2f} kB within container",
-        "  hint: more hosts, or a smaller model",
+        "  hint: use more hosts or a smaller model",
     ]
     assert reads == []
 
@@ -259,8 +259,8 @@ def test_a_machine_that_says_nothing_is_not_refused(
 @pytest.fixture
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A system whose files are written by a test."""
-    monkeypatch.setattr(free_memory, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(free_memory, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(process_memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(process_memory, "_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
     return tmp_path
 
@@ -273,7 +273,7 @@ def write(path: Path, text: object) -> None:
 def test_free_memory_of_the_machine_counts_with_swap(system: Path):
     lines = "MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable: 3 kB\nSwapFree: 2 kB\nHugePages_Total: 0"
     write(system / "proc/meminfo", lines)
-    assert list(memory_check.available()) == [("what the machine has free", 5 << 10)]
+    assert list(memory_check.available()) == [("the machine's free memory", 5 << 10)]
 
 
 def test_limits_of_a_container_and_of_those_around_it_count(system: Path):
@@ -293,14 +293,14 @@ def test_limits_of_version_1_count(system: Path):
     write(system / "cgroup/memory/memory.limit_in_bytes", 1000)
     write(system / "cgroup/memory/memory.usage_in_bytes", 900)
     write(system / "cgroup/memory/memory.stat", "cache 500\ntotal_inactive_file 100")
-    assert list(memory_check.available()) == [("the limit of this container (cgroup)", 200)]
+    assert list(memory_check.available()) == [("the container's limit (cgroup)", 200)]
 
 
 def test_the_limit_of_address_space_counts(system: Path, monkeypatch: pytest.MonkeyPatch):
     write(system / "proc/self/statm", "3 2 1 1 0 1 0")
     pages = 3 * resource.getpagesize()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (pages + 7, resource.RLIM_INFINITY))
-    assert list(memory_check.available()) == [("the limit of its address space (ulimit -v)", 7)]
+    assert list(memory_check.available()) == [("the limit of the address space (ulimit -v)", 7)]
 
 
 def test_a_system_without_these_files_bounds_nothing(system: Path):
