@@ -224,22 +224,24 @@ def _divide(target: Target, block_bytes: int) -> Iterator[Target]:
             yield Target(target.param, {block: numbers}, corner)
 
 
-def _divide_layout(layout: Layout, max_elements: int) -> Iterator[tuple[tuple[int, ...], Layout]]:
-    """Divides a shard into blocks; yields the position of each block's first element with it.
+@lru_cache(maxsize=1024)  # kinds of parameters × shards of one host
+def _divide_layout(layout: Layout, max_elements: int) -> tuple[tuple[tuple[int, ...], Layout], ...]:
+    """Divides a shard into blocks; returns them with the positions of their first elements.
 
     The shard is divided along the axis with the largest stride in the file, so that runs stay long.
     """
     origin = (0,) * len(layout.shape)
     if layout.size <= max_elements or layout.size == 1:
-        yield origin, layout
-        return
+        return ((origin, layout),)
+    blocks: list[tuple[tuple[int, ...], Layout]] = []
     axis = _slowest_axis(layout)
     middle = layout.shape[axis] // 2
     for low, high in ((0, middle), (middle, layout.shape[axis])):
         start = (*origin[:axis], low, *origin[axis + 1 :])
         stop = (*layout.shape[:axis], high, *layout.shape[axis + 1 :])
         for inner, block in _divide_layout(layout.slice(start, stop), max_elements):
-            yield tuple(a + b for a, b in zip(start, inner, strict=True)), block
+            blocks.append((tuple(a + b for a, b in zip(start, inner, strict=True)), block))
+    return tuple(blocks)
 
 
 def _slowest_axis(layout: Layout) -> int:
