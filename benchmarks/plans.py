@@ -128,11 +128,10 @@ def measure_plan(case: Case, folder: Path) -> dict[str, dict]:
 
 def _runs(plan, host: int) -> int:
     """The number of contiguous ranges that a host reads; computes every range."""
-    from mtj_loader.loading.jobs import Job  # noqa: PLC0415
+    from mtj_loader.loading.schedule import list_targets  # noqa: PLC0415
 
-    device_indices = plan.topology.device_indices_of(host)
-    jobs = (Job(param, param.distinct(device_indices)) for param in plan.params)
-    return sum(len(step.runs) for job in jobs for step in job.steps)
+    targets = list_targets(plan, host, None)
+    return sum(len(read.runs) for target in targets for read in target.reads)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from mtj_loader.generation.compile_ahead import (
 )
 from mtj_loader.generation.prompts import PromptRules
 from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
-from mtj_loader.loading.garbage import no_collections
 from mtj_loader.loading.load_params import load_params
+from mtj_loader.loading.process_memory import no_garbage_collection
 from mtj_loader.loading.progress import progress_bar
 from mtj_loader.model import Model
 from mtj_loader.models import usable_shards
@@ -144,7 +144,7 @@ def plan_source(
         return open_checkpoint(found, headers=headers)
 
     checkpoint = open_on_all_hosts(hosts, open_here)
-    with no_collections():
+    with no_garbage_collection():
         model = read_model(checkpoint, options.map)
         made = make_plan(checkpoint, model, _topology(mesh, model.config), options)
     made = add_adapters(made, options.adapters)

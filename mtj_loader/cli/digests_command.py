@@ -36,8 +36,8 @@ def digests(
     """
     from mtj_loader.loading import shard_digests  # noqa: PLC0415
 
-    found = shard_digests.joined({str(file): shard_digests.read_digests(file) for file in files})
-    shard_digests.check_whole(found)
+    found = shard_digests.merge_digests({str(file): shard_digests.read_digests(file) for file in files})
+    shard_digests.check_complete(found)
     if as_json:
         print_json({"parameters": len(found.of), "shards": found.shards, "sha256": found.sha256})
         return
@@ -55,7 +55,7 @@ def digests_of_all_hosts(model: Model, cluster: Cluster) -> dict[str, object]:
     from mtj_loader.loading import shard_digests  # noqa: PLC0415
 
     with cluster.connect() as hosts, hosts.phase("digests"):
-        own = shard_digests.digests(model.params, model.plan.shards).to_dict()
+        own = shard_digests.compute_digests(model.params, model.plan.shards).to_dict()
         documents = map(json.loads, hosts.gather("digests", json.dumps(own).encode()))
         found = {f"host {i}": shard_digests.from_dict(one) for i, one in enumerate(documents)}
-        return shard_digests.joined(found).to_dict()
+        return shard_digests.merge_digests(found).to_dict()

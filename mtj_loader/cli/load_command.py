@@ -140,16 +140,16 @@ def simulate(
 
     from mtj_loader.api import plan_source  # noqa: PLC0415 -- these import JAX
     from mtj_loader.loading.progress import progress_bar  # noqa: PLC0415
-    from mtj_loader.loading.shard_digests import digests  # noqa: PLC0415
-    from mtj_loader.loading.simulated_host import load_host  # noqa: PLC0415
+    from mtj_loader.loading.shard_digests import compute_digests  # noqa: PLC0415
+    from mtj_loader.loading.simulated_host import load_as_host  # noqa: PLC0415
 
     plan = plan_source(source, options, pod)
     needed_bytes = plan.unshared.host_bytes(number)
     with progress_bar(needed_bytes, shown=machine.progress) as advance:
-        params, report = load_host(plan, number, advance)
+        params, report = load_as_host(plan, number, advance)
     warn(report.warnings)
     shards = pod.shards_of(number)
-    found = digests(params, pod.mp, shards)
+    found = compute_digests(params, pod.mp, shards)
     document = to_dict(plan, report, None)
     document["simulated_host"] = {"number": number, "hosts": hosts, "shards": list(shards)}
     document["digests"] = found.to_dict()

@@ -1,8 +1,8 @@
-"""Where shards are put together on the host, and how they get from there to their devices.
+"""Host memory in which shards are assembled, and the transfer from there to the devices.
 
-Two policies behind one interface. The CPU backend takes over a fresh, aligned buffer without a
-copy; such a buffer is the parameter from then on and is never written again. Accelerators get a
-copy from staging memory, which is used again once the copy is done.
+There are two policies with one interface. The CPU backend adopts a new, aligned buffer without a
+copy; the buffer then belongs to the parameter and is never written again. Accelerators copy from
+staging memory, which is reused after the copy.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 
 from mtj_loader.errors import DeviceError
 
-Device = Any  # jax.Device is a variable, which no annotation may name
+Device = Any  # jax.Device is a variable, which is not allowed in annotations
 
-ALIGNMENT_BYTES = 64  # the CPU backend adopts buffers at multiples of this, and copies others
-_HUGE_PAGE_BYTES = 2 << 20  # below, huge pages cannot help
+ALIGNMENT_BYTES = 64  # the CPU backend adopts buffers with this alignment, and copies others
+_HUGE_PAGE_BYTES = 2 << 20  # smaller buffers gain nothing from huge pages
 
 
 class Buffers(Protocol):
@@ -28,115 +28,115 @@ class Buffers(Protocol):
 
     @property
     def batch_bytes(self) -> int:
-        """How much is put together and handed over at a time."""
+        """How many bytes are assembled and transferred at a time."""
         ...
 
     @property
     def block_bytes(self) -> int | None:
-        """A larger shard is placed in blocks of at most this; None: never."""
+        """A larger shard is transferred in blocks of at most this size; None: never."""
         ...
 
-    def take(self, size_bytes: int) -> np.ndarray:
-        """At least so much memory, uint8, aligned to ALIGNMENT_BYTES; its content is undefined."""
+    def acquire(self, size_bytes: int) -> np.ndarray:
+        """At least this much memory, uint8, aligned to ALIGNMENT_BYTES, with undefined content."""
         ...
 
     def put(self, arrays: list[np.ndarray], devices: list[Device]) -> list[jax.Array]:
-        """Each array on its device; what belongs to `take` may be taken again afterwards."""
+        """Transfers each array to its device; afterwards its memory may be released."""
         ...
 
-    def give_back(self, slab: np.ndarray) -> None:
-        """The memory of one `take` is no longer written or read by the loader."""
+    def release(self, memory: np.ndarray) -> None:
+        """Returns memory from `acquire`, which the loader no longer uses."""
         ...
 
 
 class AdoptedBuffers:
-    """Fresh memory for every batch; the CPU backend keeps it as the parameter itself."""
+    """New memory for every batch; the CPU backend keeps it as the parameter itself."""
 
     batch_bytes = 64 << 20  # large enough for huge pages, small enough to overlap with reading
     block_bytes = None
 
-    def take(self, size_bytes: int) -> np.ndarray:
-        """See `Buffers.take`."""
+    def acquire(self, size_bytes: int) -> np.ndarray:
+        """See `Buffers.acquire`."""
         return allocate(size_bytes)
 
     def put(self, arrays: list[np.ndarray], devices: list[Device]) -> list[jax.Array]:
         """See `Buffers.put`."""
         return _device_put(arrays, devices)
 
-    def give_back(self, slab: np.ndarray) -> None:
-        """Nothing: the arrays own it now."""
+    def release(self, memory: np.ndarray) -> None:
+        """Does nothing: the arrays own the memory."""
 
 
 class StagingBuffers:
-    """Memory that is used again as soon as its copy to the devices is done.
+    """Memory that is reused as soon as it was copied to the devices.
 
     Args:
-      batch_bytes: size of each piece of it; a larger shard is placed in blocks.
+      batch_bytes: size of each piece of memory; a larger shard is transferred in blocks.
     """
 
     def __init__(self, batch_bytes: int) -> None:
         self.batch_bytes = self.block_bytes = batch_bytes
         self._free: list[np.ndarray] = []
 
-    def take(self, size_bytes: int) -> np.ndarray:
-        """See `Buffers.take`."""
+    def acquire(self, size_bytes: int) -> np.ndarray:
+        """See `Buffers.acquire`."""
         return self._free.pop() if self._free else allocate(max(size_bytes, self.batch_bytes))
 
     def put(self, arrays: list[np.ndarray], devices: list[Device]) -> list[jax.Array]:
         """See `Buffers.put`."""
         return jax.block_until_ready(_device_put(arrays, devices))
 
-    def give_back(self, slab: np.ndarray) -> None:
-        """See `Buffers.give_back`."""
-        self._free.append(slab)
+    def release(self, memory: np.ndarray) -> None:
+        """See `Buffers.release`."""
+        self._free.append(memory)
 
 
-# Batches that exist at once while staging: one is copied to the devices, one is ready, one is read.
+# Batches in memory at once: one is copied to the devices, one is complete, one is read.
 _STAGED_BATCHES = 3
-# At most what a thread holds: a panel of 4 MiB, its float32 form, its last form, and a tile.
+# Most memory of one thread: a chunk of 4 MiB, its float32 form, its final form, and a tile.
 SCRATCH_BYTES = 16 << 20
 
 
 def buffers_for(platform: str, host_memory_bytes: int, threads: int) -> Buffers:
-    """The policy for a backend, so that everything in flight stays within `host_memory_bytes`."""
+    """The policy for a backend; batches and scratch memory stay within `host_memory_bytes`."""
     if platform == "cpu":
         return AdoptedBuffers()
     return StagingBuffers((host_memory_bytes - threads * SCRATCH_BYTES) // _STAGED_BATCHES)
 
 
 def allocate(size_bytes: int) -> np.ndarray:
-    """Fresh, zeroed memory from the system, uint8, in huge pages where that can be had.
+    """Allocates zeroed memory from the system, uint8, in huge pages if possible.
 
     Raises:
-      MemoryError: the system has no more.
+      MemoryError: the system has not enough.
     """
     if size_bytes < _HUGE_PAGE_BYTES:
         memory = np.zeros(size_bytes + ALIGNMENT_BYTES, np.uint8)
         return memory[-memory.ctypes.data % ALIGNMENT_BYTES :][:size_bytes]
     try:
-        # Private memory: first touch of shared anonymous pages is several times slower.
+        # Private memory: the first access to shared anonymous pages is several times slower.
         mapping = mmap.mmap(
             -1, size_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
     except (OSError, MemoryError) as error:
-        raise MemoryError(f"{size_bytes:,} bytes in one piece") from error
+        raise MemoryError(f"{size_bytes:,} contiguous bytes") from error
     memory = np.frombuffer(mapping, np.uint8)
     first = -memory.ctypes.data % _HUGE_PAGE_BYTES
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Whole huge pages only: the end of the last one would take memory that nothing uses.
+        # Only whole huge pages: most of a last, partly used one would be wasted.
         whole_bytes = size_bytes // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
         mapping.madvise(mmap.MADV_HUGEPAGE, first, whole_bytes)
     return memory[first:][:size_bytes]
 
 
-def aligned(size_bytes: int) -> int:
-    """A buffer's size, rounded up so that the next one is aligned too."""
+def align(size_bytes: int) -> int:
+    """Rounds a size up, so that the buffer that follows is aligned too."""
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 @contextmanager
-def device_refusals() -> Iterator[None]:
-    """Turns a device's refusal of an allocation into our error."""
+def device_errors() -> Iterator[None]:
+    """Raises DeviceError if a device refuses an allocation."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -144,5 +144,5 @@ def device_refusals() -> Iterator[None]:
 
 
 def _device_put(arrays: Sequence[np.ndarray], devices: Sequence[Device]) -> list[jax.Array]:
-    with device_refusals():
+    with device_errors():
         return jax.device_put(list(arrays), list(devices))

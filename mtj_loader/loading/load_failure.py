@@ -1,4 +1,4 @@
-"""How a load fails: in the words of this package, and with its memory given back."""
+"""How loads and conversions fail: with errors of this package, and without keeping memory."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from contextlib import contextmanager
 
 from mtj_loader.display import show_bytes
 from mtj_loader.errors import MachineError, MemoryLimitError
-from mtj_loader.loading.free_memory import available
+from mtj_loader.loading.process_memory import available
 
-_NO_THREAD = "can't start new thread"  # all that Python says
+_NO_THREAD = "can't start new thread"  # Python's message; the exception is a plain RuntimeError
 
 
 @contextmanager
 def clean_failure() -> Iterator[None]:
-    """For functions that hold memory by the gigabyte, as a decorator.
+    """A decorator for functions that hold gigabytes of memory.
 
     Notebooks and debuggers keep the last error, and with it the local variables of every function
-    that it passed through. Those that have ended lose them here.
+    in its traceback. This clears the variables of the functions that have ended.
 
     Raises:
-      MemoryLimitError: for any MemoryError; says what was needed and what was there.
-      MachineError: the system refused a thread.
+      MemoryLimitError: for any MemoryError; says how much was needed and available.
+      MachineError: the system could not start a thread.
     """
     try:
-        with _our_words():
+        with _translate_errors():
             yield
     except BaseException as error:
-        _forget_variables(error)
+        _clear_variables(error)
         raise
 
 
 @contextmanager
 def clean_load_failure() -> Iterator[None]:
-    """As `clean_failure`, for functions that hand memory to devices."""
+    """Like `clean_failure`, for functions that transfer memory to devices."""
     try:
         with clean_failure():
             yield
     except BaseException:
-        gc.collect()  # JAX lets go of memory that it adopted when Python collects
+        gc.collect()  # JAX releases adopted memory during garbage collection
         raise
 
 
 @contextmanager
-def _our_words() -> Iterator[None]:
+def _translate_errors() -> Iterator[None]:
     try:
         yield
     except MemoryLimitError:
@@ -55,23 +55,23 @@ def _our_words() -> Iterator[None]:
     except RuntimeError as error:
         if str(error) != _NO_THREAD:
             raise
-        hint = "ulimit -u says how many there may be"
-        raise MachineError("the system refuses another thread", hint=hint) from error
+        hint = "ulimit -u shows the limit"
+        raise MachineError("the system cannot start another thread", hint=hint) from error
 
 
 def out_of_memory(error: MemoryError) -> MemoryLimitError:
-    """What was needed, as far as it is known, and what there is."""
-    bounds = min(available(), key=lambda found: found[1], default=None)
+    """An error that says how much memory was needed, if known, and how much is available."""
+    tightest = min(available(), key=lambda limit: limit[1], default=None)
     return MemoryLimitError(
         "out of memory on the host",
-        expected=str(error) or None,  # numpy and `allocate` say how much
-        found=None if bounds is None else f"{show_bytes(bounds[1])} within {bounds[0]}",
-        hint="a smaller host_memory, more hosts, or a higher limit",
+        expected=str(error) or None,  # numpy and `allocate` give the size
+        found=None if tightest is None else f"{show_bytes(tightest[1])} within {tightest[0]}",
+        hint="use a smaller host_memory, more hosts, or a higher limit",
     )
 
 
-def _forget_variables(error: BaseException | None) -> None:
-    """Of the functions that have ended, along the chain of errors."""
+def _clear_variables(error: BaseException | None) -> None:
+    """Clears the variables of functions that have ended, for all errors in the chain."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

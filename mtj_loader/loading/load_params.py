@@ -1,4 +1,4 @@
-"""Loading: a plan and a mesh in, parameters on devices and a report out."""
+"""Loads what a plan says onto a mesh; returns the parameters and a report."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mtj_loader.distributed.hosts import SINGLE_HOST, Hosts
 from mtj_loader.errors import MeshError
 from mtj_loader.loading.buffers import Buffers
 from mtj_loader.loading.compare_copies import compare_carried, compare_tied
-from mtj_loader.loading.garbage import no_collections
 from mtj_loader.loading.load_failure import clean_load_failure
 from mtj_loader.loading.load_report import LoadReport, make_report, with_totals
 from mtj_loader.loading.memory_check import check_memory
 from mtj_loader.loading.placement import Params
-from mtj_loader.loading.reshard import compiling, reshard
+from mtj_loader.loading.process_memory import no_garbage_collection
+from mtj_loader.loading.reshard import precompile, reshard
 from mtj_loader.loading.stream import Streamer
 from mtj_loader.lora.adapter import Adapter
 from mtj_loader.lora.merge import merge_all
@@ -26,11 +26,11 @@ from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.topology import topology
 from mtj_loader.storage.base import check_unchanged
 
-_LOOK_SECONDS = 0.5  # a look takes well under a millisecond a file
+_CHECK_SECONDS = 0.5  # between checks of the files, which take well under 1 ms per file
 
 
 @clean_load_failure()
-@no_collections()
+@no_garbage_collection()
 def load_params(
     plan: LoadPlan,
     mesh: Mesh,
@@ -40,34 +40,35 @@ def load_params(
     buffers: Buffers | None = None,
     hosts: Hosts = SINGLE_HOST,
 ) -> tuple[Params, LoadReport]:
-    """Executes a plan on this host.
+    """Executes this host's part of a plan.
 
     Args:
       plan: what to load.
-      mesh: devices with Auto axes dp and mp, of the plan's sizes.
-      plan_seconds: how long planning took, for the report.
+      mesh: devices with Auto axes dp and mp, as planned.
+      plan_seconds: the time that planning took, for the report.
       progress: called with the bytes read so far.
-      buffers: how shards get to their devices; by default what the backend does best.
-      hosts: who loads with this one.
+      buffers: the memory policy; by default the one for the mesh's backend.
+      hosts: the hosts of the mesh.
 
     Raises:
-      MeshError: the mesh is not the one that was planned for.
-      CheckpointError: a file changed, is truncated or gone; weights are not finite; a tied copy
+      MeshError: the plan is for another mesh.
+      CheckpointError: a file changed, is truncated or missing; weights are not finite; a tied copy
         differs.
       MachineError: memory, storage or a device failed.
-      HostError: another host did.
+      HostError: another host failed.
     """
     with hosts.phase("read"):
         _check_ready(plan, mesh)
-        begun = time.perf_counter()
-        streamer = Streamer(plan.base, mesh, _watched(plan, hosts, progress), buffers)
-        with compiling(plan.base, mesh):
+        base = plan.base
+        started = time.perf_counter()
+        streamer = Streamer(base, mesh, _with_checks(progress, plan, hosts), buffers)
+        with precompile(base, mesh):
             params = streamer.run()
-        tally, threads, device_seconds = streamer.tally, streamer.threads, streamer.device_seconds
-        del streamer  # and its staging memory
-    exchanging = time.perf_counter()
+        stats, threads, device_seconds = streamer.stats, streamer.threads, streamer.device_seconds
+        del streamer  # frees the staging memory
+    read = time.perf_counter()
     with hosts.phase("exchange"):
-        reshard(params, plan.base, mesh, hosts)
+        reshard(params, base, mesh, hosts)
     exchanged = time.perf_counter()
     with hosts.phase("finish"):
         host_memory_bytes = plan.options.host_memory_bytes
@@ -75,31 +76,31 @@ def load_params(
             params, plan.adapted, mesh, host_memory_bytes, donate=True
         )
         params = hosts.wait_until_ready(params)
-        tally.bytes_read += adapter_bytes + _compare(plan)
+        stats.bytes_read += adapter_bytes + _compare(plan)
         _check_files(plan)
     seconds = {
         "plan": plan_seconds,
-        "load": time.perf_counter() - begun,
+        "load": time.perf_counter() - started,
         "device": device_seconds,
-        "exchange": exchanged - exchanging,
+        "exchange": exchanged - read,
     }
-    report = make_report(plan, jax.process_index(), tally, seconds, threads)
+    report = make_report(plan, jax.process_index(), stats, seconds, threads)
     return params, with_totals(report, hosts)
 
 
 @clean_load_failure()
 def adapt_params(params: Params, old: LoadPlan, new: LoadPlan, mesh: Mesh) -> Params:
-    """Adds to loaded parameters, which stay as they are, what a plan has over theirs.
+    """Merges more adapters into loaded parameters; does not change these, but returns new ones.
 
     Args:
-      params: as `old` has them.
-      old: the plan that they were loaded by.
-      new: the same with more adapters.
-      mesh: where they lie.
+      params: loaded with `old`.
+      old: the plan of the parameters.
+      new: the same plan with more adapters.
+      mesh: their devices.
 
     Raises:
-      VerifyError: a base weight that an adapter carries differs from the checkpoint's.
-      CheckpointError, MachineError: as `load_params`.
+      VerifyError: a base weight in an adapter differs from the checkpoint.
+      CheckpointError, MachineError: see `load_params`.
     """
     before = {param.spec: len(param.terms) for param in old.params}
     new = replace(
@@ -113,16 +114,16 @@ def adapt_params(params: Params, old: LoadPlan, new: LoadPlan, mesh: Mesh) -> Pa
         _compare(new)
         _check_base(new)
     host_memory_bytes = new.options.host_memory_bytes
-    made, _ = merge_all(params, new.adapted, mesh, host_memory_bytes, donate=False)
+    merged, _ = merge_all(params, new.adapted, mesh, host_memory_bytes, donate=False)
     _check_adapters(new.adapters[len(old.adapters) :])
-    return made
+    return merged
 
 
 def _check_ready(plan: LoadPlan, mesh: Mesh) -> None:
-    """What can be known before reading."""
+    """Finds errors that can be found before reading."""
     if jax.process_index() not in topology(mesh).host_ids:
         what = "the mesh has no device of this host"
-        hint = "all hosts that join take part; start fewer, or make the mesh larger"
+        hint = "every host must have devices in the mesh; start fewer hosts or use a larger mesh"
         raise MeshError(what, found=f"host {jax.process_index()}", hint=hint)
     if topology(mesh) != plan.topology:
         wanted, found = (f"{t}, hosts {t.hosts}" for t in (plan.topology, topology(mesh)))
@@ -132,29 +133,29 @@ def _check_ready(plan: LoadPlan, mesh: Mesh) -> None:
     _check_files(plan)
 
 
-def _watched(
-    plan: LoadPlan, hosts: Hosts, progress: Callable[[int], None]
+def _with_checks(
+    progress: Callable[[int], None], plan: LoadPlan, hosts: Hosts
 ) -> Callable[[int], None]:
-    """Looks, whenever progress is shown, at the other hosts and, now and then, at the files.
+    """Adds checks to `progress`: of the other hosts and, every _CHECK_SECONDS, of the files.
 
-    Not at those in a store: each of its answers says which version it is of.
+    Files need no checks if the storage checks their version with every read.
     """
     must_check_files = not plan.checkpoint.storage.checks_versions
-    looked = time.monotonic()
+    checked = time.monotonic()
 
-    def advance(done: int) -> None:
-        nonlocal looked
+    def check_and_report(done: int) -> None:
+        nonlocal checked
         hosts.check()
-        if must_check_files and time.monotonic() - looked > _LOOK_SECONDS:
+        if must_check_files and time.monotonic() - checked > _CHECK_SECONDS:
             _check_files(plan)
-            looked = time.monotonic()
+            checked = time.monotonic()
         progress(done)
 
-    return advance
+    return check_and_report
 
 
 def _compare(plan: LoadPlan) -> int:
-    """Compares copies of weights with what they are copies of, on one host; returns bytes read."""
+    """On one host, compares copies of weights with their originals; returns the bytes read."""
     if jax.process_index() != plan.topology.host_ids[0]:
         return 0
     storage = plan.checkpoint.storage
@@ -163,7 +164,7 @@ def _compare(plan: LoadPlan) -> int:
 
 
 def _check_files(plan: LoadPlan) -> None:
-    """The files are still those whose headers the plan was made from."""
+    """Raises CheckpointError if a file changed since its header was read."""
     _check_base(plan)
     _check_adapters(plan.adapters)
 

@@ -1,4 +1,4 @@
-"""What a load did, for people and for programs."""
+"""The report of a load, as text for people and JSON types for programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtj_loader.planning.param_plan import dtype_changes
 
 @dataclass(frozen=True)
 class HostTotals:
-    """What one of several hosts did; see LoadReport for the fields."""
+    """The report of one of several hosts, in short; see `LoadReport` for the fields."""
 
     host: int
     bytes_needed: int
@@ -27,27 +27,27 @@ class HostTotals:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """A finished load; all sizes in bytes, all times in seconds.
+    """A completed load; sizes in bytes, times in seconds.
 
     Attributes:
-      bytes_needed: weights that this host has to read, each byte once, as the files have them.
-      bytes_read: weights that were read.
-      bytes_received: weights that its devices hold and other hosts read.
-      seconds: `plan`, `load` (from the first read to the last device), and inside it `read` and
-        `transform`, summed over the threads, `device`, the hand-over, and `exchange`, from the
-        last read to the last byte of other hosts, waiting included. `compile` is what
-        `warm_up` took, and `overlap` the part of it during the load. `first_token` is added with
-        the first token that is made: how long after the call of `load`.
-      threads: how many read at once.
-      parameters: number of arrays.
-      device_bytes: parameters on each device.
-      peak_host_bytes: the most memory that this process ever held, parameters on CPU devices
-        included.
-      dtype_changes: "F32 → bfloat16" and how many tensors.
-      finite: True or False if `check_finite` looked, None if nobody did.
-      warnings: what was noticed and is no error.
-      skipped: how many tensors the map names as not needed.
-      hosts: what each host did, where there are several; the same on all.
+      bytes_needed: bytes in the files that this host has to read, each byte once.
+      bytes_read: bytes that it read.
+      bytes_received: bytes that its devices hold and other hosts read.
+      seconds: `plan`; `load`, from the first read to the last device; as parts of it `read` and
+        `transform`, summed over the threads, `device`, the transfer to the devices, and
+        `exchange`, from the last read to the last byte from other hosts, including waiting;
+        `compile`, the compilation for `warm_up`, and `overlap`, the part of it during the load.
+        The first generation adds `first_token`, the time from the call of `load` to its first
+        token.
+      threads: the number of reading threads.
+      parameters: the number of arrays.
+      device_bytes: bytes of parameters on each device.
+      peak_host_bytes: the peak memory of this process, including parameters on CPU devices.
+      dtype_changes: how many parameters change their dtype, by "from → to".
+      finite: whether all weights are finite; None without `check_finite`.
+      warnings: problems that are not errors.
+      skipped: the number of tensors that the map lists as unneeded.
+      hosts: the totals of each host if there are several; equal on all hosts.
     """
 
     bytes_needed: int
@@ -70,45 +70,44 @@ class LoadReport:
         return asdict(self) | lists
 
     def __str__(self) -> str:
-        """The report in a line, and one more where something was compiled."""
+        """The report in one line, plus one about compilation and one about several hosts."""
         seconds = self.seconds["load"]
         rate = self.bytes_read / seconds if seconds else 0.0
-        compiled = f"\n{self.start_up}" if self.seconds["compile"] else ""
-        return (
+        lines = [self.start_up] if self.seconds["compile"] else []
+        lines += [self._totals] if self.hosts else []
+        load = (
             f"{self.parameters} parameters, {show_bytes(self.bytes_read)} read in {seconds:.2f} s "
             f"({show_bytes(rate)}/s), {show_bytes(self.device_bytes)} on each device, "
-            f"peak host memory {show_bytes(self.peak_host_bytes)}{compiled}"
-            f"{self._of_hosts}"
+            f"peak host memory {show_bytes(self.peak_host_bytes)}"
         )
+        return "\n".join([load, *lines])
 
     @property
-    def _of_hosts(self) -> str:
-        """Another line where there are several hosts: their sum."""
-        if not self.hosts:
-            return ""
+    def _totals(self) -> str:
+        """The sum over several hosts, in one line."""
         read = sum(host.bytes_read for host in self.hosts)
         slowest = max(host.seconds for host in self.hosts)
-        words = f"{len(self.hosts)} hosts: {show_bytes(read)} read in all, the slowest"
-        return f"\n{words} took {slowest:.2f} s; the line above is for host 0"
+        total = f"{len(self.hosts)} hosts: {show_bytes(read)} read in total, the slowest"
+        return f"{total} took {slowest:.2f} s; the line above is for host 0"
 
     @property
     def start_up(self) -> str:
-        """What was waited for until there was text, in a line."""
+        """The time until the first token, in one line."""
         load, compiled, both = (self.seconds[key] for key in ("load", "compile", "overlap"))
-        words = f"load {load:.2f} s, compile {compiled:.2f} s, both at once {both:.2f} s"
+        text = f"load {load:.2f} s, compile {compiled:.2f} s, both at once {both:.2f} s"
         first = self.seconds.get("first_token")
-        return words if first is None else f"{words}; first token after {first:.2f} s"
+        return text if first is None else f"{text}; first token after {first:.2f} s"
 
 
 def make_report(
-    plan: LoadPlan, host: int, tally: ReadStats, seconds: dict[str, float], threads: int
+    plan: LoadPlan, host: int, stats: ReadStats, seconds: dict[str, float], threads: int
 ) -> LoadReport:
-    """Puts together what the plan promised and what the threads counted."""
-    seconds = seconds | {"read": tally.read_seconds, "transform": tally.transform_seconds}
+    """Combines what was planned with what was measured."""
+    seconds = seconds | {"read": stats.read_seconds, "transform": stats.transform_seconds}
     seconds |= {"compile": 0.0, "overlap": 0.0}
     return LoadReport(
         bytes_needed=plan.host_bytes(host),
-        bytes_read=tally.bytes_read,
+        bytes_read=stats.bytes_read,
         bytes_received=plan.received_bytes(host),
         seconds=seconds,
         threads=threads,
@@ -116,32 +115,32 @@ def make_report(
         device_bytes=plan.device_bytes,
         peak_host_bytes=peak_host_bytes(),
         dtype_changes=dtype_changes(plan.params),
-        finite=not tally.nonfinite if plan.options.check_finite else None,
+        finite=not stats.nonfinite if plan.options.check_finite else None,
         warnings=plan.warnings,
         skipped=len(plan.skipped),
     )
 
 
 def with_totals(report: LoadReport, hosts: Hosts) -> LoadReport:
-    """The report with what every host did.
+    """Adds the totals of every host.
 
     Raises:
       HostError: another host failed.
     """
     if hosts.count == 1:
         return report
-    mine = HostTotals(
+    own = HostTotals(
         hosts.index,
         report.bytes_needed,
         report.bytes_read,
         report.seconds["load"],
         report.peak_host_bytes,
     )
-    totals = hosts.gather("totals", json.dumps(asdict(mine)).encode())
+    totals = hosts.gather("totals", json.dumps(asdict(own)).encode())
     return replace(report, hosts=tuple(HostTotals(**json.loads(one)) for one in totals))
 
 
 def peak_host_bytes() -> int:
-    """The most resident memory that this process ever held."""
+    """The peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # in KiB on Linux

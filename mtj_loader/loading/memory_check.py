@@ -1,8 +1,8 @@
-"""Is there room for what a plan promises? Asked before a byte of weights is read.
+"""Checks before any weights are read that the parameters fit into memory.
 
-Devices that count their memory are asked themselves. Virtual CPU devices share the machine's: its
-free memory, a container's limit and the process's own limit of address space all bound it. Only
-what is known to be needed counts, so that nothing is refused that would work.
+Accelerators report their own free memory. CPU devices share the machine's memory, which is limited
+by what is free, by a container's limit and by the process's address space limit. Only memory that
+is certainly needed counts, so that no load is rejected that would succeed.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from jax.sharding import Mesh
 
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.errors import DeviceError, MemoryLimitError
-from mtj_loader.loading.buffers import Device, aligned
-from mtj_loader.loading.free_memory import available
+from mtj_loader.loading.buffers import Device, align
+from mtj_loader.loading.process_memory import available
 from mtj_loader.models import usable_shards
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.tpu_fit import device_bytes
 
 
 def check_memory(plan: LoadPlan, mesh: Mesh) -> None:
-    """Compares what this process's devices have free with what they are to hold.
+    """Compares the free memory of this process's devices with the size of the parameters.
 
     Args:
-      plan: without its adapters, which are added when the rest is in place.
+      plan: without its adapters, which are merged after the load.
       mesh: the devices.
 
     Raises:
-      DeviceError: a device has too little free.
-      MemoryLimitError: the machine has, for CPU devices.
+      DeviceError: a device has too little free memory.
+      MemoryLimitError: the devices are CPU devices, and the machine has too little.
     """
     host = jax.process_index()
     local = [device for device in mesh.devices.flat if device.process_index == host]
@@ -40,23 +40,24 @@ def check_memory(plan: LoadPlan, mesh: Mesh) -> None:
 
 
 def adopted_bytes(plan: LoadPlan, host: int) -> int:
-    """Memory that a host's CPU devices take.
+    """Memory for the parameters on a host's CPU devices.
 
-    Each adopts the buffer that was read into, so devices that hold equal shards share one: replicas
-    over dp, and all shards of a parameter that is not split. After an exchange each has its own.
+    A device adopts the buffer that its shard was read into. Devices with equal shards share it:
+    replicas over dp, and all shards of a parameter that is not split. After an exchange each device
+    has its own.
     """
     device_indices = plan.topology.device_indices_of(host)
     return sum(
-        param.reads.final_buffers(device_indices) * aligned(param.shard_bytes)
+        param.reads.final_buffers(device_indices) * align(param.shard_bytes)
         for param in plan.params
     )
 
 
 def _check_device(plan: LoadPlan, device: Device) -> None:
-    """Raises DeviceError if a device says that it has too little."""
+    """Raises DeviceError if a device reports too little free memory."""
     try:
         stats = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # a backend that does not count
+    except jax.errors.JaxRuntimeError:  # this backend does not report memory
         return
     if "bytes_limit" not in stats:
         return
@@ -66,33 +67,32 @@ def _check_device(plan: LoadPlan, device: Device) -> None:
             "the parameters do not fit on a device",
             expected=f"{show_bytes(plan.device_bytes)} free on each",
             found=f"{show_bytes(free_bytes)} on {device}",
-            hint=_smaller(plan, free_bytes),
+            hint=_how_to_fit(plan, free_bytes),
         )
 
 
 def _check_machine(plan: LoadPlan, host: int) -> None:
-    """Raises MemoryLimitError if the machine, or a limit on it, leaves too little."""
+    """Raises MemoryLimitError if the machine or a limit leaves too little memory."""
     needed = adopted_bytes(plan, host)
     limit, free_bytes = min(available(), key=lambda found: found[1], default=("", needed))
     if needed > free_bytes:
         devices = counted(sum(row.count(host) for row in plan.topology.hosts), "CPU device")
         raise MemoryLimitError(
-            "the parameters do not fit into the memory that this process can have",
+            "the parameters do not fit into the memory available to this process",
             expected=f"{show_bytes(needed)} for {devices}, which share it",
             found=f"{show_bytes(free_bytes)} within {limit}",
-            hint=_narrower(plan) or "more hosts, or a smaller model",
+            hint=_smaller_dtype(plan) or "use more hosts or a smaller model",
         )
 
 
-def _smaller(plan: LoadPlan, free_bytes: int) -> str:
-    """What would make the parameters of a device fit."""
+def _how_to_fit(plan: LoadPlan, free_bytes: int) -> str:
+    """What would make the parameters fit on a device."""
     for shards in usable_shards(plan.config, plan.config.n_heads):
         if shards > plan.shards and (held := device_bytes(plan, shards)) <= free_bytes:
             more = f"mp={shards} takes {show_bytes(held)} on each device"
-            return f"{more}; {narrower}" if (narrower := _narrower(plan)) else more
-    return _narrower(plan) or "a smaller model, or devices with more memory"
+            return f"{more}; {narrower}" if (narrower := _smaller_dtype(plan)) else more
+    return _smaller_dtype(plan) or "use a smaller model, or devices with more memory"
 
 
-def _narrower(plan: LoadPlan) -> str | None:
-    wide = plan.options.dtype == "float32"
-    return "dtype bfloat16 takes half" if wide else None
+def _smaller_dtype(plan: LoadPlan) -> str | None:
+    return "dtype bfloat16 takes half" if plan.options.dtype == "float32" else None

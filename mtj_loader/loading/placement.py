@@ -1,17 +1,18 @@
-"""Finished buffers onto their devices, and single-device arrays together into sharded ones."""
+"""Transfers buffers to their devices, and combines single-device arrays into sharded ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtj_loader.loading import blocks
-from mtj_loader.loading.buffers import Buffers, Device, device_refusals
-from mtj_loader.loading.jobs import Batch, Job
+from mtj_loader.loading.buffers import Buffers, Device, device_errors
+from mtj_loader.loading.schedule import Batch, Target
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan
 from mtj_loader.planning.read_assignment import ReadAssignment
@@ -20,8 +21,8 @@ Params = dict[str, dict[str, jax.Array]]
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where arrays go that are read alike.
+class _Placement:
+    """Where arrays with the same read assignment are placed.
 
     Attributes:
       sharding: of the whole array.
@@ -45,106 +46,129 @@ class Placer:
     """
 
     def __init__(self, plan: LoadPlan, mesh: Mesh, host: int, buffers: Buffers) -> None:
-        self.plan, self.mesh, self.buffers = plan, mesh, buffers
-        device_indices = enumerate(mesh.devices.flat)
-        self.devices = [
+        self._plan, self._mesh, self._buffers = plan, mesh, buffers
+        self._devices = [
             (device_index, device)
-            for device_index, device in device_indices
+            for device_index, device in enumerate(mesh.devices.flat)
             if device.process_index == host
         ]
-        self._places: dict[ReadAssignment, _Place] = {}
+        self._placements: dict[ReadAssignment, _Placement] = {}
         self._arrays: dict[tuple[str, str], jax.Array] = {}
         self._shards: dict[tuple[str, str], dict[Device, jax.Array]] = {}
 
     def place(self, batch: Batch) -> None:
-        """Hands a batch to the devices; its memory is free afterwards."""
-        whole = [job for job in batch.jobs if job.is_whole]
-        with device_refusals():
-            arrays = jax.block_until_ready([self._sharded(job) for job in whole])
-        self._arrays |= zip(map(_key, whole), arrays, strict=True)
-        parts = [job for job in batch.jobs if not job.is_whole]
-        found = [(job, *piece) for job in parts for piece in self._pieces(job)]
-        placed = self.buffers.put([array for _, array, _ in found], [d for _, _, d in found])
-        self.buffers.give_back(batch.memory)
-        for (job, _, device), array in zip(found, placed, strict=True):
-            self._keep(job, device, array)
+        """Transfers a batch to the devices and releases its memory."""
+        filled = list(zip(batch.targets, batch.buffers, strict=True))
+        whole = [(target, buffer) for target, buffer in filled if target.is_whole]
+        with device_errors():
+            arrays = jax.block_until_ready([self._make_array(*one) for one in whole])
+        self._arrays |= zip((_key(target.param) for target, _ in whole), arrays, strict=True)
+        parts = [
+            (target, shard, device)
+            for target, buffer in filled
+            if not target.is_whole
+            for shard, device in self._shards_of(target, buffer)
+        ]
+        devices = [device for _, _, device in parts]
+        placed = self._buffers.put([shard for _, shard, _ in parts], devices)
+        self._buffers.release(batch.memory)
+        for (target, _, device), array in zip(parts, placed, strict=True):
+            self._store(target, device, array)
 
     def params(self) -> Params:
-        """The arrays as they were read: `params[module][param]`; see `exchange`."""
+        """The arrays as they were read: `params[module][param]`; see `reshard`."""
         tree: Params = {}
-        for param in sorted(self.plan.params, key=lambda p: (p.spec.path, p.spec.param)):
-            key = (param.spec.path, param.spec.param)
-            array = self._arrays[key] if key in self._arrays else self._joined(param)
+        for param in sorted(self._plan.params, key=_key):
+            key = _key(param)
+            array = self._arrays[key] if key in self._arrays else self._combine(param)
             tree.setdefault(param.spec.path, {})[param.spec.param] = array
         return tree
 
-    def _sharded(self, job: Job) -> jax.Array:
-        """A whole parameter in one call; a put per device takes four times as long."""
-        of_shard = self._of_shard(job)
+    def _make_array(self, target: Target, buffer: np.ndarray) -> jax.Array:
+        """A whole parameter in one call; one call per device takes four times as long."""
+        by_number = _split_by_number(target, buffer)
+        placement, shape = self._placement(target.param), target.param.reads.array_shape
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None  # JAX asks with the slices of the array that a device holds
-            return of_shard[place.number_of(index)]
+            assert index is not None  # JAX passes the slices of the array that a device holds
+            return by_number[placement.number_of(index)]
 
-        place, shape = self._place_of(job.plan), job.plan.reads.array_shape
-        return jax.make_array_from_callback(shape, place.sharding, shard)
+        return jax.make_array_from_callback(shape, placement.sharding, shard)
 
-    def _joined(self, param: ParamPlan) -> jax.Array:
-        """A parameter whose shards came one by one."""
-        shards = self._shards[param.spec.path, param.spec.param]
-        mine = [shards[device] for _, device in self.devices]
-        sharding = self._place_of(param).sharding
-        return jax.make_array_from_single_device_arrays(param.reads.array_shape, sharding, mine)
+    def _combine(self, param: ParamPlan) -> jax.Array:
+        """A parameter whose shards were transferred one by one."""
+        shards = self._shards[_key(param)]
+        local = [shards[device] for _, device in self._devices]
+        shape, sharding = param.reads.array_shape, self._placement(param).sharding
+        return jax.make_array_from_single_device_arrays(shape, sharding, local)
 
-    def _of_shard(self, job: Job) -> dict[int, np.ndarray]:
-        """Number of a shard, or of a block → its buffer, in the shape that devices hold."""
-        of_device = job.plan.reads.block_shape
-        found = {}
-        for target, (layout, owners) in zip(job.targets, job.shards.items(), strict=True):
-            part = target.reshape(of_device if job.corner is None else layout.shape)
-            for number in owners:
-                found[number] = part
-        return found
+    def _shards_of(self, target: Target, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, Device]]:
+        """Each shard or block in a buffer with each device that reads it."""
+        by_number = _split_by_number(target, buffer)
+        for number, device in self._placement(target.param).devices:
+            if number in by_number:
+                yield by_number[number], device
 
-    def _pieces(self, job: Job) -> Iterator[tuple[np.ndarray, Device]]:
-        """Every buffer of a job with each device it belongs on."""
-        of_shard = self._of_shard(job)
-        for number, device in self._place_of(job.plan).devices:
-            if number in of_shard:
-                yield of_shard[number], device
-
-    def _keep(self, job: Job, device: Device, array: jax.Array) -> None:
-        """Files a shard under its parameter, or writes a block into the shard it is part of."""
-        mine = self._shards.setdefault(_key(job), {})
-        if job.corner is None:
-            mine[device] = array
+    def _store(self, target: Target, device: Device, array: jax.Array) -> None:
+        """Stores a shard of a parameter, or writes a block into its shard."""
+        shards = self._shards.setdefault(_key(target.param), {})
+        if target.corner is None:
+            shards[device] = array
             return
-        whole = mine.get(device)
-        if whole is None:
-            whole = blocks.empty(job.plan.reads.block_shape, job.plan.dtype, device)
-        mine[device] = blocks.write(whole, array, job.corner, job.plan.reads.layout_shape)
+        reads = target.param.reads
+        shard = shards.get(device)
+        if shard is None:
+            shard = jnp.zeros(reads.block_shape, target.param.dtype, device=device)
+        shards[device] = _write_block(shard, array, target.corner, reads.layout_shape)
 
-    def _place_of(self, param: ParamPlan) -> _Place:
-        """Where a parameter goes; those that are read alike go alike."""
+    def _placement(self, param: ParamPlan) -> _Placement:
+        """Where a parameter is placed; parameters with the same read assignment share it."""
         reads = param.reads
-        if reads not in self._places:
-            self._places[reads] = _Place(
-                reads.sharding(self.mesh),
-                [(reads.number_at(device_index), device) for device_index, device in self.devices],
+        if reads not in self._placements:
+            self._placements[reads] = _Placement(
+                reads.sharding(self._mesh),
+                [(reads.number_at(index), device) for index, device in self._devices],
                 reads.number_of,
             )
-        return self._places[reads]
+        return self._placements[reads]
 
 
-def _key(job: Job) -> tuple[str, str]:
-    return job.plan.spec.path, job.plan.spec.param
+def _split_by_number(target: Target, buffer: np.ndarray) -> dict[int, np.ndarray]:
+    """The number of each shard or block → its part of a buffer, in the shape on the devices."""
+    found: dict[int, np.ndarray] = {}
+    for flat, (layout, numbers) in zip(target.split(buffer), target.shards.items(), strict=True):
+        part = flat.reshape(
+            target.param.reads.block_shape if target.corner is None else layout.shape
+        )
+        found |= dict.fromkeys(numbers, part)
+    return found
+
+
+def _key(param: ParamPlan) -> tuple[str, str]:
+    return param.spec.path, param.spec.param
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)  # in place, so that the shard exists once
+def _write_block(
+    shard: jax.Array, block: jax.Array, corner: tuple[int, ...], shape: tuple[int, ...]
+) -> jax.Array:
+    """`shard` with one block of it replaced.
+
+    Args:
+      shard: in its shape on the device, in which axes may be merged; donated.
+      block: the new block.
+      corner: the position of the block's first element, in `shape`.
+      shape: the shard's shape without merged axes.
+    """
+    unmerged = shard.reshape(shape)
+    return jax.lax.dynamic_update_slice(unmerged, block, corner).reshape(shard.shape)
 
 
 def abstract_params(plan: LoadPlan, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """What `Placer.params` will give, as shapes, dtypes and shardings."""
+    """The shapes, dtypes and shardings of the loaded parameters."""
     sharding = NamedSharding(mesh, PartitionSpec("mp"))
     tree: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for param in plan.params:
-        found = jax.ShapeDtypeStruct(param.array_shape, param.dtype, sharding=sharding)
-        tree.setdefault(param.spec.path, {})[param.spec.param] = found
+        abstract = jax.ShapeDtypeStruct(param.array_shape, param.dtype, sharding=sharding)
+        tree.setdefault(param.spec.path, {})[param.spec.param] = abstract
     return tree

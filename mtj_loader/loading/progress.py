@@ -1,4 +1,7 @@
-"""The progress bar of a load: bytes, rate and time left, in a terminal or a notebook."""
+"""The progress bar of loads and conversions: bytes, rate and time left.
+
+It is a module of its own because conversions use it, which do not import JAX.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,15 @@ from rich.progress import (
 def progress_bar(
     total_bytes: int, *, shown: bool, verb: str = "loading"
 ) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the bytes done so far; `verb` says what is done with them.
+    """Yields a function to call with the number of bytes done so far.
 
-    The bar goes to stderr, so that what a program prints stays clean, and only where a person can
-    see it: a terminal, or a notebook.
+    The bar is written to stderr, so that a program's output stays clean, and only in a terminal or
+    a notebook.
+
+    Args:
+      total_bytes: when the bar is full.
+      shown: False shows no bar anywhere.
+      verb: what is done with the bytes.
     """
     console = Console(stderr=True)
     if not shown or not (console.is_terminal or console.is_jupyter):

@@ -1,9 +1,10 @@
-"""From what the devices read to the parameters they hold, over the interconnect.
+"""Turns the blocks that devices read into their shards, over the interconnect.
 
-It begins when all hosts have read all of their blocks: an interconnect is so much faster than any
-storage that little would be won by sending while reading, and a host that fails to read has said so
-before any other waits for it inside a collective operation. The parameters come one after another,
-and the blocks of one are given back before the next, so that no device holds more than one twice.
+This starts after all hosts have read all of their blocks. An interconnect is so much faster than
+any storage that overlapping with reading would save little; and a host that fails to read has
+reported this before other hosts wait for it in a collective operation. Parameters are exchanged one
+after another, and the blocks of one are freed before the next, so that at most one parameter is on
+the devices twice.
 """
 
 from __future__ import annotations
@@ -30,53 +31,53 @@ _BITS = {2: jnp.uint16, 4: jnp.uint32}
 def reshard(
     params: dict[str, dict[str, jax.Array]], plan: LoadPlan, mesh: Mesh, hosts: Hosts = SINGLE_HOST
 ) -> None:
-    """Makes the parameters of what was read, in place; all hosts take them in the same order.
+    """Replaces arrays of blocks by the parameters, in place and in the same order on all hosts.
 
     Args:
-      params: as `Placer.params` gives them.
+      params: as returned by `Placer.params`.
       plan: what was read, without adapters.
       mesh: axes dp and mp, Auto.
-      hosts: who exchanges with this one.
+      hosts: the hosts of the mesh.
 
     Raises:
-      DeviceError: a device has no room, or another does not answer.
+      DeviceError: a device has too little memory, or another does not respond.
       HostError: another host failed.
     """
     for param in plan.params:
         if param.reads.is_shared:
             hosts.check()
             module = params[param.spec.path]
-            module[param.spec.param] = exchanged(param, module[param.spec.param], mesh, hosts)
+            module[param.spec.param] = reshard_param(param, module[param.spec.param], mesh, hosts)
 
 
-def exchanged(
+def reshard_param(
     param: ParamPlan, array: jax.Array, mesh: Mesh, hosts: Hosts = SINGLE_HOST
 ) -> jax.Array:
-    """A parameter [n, …], placed `PartitionSpec("mp")`; all hosts call this together.
+    """A parameter [n, …] with `PartitionSpec("mp")`; all hosts call this together.
 
     Args:
       param: read in blocks.
-      array: what was read, placed by `SharedBlocks.sharding`; given back.
+      array: what was read, with `SharedBlocks.sharding`; deleted.
       mesh: axes dp and mp, Auto.
-      hosts: who exchanges with this one.
+      hosts: the hosts of the mesh.
 
     Raises:
-      DeviceError, HostError: as `exchange_all`.
+      DeviceError, HostError: see `reshard`.
     """
     try:
-        made = hosts.wait_until_ready(_program(*_kind(param, mesh))(array))
+        resharded = hosts.wait_until_ready(_program(*_kind(param, mesh))(array))
     except jax.errors.JaxRuntimeError as error:
-        what = "the devices could not exchange what they had read"
+        what = "the devices could not exchange what they read"
         key = f"{param.spec.path} {param.spec.param}"
-        hint = "another host may have died meanwhile; its own messages say why"
+        hint = "another host may have died; its own messages say why"
         raise DeviceError(what, key=key, found=str(error), hint=hint) from error
-    array.delete()  # donating would not do: the sizes differ
-    return made
+    array.delete()  # it cannot be donated, because the sizes differ
+    return resharded
 
 
 @contextmanager
-def compiling(plan: LoadPlan, mesh: Mesh) -> Iterator[None]:
-    """Compiles what the exchange will run while files are read; what is left then, it compiles.
+def precompile(plan: LoadPlan, mesh: Mesh) -> Iterator[None]:
+    """Compiles the programs of `reshard` in the background; it compiles those not started yet.
 
     Args:
       plan: what is read, without adapters.
@@ -86,7 +87,7 @@ def compiling(plan: LoadPlan, mesh: Mesh) -> Iterator[None]:
     if not shared:
         yield
         return
-    pool = ThreadPoolExecutor(1, thread_name_prefix="mtj_loader_exchange")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="mtj_loader_reshard")
     try:
         for kind in dict.fromkeys(_kind(param, mesh) for param in shared):
             pool.submit(_program, *kind)
@@ -99,7 +100,7 @@ _Kind = tuple[SharedBlocks, tuple[int, ...], np.dtype, Mesh]
 
 
 def _kind(param: ParamPlan, mesh: Mesh) -> _Kind:
-    """All that the program of a parameter follows from; layers are alike."""
+    """Everything that determines the program of a parameter; layers have equal ones."""
     assert isinstance(param.reads, SharedBlocks)
     return param.reads, param.shard_shape, param.dtype, mesh
 
@@ -108,9 +109,9 @@ def _kind(param: ParamPlan, mesh: Mesh) -> _Kind:
 def _program(
     reads: SharedBlocks, shard_shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh
 ) -> Callable[[jax.Array], jax.Array]:
-    """What makes the parameters of one kind: [g, *axes] as it was read -> [n, *shard_shape]."""
+    """The program for one kind of parameters: blocks [g, *axes] -> shards [n, *shard_shape]."""
     before = reads.sharding(mesh)
-    # Replicas hold the same after the gather, which check_vma cannot see.
+    # After the gather replicas are equal, which check_vma cannot infer.
     mapped = jax.shard_map(
         partial(_shard, reads, shard_shape),
         mesh=before.mesh,
@@ -128,9 +129,9 @@ def _shard(
     shard_shape: tuple[int, ...],
     block: jax.Array,  # [g or 1, …, part, …]
 ) -> jax.Array:  # [1, *shard_shape]
-    """On each device: from its block to its shard."""
+    """Runs on each device: makes its shard from its block and those of other devices."""
     axis = 1 + reads.axis
-    # As integers, so that nothing on the way takes them for numbers: not one bit may change.
+    # As integers, so that no operation on floats can change any bit.
     bits = jax.lax.bitcast_convert_type(block, _BITS[block.dtype.itemsize])
     if reads.is_mixed:
         bits = jax.lax.all_to_all(bits, "g", split_axis=0, concat_axis=axis, tiled=True)

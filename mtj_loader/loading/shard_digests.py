@@ -1,4 +1,4 @@
-"""SHA-256 of every shard on the devices: what loads on many hosts, or simulated ones, add up to."""
+"""SHA-256 digests of the shards, to compare loads on several real or simulated hosts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mtj_loader.formats import strict_json
 from mtj_loader.names import number_set
 from mtj_loader.storage.local import LocalStorage
 
-_MAX_FILE_BYTES = 1 << 30  # ten thousand parameters in a thousand shards
+_MAX_FILE_BYTES = 1 << 30  # enough for 10,000 parameters in 1,000 shards
 
 
 @dataclass(frozen=True)
 class Digests:
-    """Digests of shards, as hexadecimal SHA-256 of their bytes in C order.
+    """Digests of shards: hexadecimal SHA-256 of their bytes in C order.
 
     Attributes:
-      shards: n, how many there are of each parameter.
-      of: "module param" → number of a shard → its digest; of one host only the shards it holds.
+      shards: n, the number of shards of each parameter.
+      of: "module param" → shard number → digest; may lack shards that other hosts hold.
     """
 
     shards: int
@@ -34,80 +34,82 @@ class Digests:
 
     @property
     def sha256(self) -> str:
-        """One digest of all of them, whatever the order in which they were found."""
+        """One digest of all digests; does not depend on their order."""
         lines = (f"{name} {j} {self.of[name][j]}\n" for name, j in sorted(self._keys()))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property
     def missing(self) -> dict[str, list[int]]:
-        """The shards that are not there, of each parameter that lacks any."""
+        """The numbers of the missing shards, for each parameter with missing shards."""
         absent = {n: [j for j in range(self.shards) if j not in of] for n, of in self.of.items()}
         return {name: numbers for name, numbers in absent.items() if numbers}
 
     def to_dict(self) -> dict[str, object]:
         """The digests as JSON types; docs/json.md describes them."""
-        of = {name: {str(j): one for j, one in mine.items()} for name, mine in self.of.items()}
+        of = {name: {str(j): sha256 for j, sha256 in own.items()} for name, own in self.of.items()}
         return {"shards": self.shards, "sha256": self.sha256, "of": of}
 
     def _keys(self) -> Iterator[tuple[str, int]]:
-        return ((name, j) for name, mine in self.of.items() for j in mine)
+        return ((name, j) for name, own in self.of.items() for j in own)
 
 
-def digests(
+def compute_digests(
     params: Mapping[str, Mapping[str, jax.Array]], shards: int, numbers: Sequence[int] | None = None
 ) -> Digests:
-    """The digests of all shards that this process holds.
+    """Computes the digests of all shards that this process holds.
 
     Args:
       params: `params[module][param]`.
       shards: n, of the whole mesh.
-      numbers: the numbers of the shards in `params`, where a simulated host has only some.
+      numbers: the numbers of the shards in `params`, if a simulated host holds only some.
     """
     numbers = range(shards) if numbers is None else numbers
     found = [
         (f"{module} {param}", numbers[j], shard)
         for module, arrays in params.items()
         for param, array in arrays.items()
-        for j, shard in _distinct(array)
+        for j, shard in _distinct_shards(array)
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
-        made = list(pool.map(_sha256, [shard for _, _, shard in found]))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
+        hashes = list(pool.map(_sha256, [shard for _, _, shard in found]))
     of: dict[str, dict[int, str]] = {}
-    for (name, j, _), one in zip(found, made, strict=True):
-        of.setdefault(name, {})[j] = one
+    for (name, j, _), sha256 in zip(found, hashes, strict=True):
+        of.setdefault(name, {})[j] = sha256
     return Digests(shards, of)
 
 
-def joined(parts: Mapping[str, Digests]) -> Digests:
-    """What several loads hold together.
+def merge_digests(parts: Mapping[str, Digests]) -> Digests:
+    """Merges the digests of several loads.
 
     Args:
-      parts: where each comes from, for messages, and its digests.
+      parts: the source of each part, for messages, and its digests.
 
     Raises:
-      UsageError: they are of different meshes.
-      VerifyError: two of them differ in a shard, or one lacks a parameter that another has.
+      UsageError: they have different numbers of shards.
+      VerifyError: a shard differs between two parts, or their parameters differ.
     """
     first, whole = next(iter(parts.items()))
     of: dict[str, dict[int, str]] = {name: {} for name in whole.of}
     for source, part in parts.items():
         if part.shards != whole.shards:
             expected = f"{whole.shards} shards, as {first} has"
-            raise UsageError("not of one mesh", file=source, expected=expected, found=part.shards)
-        if strange := part.of.keys() ^ of.keys():
+            raise UsageError(
+                "digests of different meshes", file=source, expected=expected, found=part.shards
+            )
+        if differing := part.of.keys() ^ of.keys():
             what = f"{source} and {first} do not have the same parameters"
-            raise VerifyError(what, key=min(strange))
-        for name, mine in part.of.items():
-            _add(of[name], mine, source, name)
+            raise VerifyError(what, key=min(differing))
+        for name, shards in part.of.items():
+            _add(of[name], shards, source, name)
     return Digests(whole.shards, of)
 
 
-def check_whole(found: Digests) -> None:
-    """Raises VerifyError if a shard of any parameter is not there."""
+def check_complete(found: Digests) -> None:
+    """Raises VerifyError if a shard of any parameter is missing."""
     if missing := found.missing:
         name, numbers = next(iter(missing.items()))
         raise VerifyError(
-            f"the whole is not there: {len(missing)} parameters lack shards",
+            f"the digests are incomplete: {len(missing)} parameters lack shards",
             key=name,
             expected=f"{found.shards} shards",
             found=f"all but {number_set(numbers)}",
@@ -115,11 +117,11 @@ def check_whole(found: Digests) -> None:
 
 
 def read_digests(path: Path) -> Digests:
-    """Reads what `--digests` wrote.
+    """Reads a file written by `--digests`.
 
     Raises:
-      FormatError: it is something else.
-      StorageError: it cannot be read.
+      FormatError: the file has another format.
+      StorageError: the file cannot be read.
     """
     with LocalStorage(path.parent) as storage:
         size_bytes = min(storage.version(path.name).size_bytes, _MAX_FILE_BYTES + 1)
@@ -129,35 +131,35 @@ def read_digests(path: Path) -> Digests:
 
 
 def from_dict(document: Mapping[str, object], file: Path | None = None) -> Digests:
-    """What `Digests.to_dict` gave.
+    """The inverse of `Digests.to_dict`.
 
     Raises:
-      FormatError: it is something else.
+      FormatError: the document has another format.
     """
     match document:
         case {"shards": int(shards), "of": {**of}, "sha256": str(sha256)}:
-            found = Digests(shards, {str(name): _by_number(mine) for name, mine in of.items()})
+            found = Digests(shards, {str(name): _by_number(own) for name, own in of.items()})
             if found.sha256 == sha256:
                 return found
-    raise FormatError("not what --digests wrote, or changed since", file=file)
+    raise FormatError("not written by --digests, or changed since", file=file)
 
 
-def _by_number(mine: object) -> dict[int, str]:
-    """Shard numbers and digests; nothing of what has another form."""
-    entries = mine.items() if isinstance(mine, dict) else ()
-    return {int(j): str(one) for j, one in entries if str(j).isdecimal()}
+def _by_number(shards: object) -> dict[int, str]:
+    """Shard numbers and digests; skips entries that have another format."""
+    entries = shards.items() if isinstance(shards, dict) else ()
+    return {int(j): str(sha256) for j, sha256 in entries if str(j).isdecimal()}
 
 
-def _add(of: dict[int, str], mine: Mapping[int, str], source: str, name: str) -> None:
-    for j, one in mine.items():
-        other = of.setdefault(j, one)
-        if other != one:
-            what = f"shard {j} of a parameter is not everywhere the same"
-            raise VerifyError(what, file=source, key=name, expected=other, found=one)
+def _add(known: dict[int, str], new: Mapping[int, str], source: str, name: str) -> None:
+    for j, sha256 in new.items():
+        expected = known.setdefault(j, sha256)
+        if expected != sha256:
+            what = f"shard {j} of a parameter differs between hosts"
+            raise VerifyError(what, file=source, key=name, expected=expected, found=sha256)
 
 
-def _distinct(array: jax.Array) -> Iterator[tuple[int, jax.Array]]:
-    """Each shard of an array [n, …] that this process holds, with its number; replicas once."""
+def _distinct_shards(array: jax.Array) -> Iterator[tuple[int, jax.Array]]:
+    """The shards of an array [n, …] on this process's devices, without replicas: number, shard."""
     seen: set[int] = set()
     for shard in array.addressable_shards:
         j = shard.index[0].start or 0

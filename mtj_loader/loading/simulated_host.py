@@ -1,7 +1,7 @@
-"""One host of a pod that is not there: its share of a plan, on virtual devices of this machine.
+"""Simulates one host of a pod: loads its part of a plan onto virtual devices of this machine.
 
-What is read, copied, computed and placed is just what that host would do by itself, reading every
-byte that its devices hold; hosts that are simulated one after the other exchange nothing.
+It reads, converts and places what the real host would if hosts exchanged nothing: every byte that
+its devices hold. Hosts that are simulated one after another cannot exchange anything.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.topology import Topology, make_mesh
 
 
-def load_host(
+def load_as_host(
     plan: LoadPlan, host: int, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[Params, LoadReport]:
-    """Reads and places the share of one host.
+    """Loads the part of one host.
 
     Args:
-      plan: of the whole mesh.
-      host: one of its hosts; it needs as many devices here as it has there.
+      plan: for the whole mesh.
+      host: the process index of a host in the mesh; this machine needs as many devices as it has.
       progress: called with the bytes read so far.
 
     Returns:
-      `params[module][param]`, every array with that host's shards alone, and the load's report.
+      `params[module][param]`, with only that host's shards, and the load report.
 
     Raises:
-      MeshError, UsageError: as `of_host`.
-      DeviceError: there are too few devices.
-      CheckpointError, MachineError: as `load_params`.
+      MeshError, UsageError: see `plan_for_host`.
+      DeviceError: this machine has too few devices.
+      CheckpointError, MachineError: see `load_params`.
     """
-    mine = of_host(plan, host)
+    local = plan_for_host(plan, host)
     with plan.checkpoint.storage:
-        return load_params(mine, make_mesh(str(mine.topology)), progress=progress)
+        return load_params(local, make_mesh(str(local.topology)), progress=progress)
 
 
-def of_host(plan: LoadPlan, host: int) -> LoadPlan:
-    """The plan of one host alone: its rows and columns of the mesh as a mesh of one process.
+def plan_for_host(plan: LoadPlan, host: int) -> LoadPlan:
+    """The plan of one host: its rows and columns of the mesh, as a mesh of one process.
 
-    Parameters are still cut into as many shards as the plan says, and divided by as many.
+    Parameters keep the number of shards of the whole plan, and are divided by it.
 
     Raises:
-      MeshError: the host's devices are no rectangle of the mesh.
-      UsageError: there is no such host, or the plan has adapters.
+      MeshError: the host's devices are not a rectangle of the mesh.
+      UsageError: the mesh has no such host, or the plan has adapters.
     """
     hosts = plan.topology.host_ids
     if host not in hosts:
         expected = f"one of {number_set(hosts)}"
         raise UsageError("the mesh has no such host", key="host", expected=expected, found=host)
     if plan.adapters:
-        raise UsageError("a simulated host merges no adapters", key="adapter")
+        raise UsageError("a simulated host cannot merge adapters", key="adapter")
     rows = [row for row in plan.topology.hosts if host in row]
     numbers = plan.topology.shards_of(host)
     if any(row[j] != host for row in rows for j in numbers):
-        what = f"the devices of host {host} are no rectangle of the mesh, so it cannot be simulated"
+        what = f"host {host} cannot be simulated: its devices are not a rectangle of the mesh"
         raise MeshError(what, key="hosts", found=f"{len(hosts)} hosts on {plan.topology}")
-    # Parameters that are alike share their shards; so do they here, see `LoadPlan.host_bytes`.
+    # Parameters with equal layouts share one tuple of shards; `LoadPlan.host_bytes` relies on it.
     shards = {id(p.shards): tuple(p.shards[j] for j in numbers) for p in plan.params}
     return replace(
         plan,

@@ -1,7 +1,8 @@
-"""Executing a plan: files are read in order by a few threads, shards put together and placed.
+"""Executes a plan's schedule: a few threads read in file order, and full batches are placed.
 
-The main thread deals out batches of parameters and hands finished ones to the devices; the others
-read, convert and copy. The first error, or Ctrl-C, stops all of them within a panel's time.
+The main thread gives work to the reading threads and transfers complete batches to the devices. The
+reading threads read, convert and copy. The first error, or Ctrl-C, stops all threads after at most
+one read.
 """
 
 from __future__ import annotations
@@ -20,20 +21,28 @@ from jax.sharding import Mesh
 
 from mtj_loader.errors import NonFiniteError
 from mtj_loader.loading.buffers import SCRATCH_BYTES, Buffers, buffers_for
-from mtj_loader.loading.jobs import Batch, Job, Task, batches, byte_runs, tasks
 from mtj_loader.loading.placement import Params, Placer
-from mtj_loader.loading.schedule import CHUNK_BYTES, Step
+from mtj_loader.loading.schedule import (
+    CHUNK_BYTES,
+    Batch,
+    Read,
+    Target,
+    Work,
+    byte_runs,
+    list_targets,
+    make_batches,
+)
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.storage.prefetch import prefetch_bytes
 from mtj_loader.weights import kernels
 
 _BATCHES_AHEAD = 2  # one is read while one is placed
-_MAX_THREADS = 8  # more readers than this gain nothing on one host's storage or memory
+_MAX_THREADS = 8  # more readers gain nothing with one host's storage or memory
 
 
 @dataclass
 class ReadStats:
-    """What a thread counts while it works; seconds are its own, so that threads can be summed."""
+    """Counts of one thread, or of all threads together; seconds are summed over threads."""
 
     bytes_read: int = 0
     read_seconds: float = 0.0
@@ -47,12 +56,6 @@ class ReadStats:
         self.transform_seconds += other.transform_seconds
         for name, count in other.nonfinite.items():
             self.nonfinite[name] = self.nonfinite.get(name, 0) + count
-
-
-def _threads(host_memory_bytes: int) -> int:
-    """As many as there are processors, if half of the memory holds what they need."""
-    affordable = host_memory_bytes // 2 // SCRATCH_BYTES
-    return max(1, min(_MAX_THREADS, max(2, os.cpu_count() or 1), affordable))
 
 
 class Streamer:
@@ -73,18 +76,16 @@ class Streamer:
         buffers: Buffers | None = None,
     ) -> None:
         self.plan, self.progress = plan, progress
-        self.host = jax.process_index()
         self.device_seconds = 0.0
-        platform = mesh.devices.flat[0].platform
-        storage = plan.checkpoint.storage
+        host, storage = jax.process_index(), plan.checkpoint.storage
         ahead = prefetch_bytes(storage, plan.options.host_memory_bytes)
         budget = plan.options.host_memory_bytes - ahead
-        self.threads = _threads(budget)
-        self._buffers = buffers or buffers_for(platform, budget, self.threads)
-        runs = byte_runs(plan, self.host, self._buffers)
-        self._reader = storage.reader(runs, ahead)
-        self._placer = Placer(plan, mesh, self.host, self._buffers)
-        self._tallies: list[ReadStats] = []
+        self.threads = _thread_count(budget)
+        self._buffers = buffers or buffers_for(mesh.devices.flat[0].platform, budget, self.threads)
+        self._targets = list_targets(plan, host, self._buffers.block_bytes)
+        self._reader = storage.reader(byte_runs(self._targets), ahead)
+        self._placer = Placer(plan, mesh, host, self._buffers)
+        self._thread_stats: list[ReadStats] = []
         self._local = threading.local()
         self._stop = threading.Event()
         self._error: BaseException | None = None  # the first of any thread
@@ -93,7 +94,7 @@ class Streamer:
         """Reads everything and returns `params[module][param]`.
 
         Raises:
-          CheckpointError: a file is truncated or gone, or weights are not finite.
+          CheckpointError: a file is truncated or missing, or weights are not finite.
           StorageError, MemoryLimitError, DeviceError: the machine failed.
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="mtj_loader")
@@ -106,29 +107,29 @@ class Streamer:
         self._check_finite()
         return self._placer.params()
 
-    def _stream(self, pool: ThreadPoolExecutor) -> None:
-        """Deals out all batches, and places each when a later one is under way."""
-        pending: deque[Batch] = deque()
-        for batch in batches(self.plan, self.host, self._buffers):
-            batch.futures = [pool.submit(self._work, task) for task in tasks(batch.jobs)]
-            pending.append(batch)
-            while len(pending) > _BATCHES_AHEAD:
-                self._place(pending.popleft())
-        while pending:
-            self._place(pending.popleft())
-
     @property
-    def tally(self) -> ReadStats:
-        """The sum over all threads."""
-        total = ReadStats()
-        for tally in self._tallies:
-            total.add(tally)
-        total.bytes_read += self._reader.extra_bytes
+    def stats(self) -> ReadStats:
+        """The counts of all threads together."""
+        total = ReadStats(bytes_read=self._reader.extra_bytes)
+        for stats in self._thread_stats:
+            total.add(stats)
         return total
 
-    def _place(self, batch: Batch) -> None:
-        """Waits for a batch to be put together and hands it over."""
-        self._wait(batch.futures)
+    # ---- the main thread
+
+    def _stream(self, pool: ThreadPoolExecutor) -> None:
+        """Submits all batches, and places each while later ones are read."""
+        pending: deque[tuple[Batch, list[Future[None]]]] = deque()
+        for batch in make_batches(self._targets, self._buffers):
+            pending.append((batch, [pool.submit(self._work, work) for work in batch.split_work()]))
+            while len(pending) > _BATCHES_AHEAD:
+                self._place(*pending.popleft())
+        while pending:
+            self._place(*pending.popleft())
+
+    def _place(self, batch: Batch, futures: list[Future[None]]) -> None:
+        """Waits until a batch is complete, and transfers it."""
+        self._wait(futures)
         begun = time.perf_counter()
         self._placer.place(batch)
         self.device_seconds += time.perf_counter() - begun
@@ -137,78 +138,88 @@ class Streamer:
         waiting: set[Future[None]] = set(futures)
         while waiting:
             _, waiting = wait(waiting, timeout=0.1)  # so that the progress bar moves
-            if self._error is not None:  # perhaps of a later batch; all threads stop for it
+            if self._error is not None:  # possibly of a later batch; it stops all threads
                 raise self._error
-            self.progress(sum(tally.bytes_read for tally in self._tallies))
+            self.progress(sum(stats.bytes_read for stats in self._thread_stats))
 
-    def _work(self, task: Task) -> None:
-        """One thread's share."""
+    def _check_finite(self) -> None:
+        found = self.stats.nonfinite
+        if found and not self.plan.options.allow_nonfinite:
+            name, count = next(iter(found.items()))
+            raise NonFiniteError(
+                f"{sum(found.values())} weights in {len(found)} tensors are NaN or infinite",
+                tensor=name,
+                found=f"{count} in this tensor",
+                hint="allow_nonfinite loads them anyway",
+            )
+
+    # ---- the reading threads
+
+    def _work(self, work: Work) -> None:
+        """Executes reads until an error in any thread."""
         try:
-            self._run(task)
+            for target, buffer, read in work:
+                if self._stop.is_set():
+                    return
+                execute = self._read_direct if read.is_direct else self._read_chunk
+                execute(target, buffer, read)
         except BaseException as error:  # noqa: BLE001 -- raised again by the main thread
             self._error = self._error or error
             self._stop.set()
 
-    def _run(self, task: Task) -> None:
-        """Reads, converts, copies."""
-        for job, step in task:
-            if self._stop.is_set():
-                return
-            if step.direct:
-                self._read_direct(job, step)
-            else:
-                self._read_chunk(job, step)
+    def _read_direct(self, target: Target, buffer: np.ndarray, read: Read) -> None:
+        first = read.copies[0].dst
+        elements = buffer[first : first + read.size]
+        self._read(target, read.source, read.start, elements)
+        self._check_values(target, read.source, elements, None)
 
-    def _read_direct(self, job: Job, step: Step) -> None:
-        first = step.copies[0].dst
-        target = job.buffer[first : first + step.size]
-        self._read(job, step.source, step.start, target)
-        self._scan(job, step.source, target, None)
-
-    def _read_chunk(self, job: Job, step: Step) -> None:
-        itemsize = job.plan.source_dtype.itemsize
-        chunk = self._scratch(step.span * itemsize).view(job.plan.source_dtype)
-        for start, stop in step.runs:
-            run = chunk[start - step.start : stop - step.start]
-            self._read(job, step.source, start, run)
+    def _read_chunk(self, target: Target, buffer: np.ndarray, read: Read) -> None:
+        dtype, finish = target.param.source_dtype, target.finish
+        chunk = self._scratch(read.span * dtype.itemsize).view(dtype)
+        inside = [slice(start - read.start, stop - read.start) for start, stop in read.runs]
+        for (start, _), run in zip(read.runs, inside, strict=True):
+            self._read(target, read.source, start, chunk[run])
         begun = time.perf_counter()
-        ready = chunk if job.finish is None else job.finish(chunk)
-        for start, stop in step.runs:
-            inside = slice(start - step.start, stop - step.start)
-            self._scan(job, step.source, chunk[inside], None if ready is chunk else ready[inside])
-        for copy in step.copies:
-            kernels.run_copy(copy, ready, step.start, job.buffer)
-        self._mine.transform_seconds += time.perf_counter() - begun
+        finished = chunk if finish is None else finish(chunk)
+        for run in inside:
+            after = None if finish is None else finished[run]
+            self._check_values(target, read.source, chunk[run], after)
+        for copy in read.copies:
+            kernels.run_copy(copy, finished, read.start, buffer)
+        self._stats.transform_seconds += time.perf_counter() - begun
 
-    def _read(self, job: Job, source: int, first: int, target: np.ndarray) -> None:
-        record = job.plan.view.records[source]
-        offset_bytes = record.offset_bytes + first * target.itemsize
+    def _read(self, target: Target, source: int, first: int, elements: np.ndarray) -> None:
+        """Reads elements of a record, starting with element `first`."""
+        record = target.param.view.records[source]
+        offset_bytes = record.offset_bytes + first * elements.itemsize
         begun = time.perf_counter()
-        self._reader.read_into(record.file, offset_bytes, target.view(np.uint8))
-        self._mine.read_seconds += time.perf_counter() - begun
-        self._mine.bytes_read += target.nbytes
+        self._reader.read_into(record.file, offset_bytes, elements.view(np.uint8))
+        self._stats.read_seconds += time.perf_counter() - begun
+        self._stats.bytes_read += elements.nbytes
 
-    def _scan(self, job: Job, source: int, before: np.ndarray, after: np.ndarray | None) -> None:
-        """Counts what is not finite, and refuses finite values that a dtype change overflowed."""
-        name = job.plan.view.records[source].name
-        if after is not None and (count := kernels.overflowed(before, after)):
+    def _check_values(
+        self, target: Target, source: int, before: np.ndarray, after: np.ndarray | None
+    ) -> None:
+        """Counts NaN and infinity; rejects finite values that overflow in the parameter's dtype."""
+        name = target.param.view.records[source].name
+        if after is not None and (count := kernels.count_overflows(before, after)):
             raise NonFiniteError(
-                f"finite values overflow when they become {job.plan.dtype.name}",
+                f"finite values overflow when they become {target.param.dtype.name}",
                 tensor=name,
                 found=f"{count} or more",
-                hint="another dtype holds them: float32 all, bfloat16 nearly all",
+                hint="use another dtype: float32 holds all values, bfloat16 nearly all",
             )
         if self.plan.options.check_finite and (count := kernels.count_nonfinite(before)):
-            found = self._mine.nonfinite
-            found[name] = found.get(name, 0) + count
+            nonfinite = self._stats.nonfinite
+            nonfinite[name] = nonfinite.get(name, 0) + count
 
     @property
-    def _mine(self) -> ReadStats:
-        """This thread's tally."""
-        if not hasattr(self._local, "tally"):
-            self._local.tally = ReadStats()
-            self._tallies.append(self._local.tally)
-        return self._local.tally
+    def _stats(self) -> ReadStats:
+        """This thread's counts."""
+        if not hasattr(self._local, "stats"):
+            self._local.stats = ReadStats()
+            self._thread_stats.append(self._local.stats)
+        return self._local.stats
 
     def _scratch(self, size_bytes: int) -> np.ndarray:
         """This thread's scratch memory."""
@@ -216,13 +227,8 @@ class Streamer:
             self._local.scratch = np.empty(max(size_bytes, CHUNK_BYTES), np.uint8)
         return self._local.scratch[:size_bytes]
 
-    def _check_finite(self) -> None:
-        found = self.tally.nonfinite
-        if found and not self.plan.options.allow_nonfinite:
-            name, count = next(iter(found.items()))
-            raise NonFiniteError(
-                f"{sum(found.values())} weights in {len(found)} tensors are NaN or infinite",
-                tensor=name,
-                found=f"{count} there",
-                hint="allow_nonfinite loads them all the same",
-            )
+
+def _thread_count(host_memory_bytes: int) -> int:
+    """One thread per processor, as far as half of the memory is enough for their scratch memory."""
+    affordable = host_memory_bytes // 2 // SCRATCH_BYTES
+    return max(1, min(_MAX_THREADS, max(2, os.cpu_count() or 1), affordable))

@@ -1,8 +1,8 @@
-"""The check after a load: every byte on every device against the files, through the map.
+"""Verification after a load: compares every byte on every device with the files.
 
-It shares the views with the loader and nothing else: each parameter is built whole, by numpy's own
-indexing over the piece list, converted whole, and compared bit by bit. What adapters add is summed
-in float64; there a few units in the last place may differ.
+It shares only the views with the loader: each parameter is built whole, by numpy's indexing over
+the list of pieces, converted whole, and compared bit by bit. Adapters are added in float64; those
+parameters may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mtj_loader.planning.param_plan import ParamPlan
 from mtj_loader.storage.base import Storage
 from mtj_loader.weights.view import ZEROS
 
-_FLOAT32_SLACK = 1e-6  # relative to the largest element; sums of a few products in float32
+_FLOAT32_TOLERANCE = 1e-6  # of the largest element; for sums of a few products in float32
 
 
 @clean_load_failure()
@@ -30,7 +30,7 @@ def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]]) -> int
     """Compares every local shard with the checkpoint; returns the bytes compared.
 
     Raises:
-      VerifyError: a shard differs; names the parameter, the device and the first element.
+      VerifyError: a shard differs; the message names the parameter, device and first element.
       NonFiniteError: weights are NaN or infinite and allow_nonfinite is off.
     """
     compared = 0
@@ -39,10 +39,14 @@ def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]]) -> int
         if not plan.options.allow_nonfinite and not np.isfinite(whole).all():
             names = ", ".join(record.name for record in param.view.records)
             raise NonFiniteError("weights are NaN or infinite", tensor=names)
-        total = _with_terms(param, whole) if param.terms else whole
+        total = _add_terms(param, whole) if param.terms else whole
         for shard in params[param.spec.path][param.spec.param].addressable_shards:
             found, expected = np.asarray(shard.data), _shard(param, total, shard.index[0])
-            differing = _far(param, found, expected) if param.terms else _bits(found, expected)
+            differing = (
+                _exceeds_rounding(param, found, expected)
+                if param.terms
+                else _bits_differ(found, expected)
+            )
             if differing.any():
                 raise _difference(param, shard, found, expected, differing)
             compared += shard.data.nbytes
@@ -50,7 +54,7 @@ def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]]) -> int
 
 
 def _expected(storage: Storage, param: ParamPlan) -> np.ndarray:
-    """The whole parameter [spec.shape] as the devices should have it."""
+    """The whole parameter [*view.shape], as it should be on the devices."""
     whole = np.zeros(param.view.shape, param.source_dtype)
     for piece in param.view.layout.pieces:
         if piece.source == ZEROS:
@@ -66,8 +70,8 @@ def _expected(storage: Storage, param: ParamPlan) -> np.ndarray:
     return whole.astype(param.dtype)
 
 
-def _with_terms(param: ParamPlan, whole: np.ndarray) -> np.ndarray:
-    """The whole parameter with what adapters add, by numpy in float64."""
+def _add_terms(param: ParamPlan, whole: np.ndarray) -> np.ndarray:
+    """The whole parameter plus its adapters' terms, in float64."""
     total = whole.astype(np.float64).reshape(param.spec.shape)
     for term in param.terms:
         *lead, rows, columns = param.spec.shape
@@ -79,21 +83,21 @@ def _with_terms(param: ParamPlan, whole: np.ndarray) -> np.ndarray:
     return total
 
 
-def _bits(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+def _bits_differ(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Where two arrays of one dtype differ in any bit."""
     bits = np.dtype(f"u{found.itemsize}")
     return np.ascontiguousarray(found).view(bits) != np.ascontiguousarray(expected).view(bits)
 
 
-def _far(param: ParamPlan, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Where a sum with low-rank terms is farther off than one rounding and float32 allow."""
+def _exceeds_rounding(param: ParamPlan, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Where a sum with adapters' terms has a larger error than one rounding and float32 explain."""
     rounding = float(ml_dtypes.finfo(param.dtype).eps) * np.abs(expected)
-    summing = _FLOAT32_SLACK * np.abs(expected).max(initial=0)
+    summing = _FLOAT32_TOLERANCE * np.abs(expected).max(initial=0)
     return ~(np.abs(found.astype(np.float64) - expected) <= rounding + summing)
 
 
 def _shard(param: ParamPlan, whole: np.ndarray, index: slice) -> np.ndarray:
-    """One shard of the whole, by numpy: split the axes, take part j, merge them again."""
+    """One shard of the whole parameter: splits the axes, takes part j, merges the axes again."""
     axes = [axis for group in param.spec.groups for axis in group]
     split = whole.reshape([axis.size for axis in axes])
     names = [axis.name for axis in axes]
@@ -113,7 +117,7 @@ def _difference(
 ) -> VerifyError:
     at = tuple(int(i) for i in np.argwhere(differing)[0])
     return VerifyError(
-        f"{int(differing.sum())} elements of a parameter are not as the file has them",
+        f"{int(differing.sum())} elements of a parameter differ from the checkpoint",
         tensor=", ".join(record.name for record in param.view.records),
         key=f"{param.spec.path} {param.spec.param}, device {shard.device}, element {at}",
         expected=expected[at],

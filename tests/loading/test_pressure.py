@@ -295,7 +295,7 @@ def no_scratch(*_: object) -> None:
 @pytest.mark.parametrize(
     ("where", "name", "fails", "needed"),
     [
-        (mmap, "mmap", no_mapping, r"[78],\d{3},\d{3} bytes in one piece"),
+        (mmap, "mmap", no_mapping, r"[78],\d{3},\d{3} contiguous bytes"),
         (Streamer, "_scratch", no_scratch, "Unable to allocate 1.00 MiB for an array"),
     ],
     ids=["main thread", "worker"],
@@ -327,7 +327,7 @@ def test_no_thread(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(MachineError, match="the system refuses another thread"):
+    with pytest.raises(MachineError, match="the system cannot start another thread"):
         work(plan)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -379,8 +379,8 @@ def test_memory_that_runs_out_while_loading(tmp_path: Path):
     assert process.returncode == 0
     first, needed, found, hint = stderr.decode().splitlines()
     assert first == "out of memory on the host"
-    assert needed == "  expected: 79,968,000 bytes in one piece"
-    assert found.endswith(" within the limit of its address space (ulimit -v)")
+    assert needed == "  expected: 79,968,000 contiguous bytes"
+    assert found.endswith(" within the limit of the address space (ulimit -v)")
     assert hint.startswith("  hint: ")
 
 

@@ -19,7 +19,7 @@ from mtj_loader.errors import HostError
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.loading import buffers, load_params
 from mtj_loader.loading.placement import Params
-from mtj_loader.loading.reshard import exchanged, reshard
+from mtj_loader.loading.reshard import reshard, reshard_param
 from mtj_loader.loading.verify import verify
 from mtj_loader.planning.read_assignment import SharedBlocks
 from mtj_loader.planning.topology import topology
@@ -136,9 +136,9 @@ def test_what_was_read_is_given_back(tmp_path: Path) -> None:
         read = jax.device_put(
             np.zeros(param.reads.array_shape, param.dtype), param.reads.sharding(mesh)
         )
-        made = exchanged(param, read, mesh)
+        resharded = reshard_param(param, read, mesh)
         assert read.is_deleted()
-        assert made.shape == param.array_shape
+        assert resharded.shape == param.array_shape
 
 
 def test_nothing_is_exchanged_when_another_host_failed(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtj_loader.formats.records import TensorRecord
-from mtj_loader.loading import schedule as module
-from mtj_loader.loading.schedule import Step, schedule
+from mtj_loader.loading import schedule
+from mtj_loader.loading.schedule import Read, schedule_reads
 from mtj_loader.parameters import Axis, axes
-from mtj_loader.weights.copies import Copy, Loop, joined, runs, shard_copies, shard_layouts
+from mtj_loader.weights.copies import Copy, Loop, join_shards, runs, shard_copies, shard_layouts
 from mtj_loader.weights.kernels import run_copy
 from mtj_loader.weights.view import Layout, view_of
 from tests.weights.test_view import Pair, materialize, pairs
@@ -26,26 +26,26 @@ def shards_of(rows: int, columns: int, split: str, shards: int) -> tuple[Layout,
     return shard_layouts(layout, axes("a b", {"a": rows, "b": columns}), split, shards)
 
 
-def execute(steps: tuple[Step, ...], sources: list[np.ndarray], size: int) -> np.ndarray:
+def execute(reads: tuple[Read, ...], sources: list[np.ndarray], size: int) -> np.ndarray:
     """Runs the steps as the loader does; what no step reads is NaN, what none writes too."""
     buffer = np.full(size, np.nan, np.float32)
-    for step in steps:
-        chunk = np.full(step.span, np.nan, np.float32)
-        for start, stop in step.runs:
-            chunk[start - step.start : stop - step.start] = sources[step.source][start:stop]
-        if step.direct:
-            first = step.copies[0].dst
-            buffer[first : first + step.size] = chunk
+    for read in reads:
+        chunk = np.full(read.span, np.nan, np.float32)
+        for start, stop in read.runs:
+            chunk[start - read.start : stop - read.start] = sources[read.source][start:stop]
+        if read.is_direct:
+            first = read.copies[0].dst
+            buffer[first : first + read.size] = chunk
             continue
-        for copy in step.copies:
-            run_copy(copy, chunk, step.start, buffer)
+        for copy in read.copies:
+            run_copy(copy, chunk, read.start, buffer)
     return buffer
 
 
-def read_once(steps: tuple[Step, ...], shards: tuple[Layout, ...]) -> bool:
+def read_once(reads: tuple[Read, ...], shards: tuple[Layout, ...]) -> bool:
     """Whether all runs of all steps together are what the shards need, each element once."""
     for source in {copy.source for layout in shards for copy in shard_copies(layout).copies}:
-        mine = sorted(run for step in steps if step.source == source for run in step.runs)
+        mine = sorted(run for read in reads if read.source == source for run in read.runs)
         copies = [copy for layout in shards for copy in shard_copies(layout).copies]
         needed = runs(tuple(copy for copy in copies if copy.source == source))
         if any(a[1] > b[0] for a, b in pairwise(mine)):
@@ -75,17 +75,17 @@ def test_some_shards_are_filled_and_nothing_is_read_twice(
 ) -> None:
     pair, shards = found
     spacing = shards[0].size + gap
-    schedule.cache_clear()
+    schedule_reads.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_BYTES", chunk * ITEM_BYTES)
-        patch.setattr(module, "_TRANSPOSED_CHUNK_BYTES", 2 * chunk * ITEM_BYTES)
-        patch.setattr(module, "DIRECT_READ_BYTES", chunk * ITEM_BYTES)
-        patch.setattr(module, "_MIN_DIRECT_READ_BYTES", 2 * ITEM_BYTES)
-        steps = schedule(shards, spacing, ITEM_BYTES, may_read_directly)
-    schedule.cache_clear()
+        patch.setattr(schedule, "CHUNK_BYTES", chunk * ITEM_BYTES)
+        patch.setattr(schedule, "_TRANSPOSED_CHUNK_BYTES", 2 * chunk * ITEM_BYTES)
+        patch.setattr(schedule, "DIRECT_READ_BYTES", chunk * ITEM_BYTES)
+        patch.setattr(schedule, "_MIN_DIRECT_READ_BYTES", 2 * ITEM_BYTES)
+        reads = schedule_reads(shards, spacing, ITEM_BYTES, may_read_directly)
+    schedule_reads.cache_clear()
     sources = [pair.data[r.name].astype(np.float32).reshape(-1) for r in pair.view.records]
-    buffer = execute(steps, sources, spacing * len(shards))
-    assert read_once(steps, shards)
+    buffer = execute(reads, sources, spacing * len(shards))
+    assert read_once(reads, shards)
     for i, layout in enumerate(shards):
         shard = buffer[i * spacing :][: layout.size].reshape(layout.shape)
         for box in shard_copies(layout).zeros:
@@ -95,39 +95,41 @@ def test_some_shards_are_filled_and_nothing_is_read_twice(
 
 
 def test_row_shards_that_lie_close_are_one_run() -> None:
-    assert joined(shards_of(8, 4, "a", 4), 8) == (Copy(0, 0, 0, (Loop(32, 1, 1),)),)
+    assert join_shards(shards_of(8, 4, "a", 4), 8) == (Copy(0, 0, 0, (Loop(32, 1, 1),)),)
 
 
 def test_row_shards_with_gaps_between_their_buffers_are_one_copy() -> None:
-    (copy,) = joined(shards_of(8, 4, "a", 4), 10)
+    (copy,) = join_shards(shards_of(8, 4, "a", 4), 10)
     assert copy == Copy(0, 0, 0, (Loop(4, 8, 10), Loop(8, 1, 1)))
 
 
 def test_column_shards_are_one_copy() -> None:
-    (copy,) = joined(shards_of(3, 4, "b", 2), 6)
+    (copy,) = join_shards(shards_of(3, 4, "b", 2), 6)
     assert copy == Copy(0, 0, 0, (Loop(3, 4, 2), Loop(2, 2, 6), Loop(2, 1, 1)))
 
 
 def test_shards_that_skip_one_stay_apart() -> None:
     first, second, _, fourth = shards_of(8, 4, "a", 4)
-    assert [c.src for c in joined((first, second, fourth), 9)] == [0, 24]
+    assert [c.src for c in join_shards((first, second, fourth), 9)] == [0, 24]
 
 
 def test_a_host_with_the_second_half_reads_the_second_half() -> None:
-    (step,) = schedule(shards_of(8, 4, "a", 4)[2:], 8, ITEM_BYTES, may_read_directly=True)
-    assert step == Step(0, ((16, 32),), (Copy(0, 16, 0, (Loop(16, 1, 1),)),), direct=True)
+    (read,) = schedule_reads(shards_of(8, 4, "a", 4)[2:], 8, ITEM_BYTES, may_read_directly=True)
+    assert read == Read(0, ((16, 32),), (Copy(0, 16, 0, (Loop(16, 1, 1),)),), is_direct=True)
 
 
 def test_what_changes_on_the_way_goes_through_a_chunk() -> None:
-    (step,) = schedule(shards_of(8, 4, "a", 4), 8, ITEM_BYTES, may_read_directly=False)
-    assert not step.direct
+    (read,) = schedule_reads(shards_of(8, 4, "a", 4), 8, ITEM_BYTES, may_read_directly=False)
+    assert not read.is_direct
 
 
 def test_a_transpose_takes_larger_chunks() -> None:
     rows, columns = 4096, 1024  # 16 MiB
     layout = view_of(TensorRecord("t", "f", 0, "F32", (rows, columns))).layout
-    direct = schedule((layout,), layout.size, ITEM_BYTES, may_read_directly=False)
-    turned = schedule((layout.transpose((1, 0)),), layout.size, ITEM_BYTES, may_read_directly=True)
+    direct = schedule_reads((layout,), layout.size, ITEM_BYTES, may_read_directly=False)
+    turned = schedule_reads(
+        (layout.transpose((1, 0)),), layout.size, ITEM_BYTES, may_read_directly=True
+    )
     assert [len(direct), len(turned)] == [16, 4]
 
 
@@ -135,6 +137,6 @@ def test_shards_that_share_elements_read_them_once() -> None:
     whole = view_of(TensorRecord("t", "f", 0, "F32", (10, 4))).layout
     shards = tuple(whole.slice((first, 0), (first + 6, 4)) for first in (0, 3, 4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_MIN_DIRECT_READ_BYTES", ITEM_BYTES)
-        steps = schedule(shards, 24, ITEM_BYTES, may_read_directly=True)
-    assert read_once(steps, shards)
+        patch.setattr(schedule, "_MIN_DIRECT_READ_BYTES", ITEM_BYTES)
+        reads = schedule_reads(shards, 24, ITEM_BYTES, may_read_directly=True)
+    assert read_once(reads, shards)

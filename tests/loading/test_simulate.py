@@ -17,8 +17,14 @@ from typer.testing import CliRunner, Result
 import mtj_loader
 from mtj_loader.cli.app import app
 from mtj_loader.errors import FormatError, MeshError, UsageError, VerifyError
-from mtj_loader.loading.shard_digests import Digests, check_whole, digests, joined, read_digests
-from mtj_loader.loading.simulated_host import load_host, of_host
+from mtj_loader.loading.shard_digests import (
+    Digests,
+    check_complete,
+    compute_digests,
+    merge_digests,
+    read_digests,
+)
+from mtj_loader.loading.simulated_host import load_as_host, plan_for_host
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.topology import Topology
 from mtj_loader.storage.local import LocalStorage
@@ -34,8 +40,8 @@ def plan_of(path: Path, mesh: str, hosts: int, **options) -> LoadPlan:
 
 
 def share(plan: LoadPlan, host: int) -> Digests:
-    params, _ = load_host(plan, host)
-    return digests(params, plan.shards, plan.topology.shards_of(host))
+    params, _ = load_as_host(plan, host)
+    return compute_digests(params, plan.shards, plan.topology.shards_of(host))
 
 
 # One host.
@@ -51,7 +57,7 @@ def test_shards_of_a_host_are_those_of_a_whole_load(
     plan = plan_of(tmp_path, mesh, hosts, transposed_linear=transposed_linear)
     for host in range(hosts):
         numbers = list(plan.topology.shards_of(host))
-        params, _ = load_host(plan, host)
+        params, _ = load_as_host(plan, host)
         for module, arrays in whole.items():
             for name, array in arrays.items():
                 expected = np.asarray(array)[numbers]
@@ -68,13 +74,13 @@ def test_a_host_reads_its_share_and_no_more(tmp_path: Path, monkeypatch: pytest.
         original(self, path, offset, buffer)
 
     monkeypatch.setattr(LocalStorage, "read_into", count)
-    _, report = load_host(plan, 1)
+    _, report = load_as_host(plan, 1)
     alone = plan.unshared  # norms are on both hosts, and nobody sends them
     assert sum(read) == report.bytes_read == report.bytes_needed == alone.host_bytes(1)
     assert (
         plan.host_bytes(1)
         < alone.host_bytes(1)
-        < 0.6 * of_host(plan_of(tmp_path, "mp=4", 1), 0).host_bytes(0)
+        < 0.6 * plan_for_host(plan_of(tmp_path, "mp=4", 1), 0).host_bytes(0)
     )
 
 
@@ -82,40 +88,40 @@ def test_the_first_host_alone_compares_tied_copies(tmp_path: Path):
     arrays = neox.tensors()
     arrays["embed_out.weight"] = arrays["gpt_neox.embed_in.weight"] + 1
     plan = plan_of(neox.write(tmp_path, arrays, tie_word_embeddings=True), "mp=4", 2)
-    load_host(plan, 1)
+    load_as_host(plan, 1)
     with pytest.raises(VerifyError, match=r"config\.json ties this tensor"):
-        load_host(plan, 0)
+        load_as_host(plan, 0)
 
 
 def test_a_host_has_its_rows_and_columns():
     plan = plan_of(FIXTURE, "dp=4,mp=8", 8)
-    mine = of_host(plan, 5)
+    mine = plan_for_host(plan, 5)
     assert plan.topology.shards_of(5) == (4, 5, 6, 7)
     assert mine.topology == Topology(((0, 0, 0, 0),))
     assert mine.device_bytes == plan.device_bytes
     assert mine.host_bytes(0) == plan.unshared.host_bytes(5) > plan.host_bytes(5)
-    two_rows = of_host(plan_of(FIXTURE, "dp=4,mp=2", 2), 1)
+    two_rows = plan_for_host(plan_of(FIXTURE, "dp=4,mp=2", 2), 1)
     assert two_rows.topology == Topology(((0, 0), (0, 0)))
 
 
 def test_a_host_that_is_not_in_the_mesh():
     with pytest.raises(UsageError, match="the mesh has no such host") as error:
-        of_host(plan_of(FIXTURE, "mp=8", 4), 4)
+        plan_for_host(plan_of(FIXTURE, "mp=8", 4), 4)
     assert error.value.expected == "one of {0...3}"
 
 
 def test_devices_that_are_no_rectangle_are_refused():
     plan = plan_of(FIXTURE, "dp=3,mp=4", 2)  # host 0 has a row and a half
-    with pytest.raises(MeshError, match="the devices of host 0 are no rectangle of the mesh"):
-        of_host(plan, 0)
+    with pytest.raises(MeshError, match="host 0 cannot be simulated: its devices are not a rect"):
+        plan_for_host(plan, 0)
 
 
 def test_adapters_are_refused(tmp_path: Path):
     folder = neox.write(tmp_path / "model")
     factors = linear("gpt_neox.layers.0.attention.dense", 24, 24)
     adapter = write_adapter(tmp_path / "adapter", factors)
-    with pytest.raises(UsageError, match="a simulated host merges no adapters"):
-        of_host(plan_of(folder, "mp=4", 2, adapter=adapter), 0)
+    with pytest.raises(UsageError, match="a simulated host cannot merge adapters"):
+        plan_for_host(plan_of(folder, "mp=4", 2, adapter=adapter), 0)
 
 
 # Digests.
@@ -123,24 +129,24 @@ def test_adapters_are_refused(tmp_path: Path):
 
 def test_shares_of_all_hosts_make_up_the_whole():
     model = mtj_loader.load(FIXTURE, "mp=8", progress=False)
-    whole = digests(model.params, 8)
-    check_whole(whole)
+    whole = compute_digests(model.params, 8)
+    check_complete(whole)
     plan = plan_of(FIXTURE, "mp=8", 4)
     parts = {f"host {k}": share(plan, k) for k in range(4)}
-    found = joined(parts)
+    found = merge_digests(parts)
     assert found == whole
     assert found.sha256 == whole.sha256
-    assert joined(parts | {"whole": whole}) == whole
+    assert merge_digests(parts | {"whole": whole}) == whole
 
 
 def test_digests_are_of_the_bytes_of_shards(tmp_path: Path):
     model = mtj_loader.load(neox.write(tmp_path), "dp=2,mp=2", progress=False)
-    found = digests(model.params, 2)
+    found = compute_digests(model.params, 2)
     assert sum(map(len, found.of.values())) == 2 * len(jax.tree.leaves(model.params))
     changed = jax.tree.map(lambda array: array, model.params)
     module, name = "causal_transformer_shard/~/layer_1/~/linear_3", "w"
     changed[module][name] = changed[module][name].at[1, 0, 0].add(1)
-    other = digests(changed, 2)
+    other = compute_digests(changed, 2)
     differing = [(n, j) for n in found.of for j in (0, 1) if found.of[n][j] != other.of[n][j]]
     assert differing == [(f"{module} {name}", 1)]
     assert found.sha256 != other.sha256
@@ -155,26 +161,28 @@ def test_order_does_not_matter():
 
 def test_a_share_that_is_missing_is_named():
     plan = plan_of(FIXTURE, "mp=8", 4)
-    found = joined({f"host {k}": share(plan, k) for k in (0, 1, 3)})
-    with pytest.raises(VerifyError, match="the whole is not there: 76 parameters lack") as error:
-        check_whole(found)
+    found = merge_digests({f"host {k}": share(plan, k) for k in (0, 1, 3)})
+    with pytest.raises(
+        VerifyError, match="the digests are incomplete: 76 parameters lack"
+    ) as error:
+        check_complete(found)
     assert error.value.found == "all but {4...5}"
 
 
 def test_shards_that_differ_are_named():
     one, other = Digests(2, {"a w": {0: "0a", 1: "1a"}}), Digests(2, {"a w": {1: "xx"}})
-    with pytest.raises(VerifyError, match="shard 1 of a parameter is not everywhere") as error:
-        joined({"one": one, "other": other})
+    with pytest.raises(VerifyError, match="shard 1 of a parameter differs between hosts") as error:
+        merge_digests({"one": one, "other": other})
     facts = (error.value.file, error.value.key, error.value.expected, error.value.found)
     assert facts == ("other", "a w", "1a", "xx")
 
 
 def test_other_meshes_and_other_models_do_not_join():
     one = Digests(2, {"a w": {0: "0a"}})
-    with pytest.raises(UsageError, match="not of one mesh"):
-        joined({"one": one, "other": Digests(4, {"a w": {0: "0a"}})})
+    with pytest.raises(UsageError, match="digests of different meshes"):
+        merge_digests({"one": one, "other": Digests(4, {"a w": {0: "0a"}})})
     with pytest.raises(VerifyError, match="other and one do not have the same parameters") as error:
-        joined({"one": one, "other": Digests(2, {"b w": {0: "0a"}, "a w": {0: "0a"}})})
+        merge_digests({"one": one, "other": Digests(2, {"b w": {0: "0a"}, "a w": {0: "0a"}})})
     assert error.value.key == "b w"
 
 
@@ -191,7 +199,7 @@ def test_digests_are_read_as_they_were_written(tmp_path: Path):
 def test_other_files_are_no_digests(tmp_path: Path, change: dict):
     path = tmp_path / "digests.json"
     path.write_text(json.dumps(Digests(2, {"a w": {0: "0a"}}).to_dict() | change))
-    with pytest.raises(FormatError, match="not what --digests wrote, or changed since"):
+    with pytest.raises(FormatError, match="not written by --digests, or changed since"):
         read_digests(path)
 
 
@@ -233,7 +241,9 @@ def test_command_loads_a_host_and_joins_it(tmp_path: Path):
     assert found == {"parameters": 76, "shards": 4, "sha256": sha256}
     result = run("digests", files[1])
     assert result.exit_code == 3
-    assert result.stderr.startswith("error: the whole is not there: 76 parameters lack shards\n")
+    assert result.stderr.startswith(
+        "error: the digests are incomplete: 76 parameters lack shards\n"
+    )
 
 
 def test_command_says_what_it_loaded():

@@ -16,8 +16,7 @@ import mtj_loader
 from mtj_loader import LoadPlan
 from mtj_loader.errors import MeshError
 from mtj_loader.formats.records import TensorRecord
-from mtj_loader.loading.buffers import AdoptedBuffers, StagingBuffers
-from mtj_loader.loading.jobs import byte_runs
+from mtj_loader.loading.schedule import byte_runs, list_targets
 from mtj_loader.parameters import axes
 from mtj_loader.planning.param_plan import ParamPlan, with_reads
 from mtj_loader.planning.read_assignment import ReadAssignment, SharedBlocks, slowest_axis
@@ -49,11 +48,10 @@ def plan_of(folder: Path, mesh: str, hosts: int, speed: ReadCosts, **options: An
 
 
 def reads(plan: LoadPlan, host: int, block_bytes: int | None = None) -> dict[str, np.ndarray]:
-    """How often one host reads every byte of every file, counted over the jobs of a load."""
-    buffers = AdoptedBuffers() if block_bytes is None else StagingBuffers(block_bytes)
+    """How often one host reads every byte of every file, from the schedule of a load."""
     files = plan.checkpoint.index.files.values()
     counts = {stamp.path: np.zeros(stamp.size_bytes + 1, np.int64) for stamp in files}
-    for file, start, stop in byte_runs(plan, host, buffers):
+    for file, start, stop in byte_runs(list_targets(plan, host, block_bytes)):
         counts[file][start] += 1
         counts[file][stop] -= 1
     return {file: np.cumsum(count) for file, count in counts.items()}
@@ -135,7 +133,7 @@ def test_ranges_of_rows_are_read_in_blocks_if_requests_are_expensive(tmp_path: P
         plan = plan_of(folder, "mp=4", 2, speed)
         one = replace(plan, params=tuple(p for p in plan.params if p.spec.module == name)[:1])
         assert one.params[0].spec.param == "w"
-        runs = [list(byte_runs(one, host, AdoptedBuffers())) for host in range(2)]
+        runs = [list(byte_runs(list_targets(one, host, None))) for host in range(2)]
         return one.params[0].reads, [len(run) for run in runs]
 
     reads, requests = down(OBJECT_STORE)
