@@ -47,7 +47,7 @@ class Job:
     @cached_property
     def finish(self) -> kernels.Finish | None:
         """What is done to each element."""
-        return kernels.finishing(self.plan.source_dtype, self.plan.dtype, self.plan.divisor)
+        return kernels.make_finish(self.plan.source_dtype, self.plan.dtype, self.plan.divisor)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mtj_loader.weights.copies import Copy, clip, joined, runs
+from mtj_loader.weights.copies import Copy, clip, join_shards, runs
 from mtj_loader.weights.view import Layout
 
 CHUNK_BYTES = 1 << 20  # what is read at a time stays in the second-level cache until it is copied
@@ -66,7 +66,7 @@ def schedule(
       itemsize: bytes per element in the file.
       may_read_directly: no element changes on the way, so bytes may go from file to buffer.
     """
-    copies = joined(shards, spacing)
+    copies = join_shards(shards, spacing)
     steps: list[Step] = []
     for source in sorted({copy.source for copy in copies}):
         mine = [copy for copy in copies if copy.source == source]

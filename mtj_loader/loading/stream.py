@@ -191,7 +191,7 @@ class Streamer:
     def _scan(self, job: Job, source: int, before: np.ndarray, after: np.ndarray | None) -> None:
         """Counts what is not finite, and refuses finite values that a dtype change overflowed."""
         name = job.plan.view.records[source].name
-        if after is not None and (count := kernels.overflowed(before, after)):
+        if after is not None and (count := kernels.count_overflows(before, after)):
             raise NonFiniteError(
                 f"finite values overflow when they become {job.plan.dtype.name}",
                 tensor=name,

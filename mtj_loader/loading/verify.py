@@ -16,10 +16,10 @@ import numpy as np
 from mtj_loader.dtypes import FLOAT32
 from mtj_loader.errors import NonFiniteError, VerifyError
 from mtj_loader.loading.load_failure import clean_load_failure
-from mtj_loader.lora.factors import gather
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan
 from mtj_loader.storage.base import Storage
+from mtj_loader.weights.gather import gather
 from mtj_loader.weights.view import ZEROS
 
 _FLOAT32_SLACK = 1e-6  # relative to the largest element; sums of a few products in float32

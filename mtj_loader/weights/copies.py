@@ -1,7 +1,7 @@
-"""From a shard's layout to the byte runs that are read and the strided copies that place them.
+"""Turns a shard's layout into the runs to read and the strided copies into the shard's buffer.
 
-All offsets and strides count elements: of the source record on one side, of the shard's buffer
-(row-major) on the other.
+All offsets and strides count elements: of the source record on one side, of the shard's row-major
+buffer on the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mtj_loader.weights.view import ZEROS, Layout, row_major
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """One loop of a strided copy: how often, and how far each side moves per turn."""
+    """One loop of a strided copy: the iterations, and the stride of each side."""
 
     count: int
     src: int
@@ -32,10 +32,10 @@ class Copy:
     """A strided copy from one record into a shard's buffer.
 
     Attributes:
-      source: which of the view's records.
-      src: its first element there.
-      dst: where that element goes.
-      loops: by falling `src` stride, neighbors merged wherever both sides allow it.
+      source: the index of one of the view's records.
+      src: the first element read.
+      dst: the element of the buffer that it is copied to.
+      loops: in descending order of the `src` stride, adjacent ones merged where possible.
     """
 
     source: int
@@ -45,30 +45,30 @@ class Copy:
 
     @property
     def stop(self) -> int:
-        """One past the last source element it touches."""
+        """One past the last source element."""
         return self.src + _extent(self.loops)
 
     @property
     def size(self) -> int:
-        """Number of elements copied."""
+        """The number of elements copied."""
         return math.prod(loop.count for loop in self.loops)
 
     @property
     def is_run(self) -> bool:
-        """Whether both sides are contiguous, so that the file can be read straight into place."""
+        """Whether both sides are contiguous, so that the file can be read into the buffer."""
         return not self.loops or (
             len(self.loops) == 1 and self.loops[0].src == 1 == self.loops[0].dst
         )
 
     @property
     def is_transpose(self) -> bool:
-        """Whether neighbors in the file are no neighbors in the buffer."""
+        """Whether adjacent elements of the file are not adjacent in the buffer."""
         return bool(self.loops) and self.loops[-1].src == 1 and self.loops[-1].dst > 1
 
 
 @dataclass(frozen=True)
 class ShardCopies:
-    """All that fills one shard: copies from records, and boxes of zeros in the buffer."""
+    """Everything that fills one shard: copies from records, and boxes of zeros in the buffer."""
 
     copies: tuple[Copy, ...]
     zeros: tuple[tuple[slice, ...], ...]
@@ -78,10 +78,10 @@ class ShardCopies:
 def shard_layouts(
     layout: Layout, groups: tuple[tuple[Axis, ...], ...], split: str | None, shards: int
 ) -> tuple[Layout, ...]:
-    """The layout of every shard of a parameter; its shape has one number per axis of `groups`.
+    """The layout of every shard of a parameter, with one dimension per axis of `groups`.
 
-    The row-major merge of those axes into `ParamSpec.shard_shape` is a free reshape. Replicated
-    parameters give n equal layouts.
+    Merging those axes into `ParamSpec.shard_shape` is a free row-major reshape. A replicated
+    parameter has n equal layouts.
     """
     layout = split_groups(layout, groups)
     if split is None:
@@ -102,13 +102,13 @@ def shard_layouts(
 def distinct_layouts(
     layout: Layout, spec: ParamSpec, shards: int, numbers: Sequence[int]
 ) -> tuple[Layout, ...]:
-    """The different layouts of some of a parameter's n shards; see `shard_layouts`."""
+    """The distinct layouts of some of a parameter's n shards; see `shard_layouts`."""
     layouts = shard_layouts(layout, spec.groups, spec.split, shards)
     return tuple(dict.fromkeys(layouts[j] for j in numbers))
 
 
 def split_groups(layout: Layout, groups: tuple[tuple[Axis, ...], ...]) -> Layout:
-    """One dimension per axis, unless the layout has them already."""
+    """Splits every dimension into the axes of its group, unless that was already done."""
     if len(layout.shape) == sum(map(len, groups)):
         return layout
     for dim in reversed(range(len(groups))):
@@ -118,7 +118,7 @@ def split_groups(layout: Layout, groups: tuple[tuple[Axis, ...], ...]) -> Layout
 
 @lru_cache(maxsize=65536)  # one per distinct shard: kinds of parameters × shards
 def shard_copies(layout: Layout) -> ShardCopies:
-    """The strided copies and the zero boxes that a layout's pieces come to."""
+    """The strided copies and the boxes of zeros of a layout's pieces."""
     strides = row_major(layout.shape)
     copies, zeros = [], []
     for piece in layout.pieces:
@@ -127,12 +127,12 @@ def shard_copies(layout: Layout) -> ShardCopies:
             continue
         dst = sum(a * s for a, s in zip(piece.start, strides, strict=True))
         loops = [Loop(*three) for three in zip(piece.shape, piece.strides, strides, strict=True)]
-        copies.append(Copy(piece.source, piece.offset, dst, _merged(loops)))
+        copies.append(Copy(piece.source, piece.offset, dst, _merge_loops(loops)))
     return ShardCopies(tuple(copies), tuple(zeros))
 
 
 def elements_by_source(layout: Layout) -> dict[int, int]:
-    """How many elements a shard takes from each record, repeats (strides of 0) counted once."""
+    """The number of elements that a shard takes from each record; repeated ones count once."""
     counts: dict[int, int] = {}
     for piece in layout.pieces:
         if piece.source != ZEROS:
@@ -141,23 +141,23 @@ def elements_by_source(layout: Layout) -> dict[int, int]:
     return counts
 
 
-def joined(shards: Sequence[Layout], spacing: int) -> tuple[Copy, ...]:
-    """The copies that fill several shards in one buffer, number i from element i·spacing on.
+def join_shards(shards: Sequence[Layout], spacing: int) -> tuple[Copy, ...]:
+    """The copies that fill several shards in one buffer; shard i starts at element i·spacing.
 
-    Copies that repeat at a fixed distance on both sides become one with a loop more. So all shards
-    of a matrix that is split by columns are one copy, and by rows often a single run.
+    Copies that repeat at a fixed distance on both sides become one copy with one more loop. So the
+    shards of a matrix that is split by columns are one copy, and by rows often a single run.
     """
-    alike: dict[tuple[int, tuple[Loop, ...]], list[Copy]] = {}
+    by_loops: dict[tuple[int, tuple[Loop, ...]], list[Copy]] = {}
     for i, layout in enumerate(shards):
         for copy in shard_copies(layout).copies:
-            there = replace(copy, dst=copy.dst + i * spacing)
-            alike.setdefault((copy.source, copy.loops), []).append(there)
-    return tuple(one for copies in alike.values() for one in _repeated(copies))
+            moved = replace(copy, dst=copy.dst + i * spacing)
+            by_loops.setdefault((copy.source, copy.loops), []).append(moved)
+    return tuple(copy for copies in by_loops.values() for copy in _merge_repeats(copies))
 
 
-@lru_cache(maxsize=65536)  # as `shard_copies`; every host that holds the shard asks
+@lru_cache(maxsize=65536)  # as `shard_copies`; called for every host that holds the shard
 def source_elements(layout: Layout) -> int:
-    """How many elements a shard takes from all records together."""
+    """The number of elements that a shard takes from all records together."""
     return sum(elements_by_source(layout).values())
 
 
@@ -171,21 +171,22 @@ def clip(copy: Copy, start: int, stop: int) -> Iterator[Copy]:
     loop, inner = copy.loops[0], copy.loops[1:]
     low, high = start - copy.src, stop - copy.src
     extent = _extent(inner)
-    # Turn i reads [i·stride, i·stride + extent): which turns touch the range, which lie inside it?
+    # Iteration i reads [i·stride, i·stride + extent). Iterations first…last overlap the range;
+    # inside…outside are entirely within it.
     first = max(0, (low - extent) // loop.src + 1)
     last = min(loop.count, -(-high // loop.src))
     inside = max(first, -(-low // loop.src))
     outside = max(inside, min(last, (high - extent) // loop.src + 1))
     for i in (*range(first, min(inside, last)), *range(outside, last)):
-        turn = Copy(copy.source, copy.src + i * loop.src, copy.dst + i * loop.dst, inner)
-        yield from clip(turn, start, stop)
+        iteration = Copy(copy.source, copy.src + i * loop.src, copy.dst + i * loop.dst, inner)
+        yield from clip(iteration, start, stop)
     if inside < outside:
-        turns = (replace(loop, count=outside - inside), *inner)
-        yield Copy(copy.source, copy.src + inside * loop.src, copy.dst + inside * loop.dst, turns)
+        loops = (replace(loop, count=outside - inside), *inner)
+        yield Copy(copy.source, copy.src + inside * loop.src, copy.dst + inside * loop.dst, loops)
 
 
 def runs(copies: tuple[Copy, ...]) -> np.ndarray:
-    """The merged source ranges, int64 [runs, 2] of (start, stop), that these copies need."""
+    """The source ranges that copies read, merged: int64 [runs, 2] of (start, stop)."""
     found = [_copy_runs(copy) for copy in copies]
     if not found:
         return np.empty((0, 2), np.int64)
@@ -199,10 +200,10 @@ def runs(copies: tuple[Copy, ...]) -> np.ndarray:
 
 
 def _copy_runs(copy: Copy) -> np.ndarray:
-    """The contiguous source ranges of one copy, unmerged."""
+    """The contiguous source ranges of one copy, not merged."""
     moving = [loop for loop in copy.loops if loop.src]
     length = 1
-    while moving and moving[-1].src <= length:  # the innermost loops that leave no gap
+    while moving and moving[-1].src <= length:  # the innermost loops, which leave no gap
         loop = moving.pop()
         length += (loop.count - 1) * loop.src
     starts = np.array([copy.src], np.int64)
@@ -212,12 +213,12 @@ def _copy_runs(copy: Copy) -> np.ndarray:
 
 
 def _extent(loops: tuple[Loop, ...]) -> int:
-    """Source elements from the first to the last that nested loops touch, both counted."""
+    """The distance from the first to one past the last source element of nested loops."""
     return 1 + sum((loop.count - 1) * loop.src for loop in loops)
 
 
-def _repeated(copies: list[Copy]) -> Iterator[Copy]:
-    """Copies with equal loops, each stretch of them at a constant distance made one copy."""
+def _merge_repeats(copies: list[Copy]) -> Iterator[Copy]:
+    """Merges copies with equal loops wherever they follow each other at a constant distance."""
     copies = sorted(copies, key=lambda copy: (copy.src, copy.dst))
     steps = [(b.src - a.src, b.dst - a.dst) for a, b in pairwise(copies)]
     first = 0
@@ -225,13 +226,13 @@ def _repeated(copies: list[Copy]) -> Iterator[Copy]:
         last = first
         while last < len(steps) and steps[last] == steps[first]:
             last += 1
-        turns = [Loop(last - first + 1, *steps[first])] if last > first else []
-        yield replace(copies[first], loops=_merged([*turns, *copies[first].loops]))
+        outer = [Loop(last - first + 1, *steps[first])] if last > first else []
+        yield replace(copies[first], loops=_merge_loops([*outer, *copies[first].loops]))
         first = last + 1
 
 
-def _merged(loops: list[Loop]) -> tuple[Loop, ...]:
-    """Loops by falling source stride, without turns of one, adjacent ones made one."""
+def _merge_loops(loops: list[Loop]) -> tuple[Loop, ...]:
+    """Sorts loops by descending source stride, drops single iterations, merges adjacent loops."""
     ordered = sorted((o for o in loops if o.count > 1), key=lambda o: (-o.src, -o.dst))
     merged: list[Loop] = []
     for inner in ordered:

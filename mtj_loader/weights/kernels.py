@@ -1,6 +1,6 @@
-"""What is done to elements on the host: strided copies, dtype changes, the search for NaN.
+"""Work on elements on the host: strided copies, dtype conversion, detection of NaN and infinity.
 
-Each works on a panel of about a megabyte, so that it stays in cache between the read and the copy.
+Each works on a chunk of about a megabyte, which stays in cache between the read and the copy.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numpy as np
 from mtj_loader.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from mtj_loader.weights.copies import Copy
 
-# A transpose gathers 512 rows at a time, whose lines fit the first-level cache: every line of the
+# A transpose gathers 512 rows at a time. Their cache lines fit the L1 cache, and every row of the
 # target gets a kilobyte of 2-byte elements at once. 256 rows took 20 % longer, 64 rows 50 %.
 _TILE_ROWS = 512
-_TILE_ELEMENTS = 1 << 16  # the tile, 128 KiB, stays in the second-level cache
-# A power-of-two distance between rows would map all of them to the same cache sets; half a page
-# line more than a multiple of 64 bytes spreads them (2 to 2.5 times faster than without).
+_TILE_ELEMENTS = 1 << 16  # the tile, 128 KiB of 2-byte elements, stays in the L2 cache
+# With a power-of-two distance between rows, all rows map to the same cache sets. Padding each row
+# spreads them (2 to 2.5 times faster).
 _TILE_PADDING = 48
 
 _BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
@@ -27,8 +27,8 @@ def run_copy(copy: Copy, source: np.ndarray, first: int, target: np.ndarray) -> 
     """Executes a copy between flat arrays of one dtype.
 
     Args:
-      copy: what goes where.
-      source: elements of the record from number `first` on.
+      copy: the copy.
+      source: the record's elements, starting with element `first`.
       first: see `source`.
       target: the shard's whole buffer.
     """
@@ -39,9 +39,9 @@ def run_copy(copy: Copy, source: np.ndarray, first: int, target: np.ndarray) -> 
 
 
 def _strided(flat: np.ndarray, start: int, loops: list[tuple[int, int]]) -> np.ndarray:
-    """A view with an axis for each (count, stride); numpy checks that it lies inside `flat`.
+    """A view with one axis per (count, stride); numpy checks that it lies inside `flat`.
 
-    The constructor takes a tenth of the time of `as_strided`, which counts for small copies.
+    The constructor takes a tenth of the time of `as_strided`, which matters for small copies.
     """
     size = flat.itemsize
     strides = [stride * size for _, stride in loops]
@@ -49,7 +49,7 @@ def _strided(flat: np.ndarray, start: int, loops: list[tuple[int, int]]) -> np.n
 
 
 def copy_strided(dst: np.ndarray, src: np.ndarray) -> None:
-    """`dst[...] = src`, in padded tiles where the two sides run along different axes."""
+    """`dst[...] = src`, in padded tiles if the two sides are contiguous along different axes."""
     if dst.ndim < 2 or dst.strides[-1] <= dst.itemsize or src.strides[-1] == 0:
         np.copyto(dst, src)
         return
@@ -73,58 +73,58 @@ def _transpose(dst: np.ndarray, src: np.ndarray) -> None:
             np.copyto(dst[r : r + height, c : c + width], padded)
 
 
-Finish = Callable[[np.ndarray], np.ndarray]  # a panel as the file has it → as the device gets it
+Finish = Callable[[np.ndarray], np.ndarray]  # a chunk as in the file → as on the device
 
 
-def finishing(source: np.dtype, target: np.dtype, divisor: int) -> Finish | None:
-    """The element-wise work between file and device, None if there is none.
+def make_finish(source: np.dtype, target: np.dtype, divisor: int) -> Finish | None:
+    """The element-wise work between file and device; None if there is none.
 
-    Division is IEEE division by the shard count in float32; whatever is done, the result is
-    rounded to `target` once, to nearest even.
+    Elements are divided by `divisor` in float32 (IEEE division). The result is rounded to `target`
+    once, to nearest even.
     """
     if divisor == 1:
         return None if source == target else lambda chunk: cast(chunk, target)
     by = np.float32(divisor)
 
-    def divided(chunk: np.ndarray) -> np.ndarray:
-        with _silence():
+    def divide(chunk: np.ndarray) -> np.ndarray:
+        with _ignore_float_errors():
             return cast(np.divide(cast(chunk, FLOAT32), by), target)
 
-    return divided
+    return divide
 
 
 def cast(chunk: np.ndarray, target: np.dtype) -> np.ndarray:
-    """Another dtype, rounded once to nearest even."""
+    """Converts to another dtype, rounding once, to nearest even."""
     if chunk.dtype == BFLOAT16 and target == FLOAT32:  # exact: the missing bits are zeros
         return (chunk.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    with _silence():
+    with _ignore_float_errors():
         return chunk.astype(FLOAT32).astype(target)  # exact, then rounded once
 
 
-def _silence() -> np.errstate:
-    """No warnings: `overflowed` looks for infinity, `count_nonfinite` for NaN.
+def _ignore_float_errors() -> np.errstate:
+    """Suppresses warnings: `count_overflows` and `count_nonfinite` find infinity and NaN.
 
-    And what lies in a panel between the runs that were read may be anything.
+    And a chunk contains uninitialized elements between the runs that were read.
     """
     return np.errstate(over="ignore", invalid="ignore")
 
 
-_EXPONENT = {  # all of its bits are set in NaN and infinity alone
+_EXPONENT = {  # all of these bits are set only in NaN and infinity
     FLOAT16: 0x7C00, BFLOAT16: 0x7F80, FLOAT32: 0x7F800000, FLOAT64: 0x7FF0000000000000,
 }  # fmt: skip
 
 
 def is_nonfinite(chunk: np.ndarray) -> np.ndarray:
-    """Which elements are NaN or infinite."""
+    """A mask of the elements that are NaN or infinite."""
     mask = _BITS[chunk.itemsize].type(_EXPONENT[chunk.dtype])
     return (chunk.view(_BITS[chunk.itemsize]) & mask) == mask
 
 
 def count_nonfinite(chunk: np.ndarray) -> int:
-    """How many elements are NaN or infinite."""
+    """The number of elements that are NaN or infinite."""
     return int(np.count_nonzero(is_nonfinite(chunk)))
 
 
-def overflowed(before: np.ndarray, after: np.ndarray) -> int:
-    """How many finite elements a dtype change made infinite."""
+def count_overflows(before: np.ndarray, after: np.ndarray) -> int:
+    """The number of finite elements that a dtype conversion made infinite."""
     return count_nonfinite(after) - count_nonfinite(before)

@@ -13,7 +13,7 @@ from mtj_loader.formats.records import TensorRecord
 from mtj_loader.loading import schedule as module
 from mtj_loader.loading.schedule import Step, schedule
 from mtj_loader.parameters import Axis, axes
-from mtj_loader.weights.copies import Copy, Loop, joined, runs, shard_copies, shard_layouts
+from mtj_loader.weights.copies import Copy, Loop, join_shards, runs, shard_copies, shard_layouts
 from mtj_loader.weights.kernels import run_copy
 from mtj_loader.weights.view import Layout, view_of
 from tests.weights.test_view import Pair, materialize, pairs
@@ -95,22 +95,22 @@ def test_some_shards_are_filled_and_nothing_is_read_twice(
 
 
 def test_row_shards_that_lie_close_are_one_run() -> None:
-    assert joined(shards_of(8, 4, "a", 4), 8) == (Copy(0, 0, 0, (Loop(32, 1, 1),)),)
+    assert join_shards(shards_of(8, 4, "a", 4), 8) == (Copy(0, 0, 0, (Loop(32, 1, 1),)),)
 
 
 def test_row_shards_with_gaps_between_their_buffers_are_one_copy() -> None:
-    (copy,) = joined(shards_of(8, 4, "a", 4), 10)
+    (copy,) = join_shards(shards_of(8, 4, "a", 4), 10)
     assert copy == Copy(0, 0, 0, (Loop(4, 8, 10), Loop(8, 1, 1)))
 
 
 def test_column_shards_are_one_copy() -> None:
-    (copy,) = joined(shards_of(3, 4, "b", 2), 6)
+    (copy,) = join_shards(shards_of(3, 4, "b", 2), 6)
     assert copy == Copy(0, 0, 0, (Loop(3, 4, 2), Loop(2, 2, 6), Loop(2, 1, 1)))
 
 
 def test_shards_that_skip_one_stay_apart() -> None:
     first, second, _, fourth = shards_of(8, 4, "a", 4)
-    assert [c.src for c in joined((first, second, fourth), 9)] == [0, 24]
+    assert [c.src for c in join_shards((first, second, fourth), 9)] == [0, 24]
 
 
 def test_a_host_with_the_second_half_reads_the_second_half() -> None:

@@ -11,7 +11,7 @@ from mtj_loader.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.parameters import axes
 from mtj_loader.weights.copies import Copy, Loop, clip, runs, shard_copies, shard_layouts
-from mtj_loader.weights.kernels import copy_strided, count_nonfinite, finishing, run_copy
+from mtj_loader.weights.kernels import copy_strided, count_nonfinite, make_finish, run_copy
 from mtj_loader.weights.view import Layout, view_of
 from tests.weights.test_view import materialize, pairs
 
@@ -88,7 +88,7 @@ def test_tiled_transpose_equals_numpy(dtype: type, shape: tuple[int, ...]) -> No
 
 def test_bfloat16_widens_exactly() -> None:
     every = np.arange(65536, dtype=np.uint16).view(BFLOAT16)
-    finish = finishing(BFLOAT16, FLOAT32, 1)
+    finish = make_finish(BFLOAT16, FLOAT32, 1)
     assert finish is not None
     wide = finish(every)
     finite = np.isfinite(wide)
@@ -107,13 +107,13 @@ def test_division_is_ieee_float32_rounded_once(shards: int, source: np.dtype) ->
     # 53 bits are more than twice 24 and two (Figueroa, 1995).
     exact = (values.astype(np.float64) / shards).astype(np.float32)
     for target in (FLOAT32, BFLOAT16, FLOAT16):
-        finish = finishing(source, target, shards)
+        finish = make_finish(source, target, shards)
         assert finish is not None
         np.testing.assert_array_equal(finish(values), exact.astype(target))
 
 
 def test_nothing_to_finish_is_none() -> None:
-    assert finishing(BFLOAT16, BFLOAT16, 1) is None
+    assert make_finish(BFLOAT16, BFLOAT16, 1) is None
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=str)
