@@ -100,7 +100,10 @@ def _shard(param: ParamPlan, whole: np.ndarray, index: slice) -> np.ndarray:
     shards = len(param.shards)
     if param.spec.split is not None:
         at = names.index(param.spec.split)
-        split = np.split(split, shards, axis=at)[index.start or 0]
+        # An axis shorter than n (KV heads) has parts that several shards hold.
+        first = (index.start or 0) * axes[at].size // shards
+        part = slice(first, first + axes[at].part(shards))
+        split = split[(*(slice(None) for _ in range(at)), part)]
     return split.reshape((1, *param.spec.shard_shape(shards)))
 
 
