@@ -36,7 +36,9 @@ def digests(
     """
     from mtj_loader.loading import shard_digests  # noqa: PLC0415
 
-    found = shard_digests.merge_digests({str(file): shard_digests.read_digests(file) for file in files})
+    found = shard_digests.merge_digests(
+        {str(file): shard_digests.read_digests(file) for file in files}
+    )
     shard_digests.check_complete(found)
     if as_json:
         print_json({"parameters": len(found.of), "shards": found.shards, "sha256": found.sha256})

@@ -21,7 +21,7 @@ from mtj_loader.formats.checkpoint import Checkpoint, open_checkpoint
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.names import blank_indices, fold_names, group_by, indices, natural_key
 from mtj_loader.options import Source
-from mtj_loader.weights.find_map import find_map
+from mtj_loader.weights.map_reader import find_map
 from mtj_loader.weights.resolve import match_name
 from mtj_loader.weights.weight_map import WeightMap
 
@@ -149,8 +149,9 @@ def _places(model_type: object) -> dict[str, tuple[int, int]]:
 
 
 def _part(weight_map: WeightMap, name: str) -> int:
-    target = weight_map.static[name]
-    return _BEFORE if target and target.module.startswith("embedding_shard") else _AFTER
+    targets = weight_map.static[name]
+    embedding = any(target.module.startswith("embedding_shard") for target in targets)
+    return _BEFORE if embedding else _AFTER
 
 
 def _place(name: str, places: dict[str, tuple[int, int]]) -> Place:

@@ -10,12 +10,11 @@ key that was not read, unless it is known not to change what the model computes.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TypeGuard
 
 from mtj_loader.errors import ConfigError
+from mtj_loader.formats.typed_reader import TypedReader, format_value
 
 # Rotary settings, as `rope_parameters` names them, that older configs keep at the top level, and
 # their names there.
@@ -54,7 +53,7 @@ _IGNORED_WORDS = """
 IGNORED_KEYS = frozenset(_IGNORED_WORDS.split())
 
 # Keys that would change the model, and the value (transformers' default) at which they do not.
-_HARMLESS_AT: dict[str, object] = {
+_IGNORED_AT: dict[str, object] = {
     "add_cross_attention": False,
     "cross_attention_hidden_size": None,
     "is_encoder_decoder": False,
@@ -67,9 +66,6 @@ _HARMLESS_AT: dict[str, object] = {
 # Settings whose null differs from their absence. Mistral's `sliding_window` is 4096 if absent, and
 # null is no window; null `num_key_value_heads` are one per query head; null `head_dim` is derived.
 NULLABLE = frozenset({"head_dim", "num_key_value_heads", "sliding_window"})
-
-MAX_INT = 2**31 - 1  # what an int32 position or token id can hold
-_SHOWN_CHARS = 80  # of a value in a message: enough to recognize it
 
 
 def normalize(config: Mapping[str, object], *, file: str) -> dict[str, object]:
@@ -162,7 +158,7 @@ def canonicalize(
             continue
         if name in spellings and key not in standard:
             what = "an unknown setting, which this family spells differently"
-            raise ConfigError(what, file=file, key=key, found=_shown(value))
+            raise ConfigError(what, file=file, key=key, found=format_value(value))
         found.setdefault(name, []).append((key, value))
     settings = {name: _agreed_value(values, file) for name, values in found.items()}
     given = {name: values[0][0] for name, values in found.items()}
@@ -193,7 +189,7 @@ def _section(config: Mapping[str, object], name: str, file: str) -> Mapping[str,
         return {}
     if not isinstance(section, Mapping):
         raise ConfigError(
-            "not an object", file=file, key=name, expected="{…}", found=_shown(section)
+            "not an object", file=file, key=name, expected="{…}", found=format_value(section)
         )
     return section
 
@@ -207,133 +203,35 @@ def _agreed_value(spellings: list[tuple[str, object]], file: str) -> object:
                 "two spellings of one setting disagree",
                 file=file,
                 key=f"{name} and {other_name}",
-                found=f"{_shown(value)} and {_shown(other)}",
+                found=f"{format_value(value)} and {format_value(other)}",
             )
     return value
 
 
-class Reader:
-    """Typed access to a normalized config; remembers what was asked for.
+class Reader(TypedReader):
+    """Typed access to a normalized config.json; null means absent. Raises ConfigError."""
 
-    A key that is absent or null takes `default`; without a default that is an error. All methods
-    raise ConfigError naming the file, the key, what was expected and what was found.
-    """
-
-    def __init__(self, config: Mapping[str, object], file: str, prefix: str = "") -> None:
-        self._config, self._file, self._prefix = config, file, prefix
-        self._asked: set[str] = set()
-
-    def has(self, key: str) -> bool:
-        """Whether the key is there and not null."""
-        self._asked.add(key)
-        return self._config.get(key) is not None
-
-    def raw(self, key: str) -> object:
-        """Whatever the file says, for the caller to check; None where it says nothing."""
-        self._asked.add(key)
-        return self._config.get(key)
-
-    def integer(
-        self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_INT
-    ) -> int:
-        """A whole number from `low` to `high`; true and 2.0 are not whole numbers."""
-        expected = f"a whole number from {low} to {high}"
-        value = self._value(key, default, expected)
-        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-            return value
-        raise self.error("not a legal value", key, expected)
-
-    def number(self, key: str, default: float | None = None, *, low: float = 0.0) -> float:
-        """A finite number of at least `low`; whole numbers count, true does not."""
-        expected = f"a finite number of at least {low}"
-        value = self._value(key, default, expected)
-        if _is_number(value, low):
-            return float(value)
-        raise self.error("not a legal value", key, expected)
-
-    def numbers(self, key: str, *, low: float = 0.0) -> tuple[float, ...]:
-        """A list of finite numbers, none below `low`."""
-        expected = f"a list of finite numbers of at least {low}"
-        values = self._value(key, None, expected)
-        if isinstance(values, list | tuple) and all(_is_number(v, low) for v in values):
-            return tuple(map(float, values))
-        raise self.error("not a legal value", key, expected)
-
-    def flag(self, key: str, default: bool | None = None) -> bool:
-        """A truth value; 0 and 1 are none."""
-        value = self._value(key, default, "true or false")
-        if isinstance(value, bool):
-            return value
-        raise self.error("not a legal value", key, "true or false")
-
-    def choice(self, key: str, choices: Collection[str], default: str | None = None) -> str:
-        """One of a closed list of names."""
-        expected = "one of " + ", ".join(choices)
-        value = self._value(key, default, expected)
-        if isinstance(value, str) and value in choices:
-            return value
-        raise self.error("not a legal value", key, expected)
+    error_class = ConfigError
 
     def rope(self) -> Reader:
-        """The facts of the rotary embedding, under their new names; empty when it has none."""
-        self._asked |= _ROPE_KEYS
-        section = _section(self._config, "rope_parameters", self._file)
-        return Reader(section, self._file, "rope_parameters.")
-
-    def section(self, key: str) -> Reader:
-        """The object under a key; empty where there is none."""
-        self._asked.add(key)
-        section = _section(self._config, key, self._file)
-        return Reader(section, self._file, f"{self._prefix}{key}.")
+        """The settings of the rotary embedding under their new names; empty if there are none."""
+        self._read |= _ROPE_KEYS
+        return self.section("rope_parameters")
 
     def refuse_rest(
         self, harmless: Collection[str] = (), harmless_at: Mapping[str, object] | None = None
     ) -> None:
-        """Refuses the keys nobody asked for, but for those that cannot change the logits.
+        """Refuses the keys that were not read, except those that cannot change the logits.
 
         Args:
-          harmless: keys of this family that never do.
-          harmless_at: keys of this family that would, and the value at which they do not.
+          harmless: keys of this family that never change them.
+          harmless_at: keys of this family that do, and the value at which they do not.
         """
-        supported = {**_HARMLESS_AT, **(harmless_at or {})}
-        for key in sorted(self._config.keys() - self._asked - IGNORED_KEYS - set(harmless)):
+        supported = {**_IGNORED_AT, **(harmless_at or {})}
+        for key in sorted(self._values.keys() - self._read - IGNORED_KEYS - set(harmless)):
             if key not in supported:
                 what = "an unknown setting, which may change what the model computes"
                 raise self.error(what, key, hint="if it does not, remove it from the file")
-            if self._config[key] not in (None, supported[key]):
+            if self._values[key] not in (None, supported[key]):
                 what = "a setting that is not supported"
                 raise self.error(what, key, json.dumps(supported[key]))
-
-    def error(
-        self, what: str, key: str, expected: str | None = None, hint: str | None = None
-    ) -> ConfigError:
-        """The error to raise about a key and the value that it has."""
-        return ConfigError(
-            what,
-            file=self._file,
-            key=self._prefix + key,
-            expected=expected,
-            found=_shown(self._config.get(key)),
-            hint=hint,
-        )
-
-    def _value(self, key: str, default: object, expected: str) -> object:
-        self._asked.add(key)
-        value = self._config.get(key)
-        if value is None and default is None:
-            raise self.error("a setting that the model needs is missing", key, expected)
-        return default if value is None else value
-
-
-def _is_number(value: object, low: float) -> TypeGuard[float]:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return low <= value <= sys.float_info.max  # false for NaN, and for an int beyond any float
-
-
-def _shown(value: object) -> str:
-    """The value as JSON, short enough for a message."""
-    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to print the largest
-        return f"a whole number of {value.bit_length()} bits"
-    text = json.dumps(value, default=str)
-    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"

@@ -1,4 +1,4 @@
-"""Copies of weights against what they are copies of: tied tensors, and what adapters carry."""
+"""Compares copies of weights with their originals: tied tensors, and base weights in adapters."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 from mtj_loader.errors import VerifyError
 from mtj_loader.formats.records import TensorRecord
-from mtj_loader.lora.factors import gather
 from mtj_loader.lora.low_rank import CarriedCopy
 from mtj_loader.storage.base import Reader, Run, Storage
 from mtj_loader.storage.prefetch import prefetch_bytes, range_bytes
+from mtj_loader.weights.gather import gather
 from mtj_loader.weights.resolve import Comparison
 from mtj_loader.weights.view import view_of
 
-_SLAB_ELEMENTS = 2 << 20  # of a carried copy; float32 of both take 16 MiB
+_SLAB_ELEMENTS = 2 << 20  # of a carried copy; two float32 slabs take 16 MiB
 
 
 def compare_tied(
@@ -25,12 +25,12 @@ def compare_tied(
     """Compares tied copies with the tensors that are used; returns the bytes read.
 
     Args:
-      storage: where all of them are.
-      comparisons: each a copy and its original, of the same size.
-      host_memory_bytes: for what is read ahead, and what is compared.
+      storage: the storage of all of them.
+      comparisons: pairs of a copy and its original, of the same size.
+      host_memory_bytes: the limit for prefetching and comparing.
 
     Raises:
-      VerifyError: two differ; shows the first byte of both that does.
+      VerifyError: two differ; the message shows the first byte that does.
     """
     budget_bytes = prefetch_bytes(storage, host_memory_bytes)
     part_bytes = range_bytes(storage, budget_bytes)
@@ -52,11 +52,11 @@ def compare_tied(
 
 
 def compare_carried(storage: Storage, pair: CarriedCopy) -> int:
-    """Compares a base weight that an adapter carries with the checkpoint's; returns bytes read.
+    """Compares a base weight in an adapter with the checkpoint's; returns the bytes read.
 
     Args:
-      storage: of the checkpoint.
-      pair: both tensors, of one shape, and where the copy is.
+      storage: the checkpoint's.
+      pair: both tensors, of the same shape, and the storage of the copy.
 
     Raises:
       VerifyError: their values differ.
@@ -72,7 +72,7 @@ def compare_carried(storage: Storage, pair: CarriedCopy) -> int:
 
 
 def _run(record: TensorRecord, start: int, part_bytes: int) -> Run:
-    """The part of a tensor's bytes that begins there."""
+    """The part of a tensor's bytes that begins at `start`."""
     stop = min(start + part_bytes, record.size_bytes)
     return record.file, record.offset_bytes + start, record.offset_bytes + stop
 
@@ -85,7 +85,7 @@ def _read(reader: Reader, run: Run) -> np.ndarray:
 
 
 def _compare(pair: Comparison, start: int, copy: np.ndarray, original: np.ndarray) -> None:
-    """Two parts that begin at the same byte of their tensors."""
+    """Compares two parts that begin at byte `start` of their tensors."""
     if np.array_equal(copy, original):
         return
     at = int(np.argmax(copy != original))
@@ -93,16 +93,16 @@ def _compare(pair: Comparison, start: int, copy: np.ndarray, original: np.ndarra
         f"config.json ties this tensor to {pair.original.name}, and they differ",
         file=pair.copy.file,
         tensor=pair.copy.name,
-        expected=f"byte {original[at]:#04x}, as {pair.original.name} has it",
+        expected=f"byte {original[at]:#04x}, as in {pair.original.name}",
         found=f"byte {copy[at]:#04x} at byte {start + at:,} of the tensor",
-        hint='set "tie_word_embeddings": false in config.json if both are meant',
+        hint='if both are needed, set "tie_word_embeddings": false in config.json',
     )
 
 
 def _slabs(storage: Storage, record: TensorRecord) -> Iterator[np.ndarray]:
-    """A tensor, some rows at a time, in float32, which holds every weight dtype exactly."""
+    """A tensor as slabs of rows in float32, which represents every weight dtype exactly."""
     layout = view_of(record).layout
-    rows, *rest = layout.shape  # what can be adapted has an axis at least
+    rows, *rest = layout.shape  # an adapted tensor has at least one axis
     step = max(1, _SLAB_ELEMENTS // max(1, math.prod(rest)))
     for first in range(0, rows, step):
         start, stop = [first, *(0 for _ in rest)], [min(first + step, rows), *rest]

@@ -21,7 +21,7 @@ from mtj_loader.loading.process_memory import no_garbage_collection
 from mtj_loader.loading.reshard import precompile, reshard
 from mtj_loader.loading.stream import Streamer
 from mtj_loader.lora.adapter import Adapter
-from mtj_loader.lora.merge import merge_all
+from mtj_loader.lora.merge import AdaptedParam, merge_all
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.topology import topology
 from mtj_loader.storage.base import check_unchanged
@@ -71,10 +71,7 @@ def load_params(
         reshard(params, base, mesh, hosts)
     exchanged = time.perf_counter()
     with hosts.phase("finish"):
-        host_memory_bytes = plan.options.host_memory_bytes
-        params, adapter_bytes = merge_all(
-            params, plan.adapted, mesh, host_memory_bytes, donate=True
-        )
+        params, adapter_bytes = _merge_adapters(params, plan, mesh, donate=True)
         params = hosts.wait_until_ready(params)
         stats.bytes_read += adapter_bytes + _compare(plan)
         _check_files(plan)
@@ -113,10 +110,22 @@ def adapt_params(params: Params, old: LoadPlan, new: LoadPlan, mesh: Mesh) -> Pa
         _check_base(new)
         _compare(new)
         _check_base(new)
-    host_memory_bytes = new.options.host_memory_bytes
-    merged, _ = merge_all(params, new.adapted, mesh, host_memory_bytes, donate=False)
+    merged, _ = _merge_adapters(params, new, mesh, donate=False)
     _check_adapters(new.adapters[len(old.adapters) :])
     return merged
+
+
+def _merge_adapters(
+    params: Params, plan: LoadPlan, mesh: Mesh, *, donate: bool
+) -> tuple[Params, int]:
+    """Adds the plan's low-rank terms; returns the parameters and the bytes read."""
+    adapted = [
+        AdaptedParam(param.spec, param.terms, param.dtype, param.view.records[0].name)
+        for param in plan.adapted
+    ]
+    numbers = topology(mesh).shards_of(jax.process_index())
+    memory_bytes = plan.options.host_memory_bytes
+    return merge_all(params, adapted, mesh, numbers, memory_bytes, donate=donate)
 
 
 def _check_ready(plan: LoadPlan, mesh: Mesh) -> None:

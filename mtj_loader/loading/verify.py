@@ -16,10 +16,10 @@ import numpy as np
 from mtj_loader.dtypes import FLOAT32
 from mtj_loader.errors import NonFiniteError, VerifyError
 from mtj_loader.loading.load_failure import clean_load_failure
-from mtj_loader.lora.factors import gather
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan
 from mtj_loader.storage.base import Storage
+from mtj_loader.weights.gather import gather
 from mtj_loader.weights.view import ZEROS
 
 _FLOAT32_TOLERANCE = 1e-6  # of the largest element; for sums of a few products in float32
@@ -104,7 +104,10 @@ def _shard(param: ParamPlan, whole: np.ndarray, index: slice) -> np.ndarray:
     shards = len(param.shards)
     if param.spec.split is not None:
         at = names.index(param.spec.split)
-        split = np.split(split, shards, axis=at)[index.start or 0]
+        # An axis shorter than n (KV heads) has parts that several shards hold.
+        first = (index.start or 0) * axes[at].size // shards
+        part = slice(first, first + axes[at].part(shards))
+        split = split[(*(slice(None) for _ in range(at)), part)]
     return split.reshape((1, *param.spec.shard_shape(shards)))
 
 

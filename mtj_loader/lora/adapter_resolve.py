@@ -1,8 +1,8 @@
 """LoRA (Hu et al., 2021, arXiv:2106.09685): an adapter's tensors as low-rank terms of parameters.
 
-W += scale · B · A, with A [r, in] and B [out, r] in torch's order. Adapters on experts stored one
-by one go through the map's conversions: the factors of one merged parameter stand side by side
-along the rank, zeros between them.
+W += scale · B · A, with A [r, in] and B [out, r] in torch's order. If the map merges tensors into
+one parameter (experts), their factors are concatenated along the rank, with zeros elsewhere. If
+the map splits a tensor into several parameters, the rows of B are split the same way.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from mtj_loader.lora.low_rank import (
     CarriedCopy,
     Factors,
     LowRank,
-    merged_factors,
+    merge_factors,
 )
 from mtj_loader.parameters import ParamSpec
 from mtj_loader.weights.merging import Conversions, Merge, spellings
-from mtj_loader.weights.resolve import TargetKey, match_name
-from mtj_loader.weights.transforms import Layout
+from mtj_loader.weights.resolve import match_name
+from mtj_loader.weights.transforms import Shape, TransformContext, fused_shape, split_rows
 from mtj_loader.weights.view import view_of
-from mtj_loader.weights.weight_map import Target, WeightMap
+from mtj_loader.weights.weight_map import Target, TargetKey, Targets, WeightMap
 
 _PREFIX = "base_model.model."  # PEFT puts it before every name
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
 _COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
-# What torch computes with nn.Embedding; everything else is a linear layer or experts.
+# Parameters of nn.Embedding modules; all others belong to linear layers or experts.
 _EMBEDDINGS = {("embedding_shard/~/linear", "w"), ("embedding_shard", "pos_embs")}
 _NESTED = ".base_layer"  # a second adapted parameter of one module wraps the first
 
@@ -47,60 +47,61 @@ def resolve_adapter(
     index: TensorIndex,
     specs: Sequence[ParamSpec],
     *,
-    layout: Layout,
+    context: TransformContext,
     layers: int,
 ) -> AdapterTerms:
-    """Finds the parameter of every tensor of an adapter.
+    """Finds the parameters that every tensor of an adapter changes.
 
     Args:
       adapter: an opened adapter.
-      weight: a factor on top of the adapter's own scale.
+      weight: an extra factor on top of the adapter's own scale.
       weight_map: the family's map.
-      index: the checkpoint's tensors, for copies of base weights.
+      index: the checkpoint's tensors, to find the originals of base weights.
       specs: the model's parameters.
-      layout: shard count, vocabulary and order of the weights.
-      layers: how far `{layer}` runs.
+      context: shard count, vocabulary size and orientation of the weights.
+      layers: the number of layers, for `{layer}`.
 
     Raises:
-      AdapterMismatchError: tensors that fit nothing, halves of pairs, wrong ranks or shapes; lists
-        every problem.
+      AdapterMismatchError: tensors that fit no parameter, incomplete pairs, wrong ranks or shapes;
+        lists every problem.
     """
-    work = _Work(adapter, weight, weight_map, index, layout)
-    work.entries = weight_map.expand(layers)
-    work.specs = {(spec.module, spec.param): spec for spec in specs}
+    resolver = _AdapterResolver(adapter, weight, weight_map, index, context)
+    resolver.entries = weight_map.expand(layers)
+    resolver.specs = {(spec.module, spec.param): spec for spec in specs}
     for record in adapter.records.values():
-        work.file(record)
-    for module, pair in work.pairs.items():
-        work.place(module, pair)
-    work.merge()
-    if not work.terms and not work.problems:
-        work.problems.append(Problem("the adapter has no LoRA tensor", file=adapter.stamp.path))
-    if work.problems:
-        raise AdapterMismatchError(work.problems)
-    return AdapterTerms(work.terms, tuple(work.copies))
+        resolver.sort(record)
+    for module, pair in resolver.pairs.items():
+        resolver.place(module, pair)
+    resolver.merge()
+    if not resolver.terms and not resolver.problems:
+        what = "the adapter has no LoRA tensor"
+        resolver.problems.append(Problem(what, file=adapter.stamp.path))
+    if resolver.problems:
+        raise AdapterMismatchError(resolver.problems)
+    return AdapterTerms(resolver.terms, tuple(resolver.copies))
 
 
 @dataclass
 class _Pair:
-    """The factors of one module, as they are found."""
+    """The factors of one module."""
 
     embedding: bool = False
     factors: dict[str, TensorRecord] = field(default_factory=dict)  # "A", "B"
 
 
 @dataclass
-class _Work:
-    """The tables that one `resolve_adapter` fills."""
+class _AdapterResolver:
+    """The state of one call of `resolve_adapter`."""
 
     adapter: Adapter
     weight: float
     weight_map: WeightMap
     index: TensorIndex
-    layout: Layout
-    entries: Mapping[str, Target | None] = field(default_factory=dict)
+    context: TransformContext
+    entries: Mapping[str, Targets] = field(default_factory=dict)
     specs: Mapping[TargetKey, ParamSpec] = field(default_factory=dict)
     pairs: dict[str, _Pair] = field(default_factory=dict)
-    placed: set[str] = field(default_factory=set)  # target_parameters that have their pair
+    placed: set[str] = field(default_factory=set)  # target_parameters that already have a pair
     parts: dict[tuple[str, Merge], list[dict[int, Factors]]] = field(default_factory=dict)
     terms: dict[TargetKey, LowRank] = field(default_factory=dict)
     copies: list[CarriedCopy] = field(default_factory=list)
@@ -110,32 +111,32 @@ class _Work:
     def conversions(self) -> Conversions:
         return self.weight_map.conversions
 
-    def file(self, record: TensorRecord) -> None:
-        """Files one tensor of the adapter under its module."""
+    def sort(self, record: TensorRecord) -> None:
+        """Adds one tensor of the adapter to the factors of its module."""
         name = record.name.removeprefix(_PREFIX)
         if record.dtype not in dtypes.WEIGHT_DTYPES:
             self.refuse("this dtype cannot be loaded", record, found=record.dtype)
         elif not record.name.startswith(_PREFIX):
-            self.refuse(f"an adapter's names begin with {_PREFIX}", record)
+            self.refuse(f"tensor names of an adapter begin with {_PREFIX}", record)
         elif found := _FACTOR.fullmatch(name):
             pair = self.pairs.setdefault(found["module"], _Pair(found["embedding"] is not None))
             if pair.embedding != (found["embedding"] is not None):
-                self.refuse("one factor is of an embedding and one is not", record)
+                self.refuse("only one of the two factors is an embedding's", record)
             elif pair.factors.setdefault(found["factor"], record) is not record:
                 self.refuse("two tensors for one factor", record)
         elif found := _COPY.fullmatch(name):
             self.carry(record, found["module"] + ".weight")
         else:
-            self.refuse("an adapter's tensor that is not used", record)
+            self.refuse("this tensor of the adapter would not be used", record)
 
     def carry(self, record: TensorRecord, name: str) -> None:
-        """Notes a copy of a base weight, to be compared."""
+        """Records a copy of a base weight, to be compared."""
         found = next((s for s in spellings(name) if s in self.index.records), None)
         original = self.index.records[found] if found else None
         if original is None or original.shape != record.shape:
             expected = "none" if original is None else str(list(original.shape))
             self.refuse(
-                "a base weight that the adapter carries is not the checkpoint's",
+                "the adapter carries a base weight that the checkpoint does not have",
                 record,
                 expected=expected,
                 found=str(list(record.shape)),
@@ -144,10 +145,10 @@ class _Work:
         self.copies.append(CarriedCopy(self.adapter.storage, record, original))
 
     def place(self, module: str, pair: _Pair) -> None:
-        """Turns a pair into factors and files them under the parameter that they belong to."""
+        """Turns a pair into factors and adds them to the parameter that they belong to."""
         if missing := {"A", "B"} - pair.factors.keys():
             record = next(iter(pair.factors.values()))
-            self.refuse("half a pair", record, expected=f"lora_{missing.pop()} too")
+            self.refuse("half of a pair", record, expected=f"lora_{missing.pop()} too")
             return
         record = next((r for r in pair.factors.values() if len(r.shape) != 2), None)
         if record is not None:
@@ -179,31 +180,31 @@ class _Work:
             assert located is not None
             if (found := merge.match(located[1])) is not None:
                 empty: list[dict[int, Factors]] = [{} for _ in merge.sources]
-                filed = self.parts.setdefault((located[0], merge), empty)[found[0]]
-                if filed.setdefault(found[1], factors) is not factors:
-                    self.refuse("two adapters for one matrix", a)
+                parts = self.parts.setdefault((located[0], merge), empty)[found[0]]
+                if parts.setdefault(found[1], factors) is not factors:
+                    self.refuse("two pairs of factors for one matrix", a)
                 return
         self.add("".join(located) if located else module + ".weight", factors, a)
 
     def parameters_of(self, module: str) -> list[str]:
-        """The names of the parameters of a module that `target_parameters` lists."""
+        """The parameters of a module that `target_parameters` lists, by name."""
         owner = module.removesuffix(_NESTED)
         listed = self.adapter.config.target_parameters
         names = [(f"{owner}.{target.rpartition('.')[2]}", target) for target in listed]
         return [
             name
             for name, target in names
-            if f".{name}".endswith(f".{target}") and self.target_of(name)[1] is not None
+            if f".{name}".endswith(f".{target}") and self.filled_by(name)
         ]
 
     def place_parameter(self, module: str, names: Sequence[str], pair: _Pair) -> None:
-        """An adapted parameter of a module: which of the listed ones, the shapes tell."""
+        """Adds an adapted parameter of a module; the shapes tell which of the listed ones it is."""
         a, b = pair.factors["A"], pair.factors["B"]
         for name in names:
-            target, spec = self.target_of(name)
-            if target is None or spec is None or len(spec.shape) < 2 or name in self.placed:
+            shape = fused_shape(self.file_shapes(self.filled_by(name)))
+            if shape is None or len(shape) < 2 or name in self.placed:
                 continue
-            *experts, outs, ins = self.layout.file_shape(spec, target.transforms)
+            *experts, outs, ins = shape
             if (b.shape[0], a.shape[1]) == (outs, ins):
                 self.placed.add(name)
                 self.add_parameter(name, experts, a, b)
@@ -214,14 +215,14 @@ class _Work:
     def add_parameter(
         self, name: str, experts: Sequence[int], a: TensorRecord, b: TensorRecord
     ) -> None:
-        """Files the factors of a matrix, or of a stack of `experts` matrices."""
+        """Adds the factors of a matrix, or of a stack of matrices, one per expert."""
         count = math.prod(experts)
         ranks = [(n // count,) if n % count == 0 else (n,) for n in (a.shape[0], b.shape[1])]
         rank = self.checked_rank(name, ranks[0], ranks[1], a)
         if rank is None:
             return
         right, left = view_of(a), view_of(b)
-        if experts:  # PEFT keeps A [E·r, in], expert by expert, and B [out, r·E], experts fastest
+        if experts:  # PEFT stores A [E·r, in] with experts outermost, B [out, r·E] innermost
             right = right.split_axis(0, (count, rank))
             left = left.split_axis(1, (rank, count)).transpose((2, 0, 1))
         self.add(name, Factors(right, left, self.scales(name, (*experts, rank))), a)
@@ -229,7 +230,7 @@ class _Work:
     def checked_rank(
         self, module: str, a: Sequence[int], b: Sequence[int], record: TensorRecord
     ) -> int | None:
-        """The rank, if both factors have the one that the config gives the module."""
+        """The rank, if both factors have the rank that the config gives the module."""
         expected = self.adapter.config.rank_of(module)
         if tuple(a) == tuple(b) == (expected,):
             return expected
@@ -241,23 +242,28 @@ class _Work:
         scale = self.adapter.config.scale_of(module) * self.weight
         return np.full(shape, scale, np.float32)
 
-    def target_of(self, name: str) -> tuple[Target | None, ParamSpec | None]:
+    def filled_by(self, name: str) -> list[tuple[Target, ParamSpec]]:
+        """The parameters that a tensor of this name fills; empty if the model lacks any of them."""
         entry = match_name(name, self.entries)
-        target = None if entry is None else self.entries[entry]
-        return target, target and self.specs.get((target.module, target.param))
+        targets = () if entry is None else self.entries[entry]
+        found = [(target, self.specs[target.key]) for target in targets if target.key in self.specs]
+        return found if len(found) == len(targets) else []
+
+    def file_shapes(self, filled: Sequence[tuple[Target, ParamSpec]]) -> list[Shape]:
+        return [self.context.file_shape(spec, target.transforms) for target, spec in filled]
 
     def merge(self) -> None:
-        """Builds the factors of parameters that are merged from parts."""
+        """Builds the factors of parameters that are merged from many tensors."""
         for (prefix, merge), parts in self.parts.items():
             name = prefix + merge.target
             first = next(factors for part in parts for factors in part.values())
             record = first.a.records[0]
-            _, spec = self.target_of(name)
-            if spec is None:
+            filled = self.filled_by(name)
+            if not filled:
                 self.refuse("there is no such parameter in the model", record)
                 continue
             try:
-                factors = merged_factors(parts, experts=spec.shape[0])
+                factors = merge_factors(parts, experts=filled[0][1].shape[0])
             except ValueError as error:
                 self.refuse(f"factors cannot be merged: {error}", record)
                 continue
@@ -266,26 +272,30 @@ class _Work:
     def add(
         self, name: str, factors: Factors, record: TensorRecord, *, embedding: bool = False
     ) -> None:
-        """Files factors under the parameter of this name, in the parameter's order."""
-        target, spec = self.target_of(name)
-        if target is None or spec is None:
+        """Adds factors to the parameters that a tensor of this name fills."""
+        filled = self.filled_by(name)
+        if not filled:
             self.refuse("there is no such parameter in the model", record)
             return
-        key = (target.module, target.param)
-        if (key in _EMBEDDINGS) != embedding:
-            self.refuse("embeddings, and they alone, have lora_embedding_A and _B", record)
+        if any((target.key in _EMBEDDINGS) != embedding for target, _ in filled):
+            self.refuse("lora_embedding_A and _B are for embeddings, and only for them", record)
             return
-        if key in self.terms:
-            self.refuse("two adapters for one parameter", record)
+        if any(target.key in self.terms for target, _ in filled):
+            self.refuse("two pairs of factors for one parameter", record)
             return
-        expected = self.layout.file_shape(spec, target.transforms)
+        shapes = self.file_shapes(filled)
+        expected = fused_shape(shapes)
         found = (*factors.b.shape[:-2], factors.b.shape[-2], factors.a.shape[-1])
         if found != expected:
             what = "the adapter was made for another shape"
-            self.refuse(what, record, str(list(expected)), str(list(found)))
+            self.refuse(
+                what, record, None if expected is None else str(list(expected)), str(list(found))
+            )
             return
-        left, right = self.layout.apply_factors(factors.b, factors.a, spec, target.transforms)
-        self.terms[key] = LowRank(spec, self.adapter.storage, left, right, factors.scales)
+        for (target, spec), b in zip(filled, split_rows(factors.b, shapes), strict=True):
+            left, right = self.context.apply_factors(b, factors.a, spec, target.transforms)
+            term = LowRank(spec, self.adapter.storage, left, right, factors.scales)
+            self.terms[target.key] = term
 
     def refuse(
         self,

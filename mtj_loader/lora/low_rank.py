@@ -1,7 +1,7 @@
-"""Low-rank terms of parameters: their factors as views, and those of many matrices merged to one.
+"""Low-rank terms of parameters: their factors as views, and merging those of many matrices.
 
-The factors are brought to the parameter's own order and grouped like it, so that a shard's rows of
-B and columns of A are cut before they are read.
+The factors have the parameter's own order and axis groups, so that a shard's rows of B and columns
+of A are cut out before they are read.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.parameters import Axis, ParamSpec
 from mtj_loader.storage.base import Storage
-from mtj_loader.weights.resolve import TargetKey
 from mtj_loader.weights.view import View, concat, stack, zeros
+from mtj_loader.weights.weight_map import TargetKey
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +24,10 @@ class LowRank:
 
     Attributes:
       spec: the parameter.
-      storage: where the factors are read.
+      storage: where to read the factors.
       left: [..., rows, r], grouped as the parameter's rows.
       right: [..., r, columns], grouped as its columns.
-      scales: float32 [..., r], a factor for each rank.
+      scales: float32 [..., r], one factor per rank.
     """
 
     spec: ParamSpec
@@ -38,17 +38,17 @@ class LowRank:
 
     @property
     def left_spec(self) -> ParamSpec:
-        """The left factor, declared as a parameter that is split like the parameter itself."""
+        """The left factor as a parameter, split like the parameter itself."""
         return self._factor_spec((self.spec.groups[-2], (self._rank,)))
 
     @property
     def right_spec(self) -> ParamSpec:
-        """The right factor, likewise."""
+        """The right factor as a parameter, split like the parameter itself."""
         return self._factor_spec(((self._rank,), self.spec.groups[-1]))
 
     @property
     def factors(self) -> tuple[tuple[View, ParamSpec], tuple[View, ParamSpec]]:
-        """The left one and the right one."""
+        """The left and the right factor, with their specs."""
         return (self.left, self.left_spec), (self.right, self.right_spec)
 
     @property
@@ -64,7 +64,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class CarriedCopy:
-    """A base weight that the adapter carries; it must be equal to the checkpoint's."""
+    """A base weight that is stored in the adapter; it must equal the checkpoint's."""
 
     storage: Storage
     copy: TensorRecord
@@ -73,7 +73,7 @@ class CarriedCopy:
 
 @dataclass(frozen=True)
 class AdapterTerms:
-    """What one adapter adds to a model."""
+    """What one adapter adds to a model, and the base weights that it carries."""
 
     terms: Mapping[TargetKey, LowRank]
     copies: tuple[CarriedCopy, ...]
@@ -88,12 +88,12 @@ class Factors:
     scales: np.ndarray  # float32 [..., r]
 
 
-def merged_factors(parts: Sequence[Mapping[int, Factors]], *, experts: int) -> Factors:
-    """Factors of many small matrices as those of the one parameter that they are merged into.
+def merge_factors(parts: Sequence[Mapping[int, Factors]], *, experts: int) -> Factors:
+    """Merges the factors of many small matrices into those of the one parameter they are part of.
 
     Args:
-      parts: for each pattern of a merge, number → factors; a matrix without any stays as it is.
-      experts: how many numbers there are.
+      parts: for each pattern of a merge, number → factors; a matrix without factors is unchanged.
+      experts: the number of matrices per pattern.
 
     Raises:
       ValueError: a number is too large, or shapes differ.
@@ -114,7 +114,7 @@ def merged_factors(parts: Sequence[Mapping[int, Factors]], *, experts: int) -> F
 def _one_expert(
     parts: Sequence[Mapping[int, Factors]], expert: int, rank: int, outs: int, ins: int
 ) -> Factors:
-    """One expert's factors: A's one below the other, B's block by block along the diagonal."""
+    """One expert's factors: the A blocks stacked, the B blocks along the diagonal."""
     a: list[View] = []
     b: list[View] = []
     scales = np.zeros(rank, np.float32)
@@ -122,8 +122,8 @@ def _one_expert(
         if expert not in part:
             continue
         own = part[expert]
-        done = sum(view.shape[0] for view in a)
-        scales[done : done + own.scales.size] = own.scales
+        used = sum(view.shape[0] for view in a)
+        scales[used : used + own.scales.size] = own.scales
         a.append(own.a)
         above, below = i * outs, (len(parts) - 1 - i) * outs
         blocks = [zeros((above, own.scales.size)), own.b, zeros((below, own.scales.size))]

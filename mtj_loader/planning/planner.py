@@ -23,9 +23,9 @@ from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan, own_shards, with_reads
 from mtj_loader.planning.topology import Topology
 from mtj_loader.weights.copies import shard_layouts
-from mtj_loader.weights.find_map import find_map
+from mtj_loader.weights.map_reader import find_map
 from mtj_loader.weights.resolve import Binding, Resolution, TargetKey, resolve
-from mtj_loader.weights.transforms import Layout
+from mtj_loader.weights.transforms import TransformContext
 from mtj_loader.weights.weight_map import WeightMap
 
 
@@ -102,7 +102,7 @@ def make_plan(
         weight_map,
         checkpoint.index,
         specs,
-        Layout(topology.mp, config.vocab_size, options.transposed_linear),
+        TransformContext(topology.mp, config.vocab_size, options.transposed_linear),
         layers=config.layers,
         ties=_ties(config),
         allow_unmapped=options.allow_unmapped,
@@ -135,12 +135,12 @@ def add_adapters(plan: LoadPlan, adapters: Sequence[tuple[PathLike, float]]) -> 
     """
     specs = [param.spec for param in plan.params]
     options = plan.options
-    layout = Layout(plan.shards, plan.config.vocab_size, options.transposed_linear)
+    context = TransformContext(plan.shards, plan.config.vocab_size, options.transposed_linear)
     for path, weight in adapters:
         adapter = open_adapter(path)
         index, layers = plan.checkpoint.index, plan.config.layers
         found = resolve_adapter(
-            adapter, weight, plan.weight_map, index, specs, layout=layout, layers=layers
+            adapter, weight, plan.weight_map, index, specs, context=context, layers=layers
         )
         _refuse_tied(plan, adapter, found)
         params = tuple(_with_term(param, found.terms) for param in plan.params)

@@ -284,7 +284,7 @@ def _stack(layouts: Sequence[Layout]) -> Layout:
     pieces: list[Piece] = []
     for i, layout in enumerate(layouts):
         corner = (i, *(0 for _ in layout.shape))
-        pieces += [piece.shifted(corner) for piece in layout.broadcast(0, 1).pieces]
+        pieces += [piece.shift(corner) for piece in layout.broadcast(0, 1).pieces]
     return Layout((len(layouts), *layouts[0].shape), tuple(pieces))
 
 

@@ -1,9 +1,9 @@
 """Checkpoint layouts that store a tensor in parts: renames, and merges of many tensors into one.
 
-A map's `conversions` say how, in the words of transformers' weight converters: `source_patterns`
-with `*` for a number, then `merge_modulelist` (each pattern's tensors, in the order of their
-numbers, stacked on a new axis) and `concatenate`. They are compiled to views, so that a shard is
-cut from every part before anything is merged.
+A map's `conversions` describe them with the vocabulary of transformers' weight converters:
+`source_patterns` with `*` for a number, then `merge_modulelist` (each pattern's tensors, in the
+order of their numbers, stacked on a new axis) and `concatenate`. They are compiled to views, so
+that a shard is cut from every part before anything is merged.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from mtj_loader.errors import Problem
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.weights.view import View, concat, stack, view_of
 
-# What published files put before, or drop from, the names that transformers saves.
+# Prefixes that published files add to, or drop from, the names that transformers saves.
 BASE_PREFIXES = ("transformer.", "model.", "gpt_neox.")
 
-
-_NUMBER = "(0|[1-9][0-9]{0,5})"  # six digits: a stranger's number must not be long
+_NUMBER = "(0|[1-9][0-9]{0,5})"  # at most six digits: names are untrusted input
 
 
 @dataclass(frozen=True)
-class Source:
-    """A tensor under the name that the map's entries know, whatever it is stored as."""
+class SourceTensor:
+    """A tensor under the name that the map's entries use, however it is stored."""
 
     name: str
     view: View
@@ -38,19 +37,19 @@ class Source:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The different dtypes of its parts."""
+        """The distinct dtypes of its parts."""
         return tuple(dict.fromkeys(record.dtype for record in self.view.records))
 
 
 @dataclass(frozen=True)
 class Rename:
-    """Leading parts of a name, inside a layer, and what stands for them."""
+    """Replaces the leading components of a name inside a layer."""
 
     old: str
     new: str
 
     def __call__(self, name: str) -> str:
-        """The new name; names that begin otherwise are returned as they are."""
+        """The new name; a name with other leading components is returned unchanged."""
         if name == self.old or name.startswith(self.old + "."):
             return self.new + name[len(self.old) :]
         return name
@@ -58,13 +57,13 @@ class Rename:
 
 @dataclass(frozen=True)
 class Merge:
-    """Many tensors that become one.
+    """Merges many tensors into one.
 
     Attributes:
       sources: name patterns inside a layer, each with one `*` for a number.
-      target: the name of what they become.
-      stack_axis: where the tensors of one pattern are stacked.
-      concat_axis: where the patterns' stacks are joined; None if there is only one pattern.
+      target: the name of the merged tensor.
+      stack_axis: the new axis along which the tensors of one pattern are stacked.
+      concat_axis: the axis along which the stacks are joined; None if there is only one pattern.
     """
 
     sources: tuple[str, ...]
@@ -77,20 +76,20 @@ class Merge:
         return [re.compile(re.escape(s).replace(r"\*", _NUMBER)) for s in self.sources]
 
     def match(self, name: str) -> tuple[int, int] | None:
-        """Which pattern a name fits, and its number."""
+        """The index of the pattern that a name matches, and its number."""
         for i, pattern in enumerate(self._patterns):
             if found := pattern.fullmatch(name):
                 return i, int(found[1])
         return None
 
     def build(self, parts: Sequence[Mapping[int, TensorRecord]]) -> View:
-        """The merged view; numbers in order, not as text.
+        """The merged view, in numeric order.
 
         Args:
           parts: for each pattern, number → tensor.
 
         Raises:
-          ValueError: numbers are missing, or the shapes do not fit together.
+          ValueError: a number is missing, or the shapes do not fit together.
         """
         count = max((max(part, default=-1) for part in parts), default=-1) + 1
         for pattern, part in zip(self.sources, parts, strict=True):
@@ -104,16 +103,16 @@ class Merge:
         return stacks[0] if self.concat_axis is None else concat(stacks, self.concat_axis)
 
     def _check_axes(self, ndim: int) -> None:
-        """Raises ValueError if a tensor of so many dimensions, stacked, has not those axes."""
+        """Raises ValueError if a stack of tensors with `ndim` dimensions lacks one of the axes."""
         axes = {"merge_modulelist": self.stack_axis, "concatenate": self.concat_axis or 0}
         for operation, axis in axes.items():
             if axis > ndim:
-                raise ValueError(f"{operation} has dim {axis}, of {ndim + 1} dimensions in all")
+                raise ValueError(f"{operation} has dim {axis}, but there are {ndim + 1} dimensions")
 
 
 @dataclass(frozen=True)
 class Conversions:
-    """A map's conversions, and the prefix of the layers that they look inside."""
+    """A map's conversions, and the prefix of the layers that they apply to."""
 
     layer_prefix: str
     renames: tuple[Rename, ...] = ()
@@ -125,7 +124,7 @@ class Conversions:
         return re.compile(re.escape(self.layer_prefix).replace(r"\{layer\}", number))
 
     def locate(self, name: str) -> tuple[str, str] | None:
-        """A name's layer prefix, as the map spells it, and the rest, renamed; None outside."""
+        """A name's layer prefix, as in the map, and the renamed rest; None outside a layer."""
         for spelling in spellings(name):
             if found := self._prefix.match(spelling):
                 rest = spelling[found.end() :]
@@ -140,19 +139,19 @@ NO_CONVERSIONS = Conversions("")
 
 @dataclass
 class _Merger:
-    """The parts of merged tensors as they are found: (prefix, merge) → parts."""
+    """Collects the parts of merged tensors: (prefix, merge) → parts."""
 
     parts: dict[tuple[str, Merge], list[dict[int, TensorRecord]]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def take(self, prefix: str, rest: str, record: TensorRecord, merges: Sequence[Merge]) -> bool:
-        """Files a tensor that is a part; False if it is none."""
+    def add(self, prefix: str, rest: str, record: TensorRecord, merges: Sequence[Merge]) -> bool:
+        """Adds a tensor if it is a part of a merged one; returns whether it is."""
         for merge in merges:
             if (found := merge.match(rest)) is not None:
                 pattern, number = found
                 empty: list[dict[int, TensorRecord]] = [{} for _ in merge.sources]
-                filed = self.parts.setdefault((prefix, merge), empty)[pattern]
-                other = filed.setdefault(number, record)
+                parts = self.parts.setdefault((prefix, merge), empty)[pattern]
+                other = parts.setdefault(number, record)
                 if other is not record:
                     what = "two tensors for one part of a parameter"
                     self.problems.append(Problem(what, record.file, record.name, found=other.name))
@@ -162,27 +161,27 @@ class _Merger:
 
 def convert(
     records: Mapping[str, TensorRecord], conversions: Conversions
-) -> tuple[list[Source], list[Problem]]:
-    """Every tensor under its converted name, and what could not be converted."""
+) -> tuple[list[SourceTensor], list[Problem]]:
+    """Every tensor under its converted name, and a problem for each that cannot be converted."""
     merger = _Merger()
-    sources: list[Source] = []
+    tensors: list[SourceTensor] = []
     for name, record in records.items():
         located = conversions.locate(name) if conversions.layer_prefix else None
-        if located is not None and merger.take(*located, record, conversions.merges):
+        if located is not None and merger.add(*located, record, conversions.merges):
             continue
-        sources.append(Source("".join(located) if located else name, view_of(record)))
+        tensors.append(SourceTensor("".join(located) if located else name, view_of(record)))
     problems = merger.problems
     for (prefix, merge), parts in merger.parts.items():
         try:
-            sources.append(Source(prefix + merge.target, merge.build(parts)))
+            tensors.append(SourceTensor(prefix + merge.target, merge.build(parts)))
         except ValueError as error:
             what = f"tensors cannot be merged into one: {error}"
             problems.append(Problem(what, tensor=prefix + merge.target))
-    return sources, problems
+    return tensors, problems
 
 
 def spellings(name: str) -> Iterator[str]:
-    """A tensor's name, and what it is called with a known base prefix added or dropped."""
+    """A tensor's name, and its variants with a known base prefix added or dropped."""
     yield name
     for prefix in BASE_PREFIXES:
         yield prefix + name

@@ -1,9 +1,9 @@
 """Views: lazy arrays over tensors in files, as lists of strided pieces.
 
-A view has a shape and pieces. A piece says: this box of the view is that strided block of that
-record (as `numpy.lib.stride_tricks.as_strided`, but over a file), or zeros. The pieces of a view
-tile it exactly once. Each transform turns one list of pieces into another; no byte is read. So a
-shard can be cut before anything is merged, transposed or padded.
+A view has a shape and pieces. A piece maps a box of the view to a strided block of a record (as
+`numpy.lib.stride_tricks.as_strided` does, but over a file), or to zeros. The pieces cover every
+element of the view exactly once. A transform turns one list of pieces into another and reads
+nothing, so a shard can be cut out before anything is merged, transposed or padded.
 
 Offsets and strides count elements of the record, not bytes.
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 from mtj_loader.formats.records import TensorRecord
 
-ZEROS = -1  # the `source` of a piece that is padding
+ZEROS = -1  # the `source` of a piece of padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,9 @@ class Piece:
     Attributes:
       start: the box's first corner in the view.
       shape: the box's size along every axis.
-      source: which of the view's records, or ZEROS.
-      offset: the element of the record that lies at `start`.
-      strides: elements of the record between neighbors, per axis of the view; 0 repeats.
+      source: the index of one of the view's records, or ZEROS.
+      offset: the element of the record at `start`.
+      strides: the record's strides, in elements, per axis of the view; 0 repeats an element.
     """
 
     start: tuple[int, ...]
@@ -44,7 +44,7 @@ class Piece:
 
     @property
     def stop(self) -> tuple[int, ...]:
-        """The corner behind the box's last element."""
+        """The corner past the box's last element."""
         return tuple(map(add, self.start, self.shape))
 
     def cut(self, start: Sequence[int], stop: Sequence[int]) -> Piece | None:
@@ -56,8 +56,8 @@ class Piece:
         offset = self.offset + sum(map(mul, map(sub, low, self.start), self.strides))
         return Piece(low, shape, self.source, offset, self.strides)
 
-    def shifted(self, start: Sequence[int], sources: int = 0) -> Piece:
-        """The same block at start + `start`, its source renumbered when views are joined."""
+    def shift(self, start: Sequence[int], sources: int = 0) -> Piece:
+        """The same block moved by `start`, its source index increased by `sources`."""
         source = ZEROS if self.source == ZEROS else self.source + sources
         moved = tuple(map(add, self.start, start))
         return Piece(moved, self.shape, source, self.offset, self.strides)
@@ -65,10 +65,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """A view's shape and pieces, without its records: equal layouts read alike.
+    """A view's shape and pieces, without its records.
 
-    Layers of one model share layouts, so whatever follows from a layout alone (its shards, their
-    byte counts) is worked out once and not once a layer.
+    Layers of one model share layouts, so whatever depends on a layout alone (its shards, their
+    byte counts) is computed once and not once per layer.
     """
 
     shape: tuple[int, ...]
@@ -87,7 +87,7 @@ class Layout:
         return math.prod(self.shape)
 
     def transpose(self, axes: Sequence[int]) -> Layout:
-        """As `numpy.transpose`: axis i of the result is axis `axes[i]` of this."""
+        """Like `numpy.transpose`: axis i of the result is axis `axes[i]` of this layout."""
 
         def pick(values: Sequence[int]) -> tuple[int, ...]:
             return tuple(values[a] for a in axes)
@@ -99,14 +99,14 @@ class Layout:
         return Layout(pick(self.shape), pieces)
 
     def slice(self, start: Sequence[int], stop: Sequence[int]) -> Layout:
-        """The box from corner `start` up to, and without, corner `stop`."""
+        """The box from corner `start` up to, but without, corner `stop`."""
         back = tuple(-a for a in start)
         cuts = (piece.cut(start, stop) for piece in self.pieces)
         shape = tuple(b - a for a, b in zip(start, stop, strict=True))
-        return Layout(shape, tuple(cut.shifted(back) for cut in cuts if cut is not None))
+        return Layout(shape, tuple(cut.shift(back) for cut in cuts if cut is not None))
 
     def pad(self, axis: int, size: int) -> Layout:
-        """Zeros behind the last element of `axis`, up to `size` along it."""
+        """Appends zeros along `axis`, up to a length of `size`."""
         old = self.shape[axis]
         if size == old:
             return self
@@ -116,7 +116,7 @@ class Layout:
         return Layout(_with(self.shape, axis, size), (*self.pieces, zeros))
 
     def split_axis(self, axis: int, sizes: Sequence[int]) -> Layout:
-        """One axis becomes several, row-major, as a numpy reshape: [h·k] to [h, k]."""
+        """Splits one axis into several, row-major, like a numpy reshape: [h·k] to [h, k]."""
         if math.prod(sizes) != self.shape[axis]:
             raise ValueError(f"cannot split an axis of {self.shape[axis]} into {tuple(sizes)}")
         if len(sizes) == 1:
@@ -127,7 +127,7 @@ class Layout:
         return Layout(shape, pieces).split_axis(axis + 1, sizes[1:])
 
     def broadcast(self, axis: int, size: int) -> Layout:
-        """A new axis along which everything repeats `size` times."""
+        """Inserts an axis along which everything repeats `size` times."""
 
         def insert(values: tuple[int, ...], value: int) -> tuple[int, ...]:
             return (*values[:axis], value, *values[axis:])
@@ -153,14 +153,14 @@ class Layout:
         starts = np.array([p.start for p in self.pieces])
         stops = np.array([p.stop for p in self.pieces])
         for i in range(1, len(starts)):
-            barrier = (starts[:i] < stops[i]) & (starts[i] < stops[:i])
-            if barrier.all(axis=1).any():
-                raise ValueError(f"piece {i} covers elements that an earlier piece covers")
+            overlaps = (starts[:i] < stops[i]) & (starts[i] < stops[:i])
+            if overlaps.all(axis=1).any():
+                raise ValueError(f"piece {i} overlaps an earlier piece")
 
 
 @dataclass(frozen=True)
 class View:
-    """A lazy array: a layout, and the records that its pieces take their elements from."""
+    """A lazy array: a layout, and the records that its pieces refer to."""
 
     layout: Layout
     records: tuple[TensorRecord, ...]
@@ -171,56 +171,56 @@ class View:
         return self.layout.shape
 
     def with_layout(self, layout: Layout) -> View:
-        """The same records behind another layout."""
+        """A view of the same records with another layout."""
         return View(layout, self.records)
 
     def transpose(self, axes: Sequence[int]) -> View:
         """See `Layout.transpose`."""
-        return self.with_layout(_once(Layout.transpose, self.layout, tuple(axes)))
+        return self.with_layout(_cached(Layout.transpose, self.layout, tuple(axes)))
 
     def slice(self, start: Sequence[int], stop: Sequence[int]) -> View:
         """See `Layout.slice`."""
-        return self.with_layout(_once(Layout.slice, self.layout, tuple(start), tuple(stop)))
+        return self.with_layout(_cached(Layout.slice, self.layout, tuple(start), tuple(stop)))
 
     def pad(self, axis: int, size: int) -> View:
         """See `Layout.pad`."""
-        return self.with_layout(_once(Layout.pad, self.layout, axis, size))
+        return self.with_layout(_cached(Layout.pad, self.layout, axis, size))
 
     def split_axis(self, axis: int, sizes: Sequence[int]) -> View:
         """See `Layout.split_axis`."""
-        return self.with_layout(_once(Layout.split_axis, self.layout, axis, tuple(sizes)))
+        return self.with_layout(_cached(Layout.split_axis, self.layout, axis, tuple(sizes)))
 
     def broadcast(self, axis: int, size: int) -> View:
         """See `Layout.broadcast`."""
-        return self.with_layout(_once(Layout.broadcast, self.layout, axis, size))
+        return self.with_layout(_cached(Layout.broadcast, self.layout, axis, size))
 
 
-@lru_cache(maxsize=4096)  # kinds of tensors × operations on each; a model has a few dozen of both
-def _once(operation: Callable[..., Layout], *arguments: Any) -> Layout:  # noqa: ANN401 -- passed on
-    """What an operation gives, worked out once and shared by all layers that are alike."""
+@lru_cache(maxsize=4096)  # kinds of tensors × operations on each; a model has a few dozen of each
+def _cached(operation: Callable[..., Layout], *arguments: Any) -> Layout:  # noqa: ANN401 -- passed on
+    """The result of an operation, computed once and shared by equal layers."""
     return operation(*arguments)
 
 
 def view_of(record: TensorRecord) -> View:
-    """The view that is one tensor as the file has it."""
-    return View(_once(_whole, record.shape, record.strides), (record,))
+    """A view of one whole tensor, as it is in the file."""
+    return View(_cached(_whole_layout, record.shape, record.strides), (record,))
 
 
-def _whole(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Layout:
-    """A tensor as one piece; without strides it is row-major."""
+def _whole_layout(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Layout:
+    """The layout of a whole tensor; without strides it is row-major."""
     strides = row_major(shape) if strides is None else strides
     piece = Piece((0,) * len(shape), shape, 0, 0, strides)
     return Layout(shape, (piece,) if math.prod(shape) else ())
 
 
 def zeros(shape: tuple[int, ...]) -> View:
-    """A view of nothing but zeros."""
+    """A view that is all zeros."""
     piece = Piece((0,) * len(shape), shape, ZEROS, 0, (0,) * len(shape))
     return View(Layout(shape, (piece,)), ())
 
 
 def concat(views: Sequence[View], axis: int) -> View:
-    """As `numpy.concatenate`.
+    """Like `numpy.concatenate`.
 
     Raises:
       ValueError: the shapes differ along another axis.
@@ -228,11 +228,11 @@ def concat(views: Sequence[View], axis: int) -> View:
     layouts = tuple(view.layout for view in views)
     counts = tuple(len(view.records) for view in views)
     records = tuple(record for view in views for record in view.records)
-    return View(_once(_concat, layouts, counts, axis), records)
+    return View(_cached(_concat, layouts, counts, axis), records)
 
 
 def _concat(layouts: Sequence[Layout], counts: Sequence[int], axis: int) -> Layout:
-    """Layouts of `counts` records each, one behind the other along an axis."""
+    """Joins layouts along an axis; `counts` is the number of records of each."""
     first = layouts[0].shape
     pieces: list[Piece] = []
     sources = length = 0
@@ -240,7 +240,7 @@ def _concat(layouts: Sequence[Layout], counts: Sequence[int], axis: int) -> Layo
         if _with(layout.shape, axis, 0) != _with(first, axis, 0):
             raise ValueError(f"cannot join {layout.shape} to {first} along axis {axis}")
         start = _with((0,) * len(first), axis, length)
-        pieces += [piece.shifted(start, sources) for piece in layout.pieces]
+        pieces += [piece.shift(start, sources) for piece in layout.pieces]
         sources += count
         length += layout.shape[axis]
     joined = Layout(_with(first, axis, length), tuple(pieces))
@@ -249,7 +249,7 @@ def _concat(layouts: Sequence[Layout], counts: Sequence[int], axis: int) -> Layo
 
 
 def stack(views: Sequence[View], axis: int) -> View:
-    """As `numpy.stack`."""
+    """Like `numpy.stack`."""
     return concat([view.broadcast(axis, 1) for view in views], axis)
 
 
@@ -259,7 +259,7 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _split_piece(piece: Piece, axis: int, inner: int) -> Iterator[Piece]:
-    """The piece's boxes once `axis` is [outer, inner]: up to three if its ends are inside rows."""
+    """The boxes of a piece once `axis` is split into [outer, inner]; up to three."""
     stride = piece.strides[axis]
     first = piece.start[axis]
     for (row, col), (rows, cols) in _row_boxes(first, first + piece.shape[axis], inner):

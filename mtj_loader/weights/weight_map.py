@@ -1,34 +1,45 @@
-"""The weight map: which checkpoint tensor fills which MTJ parameter.
+"""The weight map: which checkpoint tensor fills which MTJ parameters.
 
-The format is KoboldAI's, accepted as it is (`configs/schema.json` documents it). `{layer}` in a
-name stands for every layer's number; an entry `{}` names a tensor that is known and not needed.
+The format is KoboldAI's, with additions of ours; `configs/schema.json` documents it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mtj_loader.errors import MapError
 from mtj_loader.weights.merging import NO_CONVERSIONS, Conversions
 
+TargetKey = tuple[str, str]  # (module without root, param)
+
 
 @dataclass(frozen=True)
 class Target:
-    """The parameter that a tensor fills, and how the tensor is changed on the way."""
+    """A parameter that a tensor fills, and how the tensor is transformed."""
 
-    module: str  # without the root, may hold {layer}
+    module: str  # without the root, may contain {layer}
     param: str
-    transforms: frozenset[str]
+    transforms: frozenset[str] = frozenset()
+
+    @property
+    def key(self) -> TargetKey:
+        """The parameter that this target fills."""
+        return self.module, self.param
 
     def at(self, layer: int) -> Target:
         """The target with its `{layer}` filled in."""
-        return Target(self.module.replace("{layer}", str(layer)), self.param, self.transforms)
+        return replace(self, module=self.module.replace("{layer}", str(layer)))
+
+
+# The parameters that one tensor fills. Usually one; none if the tensor is known and not needed;
+# several if its rows are split between them, in this order.
+Targets = tuple[Target, ...]
 
 
 @dataclass(frozen=True)
 class ConfigRule:
-    """How one of our config values is found in config.json: keys in order, then a default."""
+    """How to find one of our config values in config.json: keys in order, then a default."""
 
     keys: tuple[str, ...]
     default: object = None
@@ -40,12 +51,13 @@ class WeightMap:
     """A map file, checked.
 
     Attributes:
-      file: where it was read.
+      file: the path it was read from.
       compat: the MTJ family: "neox", "j", …
-      positions: the MTJ kind of positions: "neox_rotary", …
-      config_rules: our config values, and how they are found.
-      static, layer: tensor names to targets; None for tensors that are known and not needed.
-      zero_weights: targets that no checkpoint has, and that are zeros.
+      positions: the MTJ kind of position encoding: "neox_rotary", …
+      config_rules: our config values, and how to find them.
+      static: the targets of tensors that occur once, by tensor name.
+      layer: the targets of tensors that occur in every layer; names contain `{layer}`.
+      zero_weights: parameters that no checkpoint has and that are filled with zeros.
       conversions: other layouts that a checkpoint may have, and how they become this one.
     """
 
@@ -53,8 +65,8 @@ class WeightMap:
     compat: str
     positions: str
     config_rules: Mapping[str, ConfigRule]
-    static: Mapping[str, Target | None]
-    layer: Mapping[str, Target | None]
+    static: Mapping[str, Targets]
+    layer: Mapping[str, Targets]
     zero_weights: tuple[Target, ...] = ()
     conversions: Conversions = NO_CONVERSIONS
 
@@ -72,27 +84,25 @@ class WeightMap:
                 return config[key]
         if rule.has_default:
             return rule.default
-        raise MapError(
-            f"{self.file} reads a config key that is not there",
-            file=file,
-            key=" or ".join(rule.keys),
-        )
+        what = f"the config has no key that {self.file} reads"
+        raise MapError(what, file=file, key=" or ".join(rule.keys))
 
-    def expand(self, layers: int) -> dict[str, Target | None]:
-        """Every tensor name that a model of this many layers can have, with its target."""
+    def expand(self, layers: int) -> dict[str, Targets]:
+        """Every tensor name that a model of this many layers can have, with its targets.
+
+        Raises:
+          MapError: a layer's entry, filled in, names the same tensor as a static entry.
+        """
         names = dict(self.static)
-        for pattern, target in self.layer.items():
+        for pattern, targets in self.layer.items():
             for i in range(layers):
-                if pattern.replace("{layer}", str(i)) in self.static:
-                    what = "a layer's entry names a tensor that a static entry names too"
+                name = pattern.replace("{layer}", str(i))
+                if name in self.static:
+                    what = "a layer entry names the same tensor as a static entry"
                     raise MapError(what, file=self.file, key=pattern)
-                names[pattern.replace("{layer}", str(i))] = target and target.at(i)
+                names[name] = tuple(target.at(i) for target in targets)
         return names
 
-    def zeros(self, layers: int) -> frozenset[tuple[str, str]]:
-        """The (module, param) that no checkpoint has, and that are zeros."""
-        return frozenset(
-            (target.at(i).module, target.param)
-            for target in self.zero_weights
-            for i in range(layers)
-        )
+    def zeros(self, layers: int) -> frozenset[TargetKey]:
+        """The parameters that no checkpoint has and that are filled with zeros."""
+        return frozenset(target.at(i).key for target in self.zero_weights for i in range(layers))

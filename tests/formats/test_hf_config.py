@@ -220,7 +220,7 @@ def test_absent_and_null_take_the_default():
 
 @pytest.mark.parametrize("config", [{}, {"a": None}])
 def test_without_a_default_a_setting_is_required(config):
-    with pytest.raises(ConfigError, match="a setting that the model needs is missing") as caught:
+    with pytest.raises(ConfigError, match="a required setting is missing") as caught:
         reader(**config).integer("a")
     assert caught.value.key == "a"
 

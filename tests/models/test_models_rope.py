@@ -125,7 +125,7 @@ def test_a_table_has_a_row_for_each_total():
             "rope_type",
             "linear, dynamic, llama3, yarn, longrope, proportional",
         ),
-        ({"rope_type": "linear"}, "factor", "a setting that the model needs is missing"),
+        ({"rope_type": "linear"}, "factor", "a required setting is missing"),
         ({"rope_type": "linear", "factor": 0}, "factor", "a number above 0"),
         ({"rope_type": "linear", "factor": True}, "factor", "found: true"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "beta_fast", "unknown setting"),

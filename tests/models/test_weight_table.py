@@ -7,12 +7,12 @@ import re
 from typing import Any
 
 import pytest
+from mtj_loader.weights.find_map import find_map
 
 from mtj_loader.formats import hf_config
 from mtj_loader.models import FAMILIES, family, parameters
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.parameters import ParamSpec
-from mtj_loader.weights.find_map import find_map
 from tests.oracle import neox_cases
 from tests.parity.cases import CASES
 from tests.support.mpt_options import MPT_OPTIONS

@@ -224,7 +224,7 @@ def test_adapter_at_a_url(server, tmp_path):
     later = load(f"{server.url}/some/model").with_adapter(f"{server.url}/lora")
     assert digests(later) == digests(model)
     assert later.plan.adapters[0].location == f"{server.url}/lora"
-    with pytest.raises(AdapterError, match="not an adapter's folder"):
+    with pytest.raises(AdapterError, match="not the folder of an adapter"):
         load(f"{server.url}/some/model", adapter=f"{server.url}/nothing")
 
 

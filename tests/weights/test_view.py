@@ -149,7 +149,7 @@ def test_a_hole_is_an_error() -> None:
 
 def test_an_overlap_is_an_error_though_the_volume_fits() -> None:
     twice = Layout((4,), (Piece((0,), (2,), 0, 0, (1,)), Piece((1,), (2,), 0, 0, (1,))))
-    with pytest.raises(ValueError, match="piece 1 covers elements"):
+    with pytest.raises(ValueError, match="piece 1 overlaps an earlier piece"):
         twice.check_tiling()
 
 
