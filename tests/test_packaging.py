@@ -68,6 +68,17 @@ def _target(map_: dict) -> dict:
     return map_["layer_weights"][QKV]["mtj"]
 
 
+def _split(map_: dict, parts: int, **changes: object) -> None:
+    target = {**_target(map_), **changes}
+    map_["layer_weights"][QKV] = {"split_rows": [target] * parts}
+
+
+def test_a_split_of_rows_follows_the_schema():
+    map_ = json.loads(SEED.read_text())
+    _split(map_, 2)
+    jsonschema.validate(map_, SCHEMA)
+
+
 BAD_MAPS: dict[str, Callable[[dict], object]] = {
     "unknown top-level key": lambda m: m.update(extra={}),
     "no mtj_compat": lambda m: m.pop("mtj_compat"),
@@ -89,6 +100,9 @@ BAD_MAPS: dict[str, Callable[[dict], object]] = {
     "unknown key in a target": lambda m: _target(m).update(scale=2),
     "unknown transform": lambda m: _target(m).update(transforms=["transpose"]),
     "transform twice": lambda m: _target(m).update(transforms=["vocab_pad", "vocab_pad"]),
+    "both a target and a split": lambda m: m["layer_weights"][QKV].update(split_rows=[]),
+    "split into one": lambda m: _split(m, 1),
+    "split into a static module": lambda m: _split(m, 2, module="projection_shard/~/linear"),
     "transforms not a list": lambda m: _target(m).update(transforms="vocab_pad"),
 }
 

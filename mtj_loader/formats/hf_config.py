@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from mtj_loader.errors import ConfigError
 from mtj_loader.formats.typed_reader import TypedReader, format_value
@@ -213,7 +214,7 @@ class Reader(TypedReader):
 
     error_class = ConfigError
 
-    def rope(self) -> Reader:
+    def rope(self) -> Self:
         """The settings of the rotary embedding under their new names; empty if there are none."""
         self._read |= _ROPE_KEYS
         return self.section("rope_parameters")

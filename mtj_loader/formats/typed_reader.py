@@ -37,6 +37,10 @@ class TypedReader:
         """All keys of the object, in the order of the file."""
         return list(self._values)
 
+    def spelling(self, key: str) -> str:
+        """The name of a key in messages; subclasses may rename keys."""
+        return key
+
     def has(self, key: str) -> bool:
         """Whether the key is present and not null."""
         self._read.add(key)
@@ -135,7 +139,7 @@ class TypedReader:
         return self.error_class(
             what,
             file=self._file,
-            key=self._prefix + key,
+            key=self._prefix + self.spelling(key),
             expected=expected,
             found=format_value(self._values.get(key)),
             hint=hint,

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from mtj_loader.errors import ConfigError
 from mtj_loader.formats.hf_config import Reader, canonicalize
 from mtj_loader.models.layers.feed_forward import ACTIVATIONS
 from mtj_loader.models.layers.rope import Rope, read_rope
@@ -22,22 +21,18 @@ class ConfigReader(Reader):
     """Reads settings by their standard names; errors name a setting as the file spells it."""
 
     def __init__(
-        self, config: Mapping[str, object], file: str, spellings: Mapping[str, str]
+        self,
+        config: Mapping[str, object],
+        file: str,
+        prefix: str = "",
+        spellings: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(config, file)
-        self._spellings = spellings
+        super().__init__(config, file, prefix)
+        self._spellings = spellings or {}
 
     def spelling(self, key: str) -> str:
         """The name that the file uses for a setting, or the family's name if it is absent."""
         return self._spellings.get(key, key)
-
-    def error(
-        self, what: str, key: str, expected: str | None = None, hint: str | None = None
-    ) -> ConfigError:
-        """The error to raise about a setting."""
-        error = super().error(what, key, expected, hint)
-        facts = {"expected": error.expected, "found": error.found, "hint": error.hint}
-        return ConfigError(what, file=error.file, key=self.spelling(key), **facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +93,7 @@ class ModelConfig:
           ConfigError: a setting that is malformed, contradictory, unknown or not supported.
         """
         canonical = canonicalize(hf, spellings=cls.spellings, defaults=cls.defaults, file=file)
-        reader = ConfigReader(canonical.settings, file, canonical.spellings)
+        reader = ConfigReader(canonical.settings, file, spellings=canonical.spellings)
         shared = cls._read_shared(reader)
         config = cls(**{**shared, **cls.read_own(reader, shared)})
         reader.refuse_rest(cls.ignored_keys, config.supported_values())

@@ -7,12 +7,12 @@ import re
 from typing import Any
 
 import pytest
-from mtj_loader.weights.find_map import find_map
 
 from mtj_loader.formats import hf_config
 from mtj_loader.models import FAMILIES, family, parameters
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.parameters import ParamSpec
+from mtj_loader.weights.map_reader import find_map
 from tests.oracle import neox_cases
 from tests.parity.cases import CASES
 from tests.support.mpt_options import MPT_OPTIONS
@@ -50,13 +50,13 @@ def declared(model_type: str, transposed_linear: bool = False) -> dict[Key, Para
 def mapped(model_type: str) -> dict[Key, frozenset[str]]:
     """Every parameter that the map fills from a tensor, and the transforms."""
     weight_map = find_map(model_type)
-    targets = [*weight_map.static.values(), *weight_map.layer.values()]
-    return {(t.module, t.param): t.transforms for t in targets if t is not None}
+    entries = [*weight_map.static.values(), *weight_map.layer.values()]
+    return {target.key: target.transforms for targets in entries for target in targets}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_map_and_model_have_the_same_parameters(model_type: str) -> None:
-    zeros = {(t.module, t.param) for t in find_map(model_type).zero_weights}
+    zeros = {target.key for target in find_map(model_type).zero_weights}
     assert mapped(model_type).keys() | zeros == declared(model_type).keys()
 
 
@@ -70,7 +70,7 @@ def test_only_vocabularies_are_padded(model_type: str) -> None:
 def test_only_biases_of_row_parallel_layers_are_divided(model_type: str) -> None:
     specs = declared(model_type)
     divided = {key for key, names in mapped(model_type).items() if "divide_by_shards" in names}
-    zeros = {(t.module, t.param) for t in find_map(model_type).zero_weights}
+    zeros = {target.key for target in find_map(model_type).zero_weights}
     whole_biases = {k for k, spec in specs.items() if k[1] == "b" and spec.split is None}
     assert divided == whole_biases - zeros
 
