@@ -1,4 +1,4 @@
-"""Loading: every byte in its place, no byte read twice, and every fault one clear error."""
+"""Loading: parameters are bit-exact, no byte is read twice, every fault is one clear error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tree_of(model: mtj_loader.Model) -> Tree:
 
 
 def fingerprints(tree: Tree) -> dict:
-    """Shape and digest of each array, as mtj_tree.json has them."""
+    """The shape and digest of each array, in the format of mtj_tree.json."""
     return {
         module: {
             param: {
@@ -58,7 +58,7 @@ def fingerprints(tree: Tree) -> dict:
 @pytest.mark.parametrize("transposed_linear", [False, True], ids=["default", "transposed"])
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("golden", GOLDENS)
-def test_trees_are_those_of_mesh_transformer_jax(
+def test_trees_equal_those_of_mesh_transformer_jax(
     golden: str, shards: int, transposed_linear: bool
 ) -> None:
     trees = json.loads((DATA / "goldens" / golden / "mtj_tree.json").read_text())
@@ -77,14 +77,16 @@ def test_trees_are_those_of_mesh_transformer_jax(
 
 
 def to_nearest_even(array: np.ndarray) -> np.ndarray:
-    """float32 to the bits of bfloat16, by the definition of rounding to nearest even."""
+    """The bits of float32 values in bfloat16, rounded to nearest even by the definition."""
     bits = array.view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("transposed_linear", [False, True])
-def test_what_the_model_initializes_is_what_is_loaded(shards: int, transposed_linear: bool) -> None:
+def test_loaded_parameters_have_the_shapes_that_the_model_declares(
+    shards: int, transposed_linear: bool
+) -> None:
     model = mtj_loader.load(FIXTURE, f"mp={shards}", transposed_linear=transposed_linear)
     declared = model.forward.param_shapes()
     found = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding.spec), model.params)
@@ -138,7 +140,7 @@ def test_any_mesh_holds_the_same_parameters(name: str) -> None:
     np.testing.assert_array_equal(merged, np.asarray(next(iter(one.values()))["w"])[0])
 
 
-def test_without_a_mesh_the_model_gets_all_devices_it_can_use(tmp_path: Path) -> None:
+def test_the_default_mesh_has_all_devices_that_the_model_can_use(tmp_path: Path) -> None:
     assert mtj_loader.load(FIXTURE).mesh.shape == {"dp": 1, "mp": 8}
     assert mtj_loader.load(neox.write(tmp_path)).mesh.shape == {"dp": 1, "mp": 4}  # 4 heads
 
@@ -147,15 +149,15 @@ def test_without_a_mesh_the_model_gets_all_devices_it_can_use(tmp_path: Path) ->
     ("transposed_linear", "block_bytes", "dtype"),
     [(False, 2048, "float32"), (True, 2048, "bfloat16"), (False, 1 << 20, "float32")],
 )
-def test_staging_memory_in_blocks_gives_the_same(
+def test_staging_memory_in_blocks_gives_equal_parameters(
     transposed_linear: bool, block_bytes: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on accelerators: reused memory, shards larger than it, blocks joined on the device."""
+    """As on accelerators: memory is reused, and larger shards are assembled on the device."""
     golden = DATA / "goldens/gpt_neox"
     plan = mtj_loader.plan(golden, "dp=2,mp=4", dtype=dtype, transposed_linear=transposed_linear)
     mesh = mtj_loader.make_mesh("dp=2,mp=4")
     expected, _ = load_params.load_params(plan, mesh)
-    # Off by four bytes, the CPU backend copies as accelerators do, instead of adopting.
+    # The CPU backend copies misaligned buffers, like accelerators, instead of adopting them.
     fresh = buffers.allocate
     monkeypatch.setattr(buffers, "allocate", lambda size: fresh(size + 4)[4:])
     staged, report = load_params.load_params(
@@ -165,24 +167,24 @@ def test_staging_memory_in_blocks_gives_the_same(
     jax.tree.map(np.testing.assert_array_equal, staged, expected)
 
 
-def test_staging_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
+def test_staging_memory_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
     fresh = buffers.allocate
 
     def counted(size: int) -> np.ndarray:
-        taken.append(size)
+        sizes.append(size)
         return fresh(size + 4)[4:]
 
     monkeypatch.setattr(buffers, "allocate", counted)
     plan = mtj_loader.plan(FIXTURE, "mp=8")
     staging = buffers.StagingBuffers(200_000)
     load_params.load_params(plan, mtj_loader.make_mesh("mp=8"), buffers=staging)
-    assert len(taken) <= 3  # one read, one ready, one copied
-    assert max(taken) <= 200_000
+    assert len(sizes) <= 3  # one is read, one is complete, one is copied
+    assert max(sizes) <= 200_000
 
 
 def test_a_plan_needs_no_device_and_reads_no_weights(tmp_path: Path) -> None:
-    """The files' data is cut off: only the header is there to read, and a pod that is not."""
+    """The mesh is abstract, and planning reads only headers."""
     folder = neox.write(tmp_path)
     pod = mtj_loader.make_abstract_mesh("dp=64,mp=4", hosts=32)
     plan = mtj_loader.plan(folder, pod)
@@ -192,7 +194,7 @@ def test_a_plan_needs_no_device_and_reads_no_weights(tmp_path: Path) -> None:
     assert (abstract.topology.dp, abstract.topology.mp) == (2, 4)
 
 
-def test_hosts_together_need_every_byte_and_each_only_its_own(tmp_path: Path) -> None:
+def test_every_byte_is_needed_by_exactly_one_host(tmp_path: Path) -> None:
     pod = mtj_loader.make_abstract_mesh("mp=4", hosts=4)
     plan = mtj_loader.plan(neox.write(tmp_path), pod)
     per_host = [plan.host_bytes(host) for host in range(4)]
@@ -213,13 +215,13 @@ def test_a_plan_can_be_loaded() -> None:
     verify(plan, model.params)
 
 
-def test_bytes_read_are_bytes_needed_for_part_of_the_mesh(tmp_path: Path) -> None:
+def test_replicas_do_not_read_twice(tmp_path: Path) -> None:
     report = mtj_loader.load(neox.write(tmp_path), "dp=2,mp=4").report
     assert report.bytes_read == report.bytes_needed
     assert report.bytes_needed == sum(a.nbytes for a in neox.tensors().values())
 
 
-def test_the_report_is_json_and_a_line() -> None:
+def test_the_report_as_json_and_as_text() -> None:
     report = mtj_loader.load(FIXTURE, "mp=8").report
     again = json.loads(json.dumps(report.to_dict()))
     assert again["bytes_read"] == again["bytes_needed"] == 7645440
@@ -241,7 +243,7 @@ def test_verify_finds_a_wrong_bit() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_non_finite_weights_are_found_when_looked_for(value: float, tmp_path: Path) -> None:
+def test_check_finite_finds_nonfinite_weights(value: float, tmp_path: Path) -> None:
     arrays = neox.tensors()
     arrays["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"][3, 4] = value
     folder = neox.write(tmp_path, arrays)
@@ -254,7 +256,7 @@ def test_non_finite_weights_are_found_when_looked_for(value: float, tmp_path: Pa
         verify(mtj_loader.plan(folder, "mp=2"), allowed.params)
 
 
-def test_finite_weights_that_overflow_in_float16_are_refused(tmp_path: Path) -> None:  # E81
+def test_finite_weights_that_overflow_in_float16_are_rejected(tmp_path: Path) -> None:  # E81
     arrays = neox.tensors()
     arrays["embed_out.weight"][28, 0] = 1e5
     folder = neox.write(tmp_path, arrays)
@@ -263,7 +265,7 @@ def test_finite_weights_that_overflow_in_float16_are_refused(tmp_path: Path) -> 
     assert mtj_loader.load(folder, "mp=2", dtype="float32").report.finite is None
 
 
-def test_a_file_that_changed_after_planning_is_refused(tmp_path: Path) -> None:  # A27
+def test_a_file_that_changed_after_planning_is_rejected(tmp_path: Path) -> None:  # A27
     folder = neox.write(tmp_path)
     plan = mtj_loader.plan(folder, "mp=2")
     neox.write(tmp_path, neox.tensors(seed=1))
@@ -271,7 +273,7 @@ def test_a_file_that_changed_after_planning_is_refused(tmp_path: Path) -> None: 
         mtj_loader.load(plan=plan)
 
 
-def test_a_file_that_vanished_after_planning_is_named(tmp_path: Path) -> None:
+def test_a_file_that_was_deleted_after_planning_is_named(tmp_path: Path) -> None:
     folder = neox.write(tmp_path)
     plan = mtj_loader.plan(folder, "mp=2")
     (folder / "model.safetensors").unlink()
@@ -279,7 +281,7 @@ def test_a_file_that_vanished_after_planning_is_named(tmp_path: Path) -> None:
         mtj_loader.load(plan=plan)
 
 
-def test_a_read_error_stops_all_threads_and_is_the_one_error(
+def test_a_read_error_stops_all_threads_and_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = mtj_loader.plan(neox.write(tmp_path), "mp=2")
@@ -319,14 +321,12 @@ def test_an_interrupt_stops_all_threads(tmp_path: Path, monkeypatch: pytest.Monk
         (5, MeshError, r"not a mesh(.|\n)*5"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(
-    mesh: str, error: type, words: str, tmp_path: Path
-) -> None:
+def test_an_invalid_mesh_is_rejected(mesh: str, error: type, words: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=words):
         mtj_loader.load(neox.write(tmp_path), mesh)
 
 
-def test_a_mesh_of_other_axes_is_refused(tmp_path: Path) -> None:
+def test_a_mesh_with_other_axes_is_rejected(tmp_path: Path) -> None:
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     with pytest.raises(MeshError, match=r"axes dp and mp(.|\n)*found: x"):
         mtj_loader.load(neox.write(tmp_path), mesh)
@@ -343,21 +343,21 @@ def test_a_mesh_of_other_axes_is_refused(tmp_path: Path) -> None:
         ({"host_memory": "much"}, "cannot read a size"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict, words: str) -> None:
+def test_invalid_options_are_rejected(options: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         mtj_loader.load(FIXTURE, "mp=2", **options)
 
 
 @pytest.mark.parametrize("path", [5, "", b"model"])
-def test_a_path_is_a_path(path: object) -> None:
+def test_an_invalid_path_is_rejected(path: object) -> None:
     with pytest.raises(UsageError, match="not a checkpoint's path"):
         mtj_loader.load(path, "mp=2")
 
 
-def test_load_takes_a_path_or_a_plan() -> None:
+def test_load_needs_a_path_or_a_plan() -> None:
     with pytest.raises(UsageError, match="either a path or a plan"):
         mtj_loader.load()
 
 
-def test_the_least_host_memory_works() -> None:
+def test_the_minimum_host_memory_works() -> None:
     assert mtj_loader.load(FIXTURE, "mp=8", host_memory="64MiB").report.bytes_read == 7645440

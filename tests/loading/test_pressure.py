@@ -1,4 +1,4 @@
-"""Signals, and a system that refuses memory, threads or files: one clear error, nothing left."""
+"""Signals, and a lack of memory, threads or files: one clear error, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ FIXTURE = ROOT / "tests/data/shakespeare-neox"
 def start(
     *arguments: object, script: str | None = None, first: str = ":", **files: int
 ) -> subprocess.Popen[bytes]:
-    """`mtj-loader …` in a process of its own, or a script that is given these arguments.
+    """Starts `mtj-loader …`, or a Python script with these arguments, in a new process.
 
     Args:
-      arguments: of either.
-      script: Python.
-      first: what the shell does before: sets limits, ignores signals.
-      files: stdout and stderr, where they are no pipes.
+      arguments: of the command or the script.
+      script: Python code; None runs the command.
+      first: shell code to run before, which sets limits or ignores signals.
+      files: stdout and stderr if they are not pipes.
     """
     program = ["-m", "mtj_loader.cli"] if script is None else ["-c", script]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -54,7 +54,7 @@ def start(
 
 
 def limited(limit: str, *arguments: object, script: str | None = None) -> tuple[int, str]:
-    """Exit code and stderr of a process that has a limit from its start."""
+    """The exit code and stderr of a process with a limit."""
     process = start(*arguments, script=script, first=limit)
     _, stderr = process.communicate(timeout=60)
     return process.returncode, stderr.decode()
@@ -62,7 +62,7 @@ def limited(limit: str, *arguments: object, script: str | None = None) -> tuple[
 
 # Signals to the command line.
 
-# Native code that sees no signal, as a compiler is, for longer than any test waits.
+# Native code that does not react to signals, like a compiler, for longer than any test waits.
 NATIVE = """
 import hashlib, sys, types
 from mtj_loader.cli import main
@@ -99,7 +99,7 @@ def test_signals_end_native_code_at_once(number: int, code: int, word: bytes):
     assert (process.returncode, stderr) == (code, word)
 
 
-def test_under_a_limit_the_work_ends_with_its_parent():
+def test_under_a_limit_the_working_process_ends_with_its_parent():
     script = """
 import os, time
 from mtj_loader.cli import supervise
@@ -117,10 +117,10 @@ time.sleep(600)
         if not child.exists():
             return
         time.sleep(0.01)
-    pytest.fail("it is still there")
+    pytest.fail("it is still running")
 
 
-def test_a_signal_that_is_to_be_ignored_is():
+def test_an_ignored_signal_stays_ignored():
     process = begin(NATIVE, first="trap '' INT")
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -171,16 +171,16 @@ main(sys.argv[1:])
 
 
 def everything_on(terminal: int) -> str:
-    """What was written to a terminal that nobody holds open any more."""
+    """Everything that was written to a terminal whose other end is closed."""
     shown = b""
-    with contextlib.suppress(OSError):  # as Linux reports the end of it
+    with contextlib.suppress(OSError):  # Linux reports the end as an error
         while part := os.read(terminal, 1 << 12):
             shown += part
     os.close(terminal)
     return shown.decode()
 
 
-def test_a_progress_bar_gives_the_cursor_back():
+def test_a_progress_bar_restores_the_cursor():
     terminal, stderr = pty.openpty()
     process = start("load", FIXTURE, "--mesh", "mp=1", script=SLOW, stderr=stderr)
     os.close(stderr)
@@ -194,7 +194,7 @@ def test_a_progress_bar_gives_the_cursor_back():
     assert shown.rindex("\x1b[?25l") < shown.rindex("\x1b[?25h")
 
 
-def test_help_for_a_reader_that_has_enough():
+def test_help_for_a_closed_pipe():
     reader, writer = os.pipe()
     os.close(reader)
     process = start("load", "--help", stdout=writer)
@@ -211,12 +211,12 @@ def test_help_on_a_full_disk():
     )
 
 
-# Ctrl-C in a program that goes on.
+# Errors and Ctrl-C in a program that continues.
 
 
 @pytest.fixture
 def owners(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
-    """The memory of every buffer that is allocated."""
+    """Weak references to the memory of every allocated buffer."""
     found: list[weakref.ref] = []
     allocate = buffers.allocate
 
@@ -243,7 +243,7 @@ def test_ctrl_c_frees_threads_and_memory(monkeypatch: pytest.MonkeyPatch, owners
 
     monkeypatch.setattr(plan.checkpoint.storage, "read_into", interrupted)
     before = set(threading.enumerate())
-    with pytest.raises(KeyboardInterrupt) as kept:  # as a notebook keeps it
+    with pytest.raises(KeyboardInterrupt) as kept:  # kept, as in a notebook
         mtj_loader.load(plan=plan)
     assert len(calls) < 60  # of hundreds
     assert set(threading.enumerate()) <= before
@@ -264,7 +264,7 @@ def test_an_error_frees_memory(monkeypatch: pytest.MonkeyPatch, owners: list):
     del kept
 
 
-# A system that refuses.
+# A lack of resources.
 
 
 def test_a_failed_read_names_file_and_byte(monkeypatch: pytest.MonkeyPatch):
@@ -353,7 +353,7 @@ import mtj_loader.loading.load_params
 
 jax.devices()
 plan = mtj_loader.plan(sys.argv[1], "mp=1")
-mtj_loader.loading.load_params.check_memory = lambda *_: None  # memory is taken after the check
+mtj_loader.loading.load_params.check_memory = lambda *_: None  # memory gets short after it
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + int(sys.argv[2]) * 10**6
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -365,7 +365,7 @@ except mtj_loader.MemoryLimitError as error:
 
 
 def test_memory_that_runs_out_while_loading(tmp_path: Path):
-    """Two parameters of 80 MB, and room for one and a half."""
+    """There are two parameters of 80 MB, and memory for one and a half."""
     rows = 1_666_000
     tensors = neox.tensors()
     big = np.broadcast_to(np.float32(0), (rows, 24))
@@ -384,16 +384,16 @@ def test_memory_that_runs_out_while_loading(tmp_path: Path):
     assert hint.startswith("  hint: ")
 
 
-def test_a_bug_under_a_limit_is_told_as_it_is(tmp_path: Path):
+def test_a_bug_under_a_limit_is_reported_as_a_bug(tmp_path: Path):
     script = NATIVE.replace("load_source=load", "load_source=None").partition("main(sys")[0]
     command = "main(['load', 'x'])"
-    log = tmp_path / "log"  # a file that can seek, where the child has a pipe
+    log = tmp_path / "log"  # a seekable file; the child process has a pipe
     code, _ = limited(f"ulimit -v 4000000; exec 2> {log}", script=script + command)
     assert code == 1
     assert log.read_text().startswith("error: unexpected TypeError: 'NoneType'")
 
 
-def test_a_signal_reaches_limited_work():
+def test_a_signal_reaches_a_process_under_a_limit():
     telling = NATIVE.replace("sys.stderr.write", "os.write(1, b'ready\\n') or len").replace(
         "import hashlib", "import os, hashlib"
     )
@@ -409,7 +409,7 @@ def test_a_signal_reaches_limited_work():
     ("limit", "words"),
     [
         ("ulimit -n 6", "error: cannot "),
-        # Every thread asks for a stack of 100 TB.
+        # Every thread requests a stack of 100 TB.
         (
             "ulimit -s 100000000000",
             "error: the system refuses a pipe or a thread\n",

@@ -1,4 +1,4 @@
-"""Checkpoints of real models' shapes, as sparse files: what is planned, read and listed."""
+"""Checkpoints with the shapes of real models, as sparse files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def write_sparse(folder: Path, shapes: Shapes, config: Mapping[str, object]) -> Path:
-    """A checkpoint of bfloat16 zeros that takes no room on the disk."""
+    """A checkpoint of bfloat16 zeros that takes no space on the disk."""
     folder.mkdir()
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -36,7 +36,7 @@ def write_sparse(folder: Path, shapes: Shapes, config: Mapping[str, object]) -> 
 
 
 def llama_shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Llama-3-8B's, but for its depth."""
+    """Those of Llama-3-8B, with fewer layers."""
     shapes = {"model.embed_tokens.weight": (128256, 4096)}
     for i in range(layers):
         layer = f"model.layers.{i}."
@@ -75,7 +75,7 @@ def test_llama_3_8b_shapes_load_with_nothing_read_twice(tmp_path: Path) -> None:
 
 
 def mixtral_shapes(layers: int, experts: int, d: int, f: int) -> dict[str, tuple[int, ...]]:
-    """Mixtral-8x7B's tensors in the layout that is published, narrower."""
+    """The tensors of Mixtral-8x7B, narrower, in the published layout."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (128, d)}
     for i in range(layers):
         layer = f"model.layers.{i}."
@@ -97,7 +97,7 @@ def mixtral_shapes(layers: int, experts: int, d: int, f: int) -> dict[str, tuple
 
 def test_mixtral_with_all_its_tensors_loads_with_nothing_read_twice(tmp_path: Path) -> None:
     shapes = mixtral_shapes(layers=32, experts=8, d=64, f=112)
-    assert len(shapes) == 995  # as Mixtral-8x7B
+    assert len(shapes) == 995  # like Mixtral-8x7B
     config = {
         "model_type": "mixtral",
         "hidden_size": 64,
@@ -129,8 +129,8 @@ MPT = {
 
 
 def test_the_topology_of_mpt_7b_is_the_published_list(tmp_path: Path) -> None:
-    """Line for line; of the list's empty lines, which it leaves out after its third block, ours
-    stand between all blocks."""
+    """Equal line by line. The list has no empty lines after its third block; ours has them between
+    all blocks."""
     listed = TOPOLOGY.read_text().splitlines()
     found = [re.fullmatch(r"(\S+) torch\.Size\(\[([\d, ]+)\]\)", line) for line in listed if line]
     shapes = {m[1]: tuple(map(int, m[2].split(", "))) for m in found if m is not None}
@@ -155,7 +155,7 @@ def split_at_empty(lines: list[str]) -> list[list[str]]:
     return [part.split("\n") for part in "\n".join(lines).split("\n\n")]
 
 
-def test_gpt_neox_20b_is_planned_for_a_pod_that_is_not_there(tmp_path: Path) -> None:
+def test_gpt_neox_20b_is_planned_for_an_abstract_pod(tmp_path: Path) -> None:
     d, vocab = 6144, 50432
     shapes: dict[str, tuple[int, ...]] = {"gpt_neox.embed_in.weight": (vocab, d)}
     for i in range(44):

@@ -1,4 +1,4 @@
-"""Exchange: what devices read in blocks becomes, bit for bit, what they would have read alone."""
+"""Resharding: blocks become, bit for bit, the shards that devices would have read themselves."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MESHES = ["dp=2,mp=4", "dp=4,mp=2", "dp=1,mp=8"]
 
 
 def shared(folder: Path, mesh: str, hosts: int, speed: ReadCosts, **options: Any) -> LoadPlan:
-    """The plan of several hosts, but every device belongs to this process."""
+    """The plan of several hosts, with all devices in this process."""
     plan = plan_of(folder, mesh, hosts, speed, **options)
     return replace(plan, topology=topology(mtj_loader.make_mesh(mesh)))
 
@@ -46,7 +46,7 @@ def loaded(plan: LoadPlan, **options: Any) -> tuple[Params, mtj_loader.LoadRepor
 
 
 def assert_equal(found: Params, expected: Params) -> None:
-    """The same bits in the same places."""
+    """Checks that all bits, dtypes and shardings are equal."""
 
     def same(one: jax.Array, other: jax.Array) -> None:
         assert (one.dtype, one.sharding) == (other.dtype, other.sharding)
@@ -73,7 +73,7 @@ GPTJ = (DATA / "goldens/gptj", "float16", False)
         *((*GPTJ, "dp=1,mp=8", speed) for speed in (DISK, OBJECT_STORE)),
     ],
 )
-def test_parameters_are_those_of_a_plain_load(
+def test_parameters_equal_those_of_a_load_without_exchange(
     folder: Path, dtype: str, transposed_linear: bool, mesh: str, speed: ReadCosts
 ) -> None:
     options = {"dtype": dtype, "transposed_linear": transposed_linear}
@@ -84,12 +84,12 @@ def test_parameters_are_those_of_a_plain_load(
     assert_equal(params, loaded(plan.unshared)[0])
 
 
-def test_bits_that_are_no_numbers_and_zeros_keep_their_signs(tmp_path: Path) -> None:
-    """Payloads of NaN and −0.0 would not survive a sum or a change of dtype on the way."""
+def test_nan_payloads_and_signs_of_zeros_are_kept(tmp_path: Path) -> None:
+    """They would not survive a sum or a change of dtype."""
     arrays = neox.tensors(ml_dtypes.bfloat16)
     odd = np.array([0x8000, 0x7FC1, 0xFF81, 0x0001], np.uint16).view(ml_dtypes.bfloat16)
     for name, array in arrays.items():
-        if array.ndim == 2:  # biases are divided, and so are numbers
+        if array.ndim == 2:  # biases are divided
             arrays[name] = np.resize(odd, array.shape)
     folder = neox.write(tmp_path, arrays)
     for speed in (DISK, OBJECT_STORE):
@@ -98,12 +98,14 @@ def test_bits_that_are_no_numbers_and_zeros_keep_their_signs(tmp_path: Path) -> 
         verify(replace(plan, options=replace(plan.options, allow_nonfinite=True)), loaded(plan)[0])
 
 
-def test_blocks_that_are_staged_in_pieces_give_the_same(
+def test_divided_blocks_give_equal_parameters(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As on accelerators, with memory that is smaller than a block."""
+    """As on accelerators, with less staging memory than one block needs."""
     fresh = buffers.allocate
-    monkeypatch.setattr(buffers, "allocate", lambda size: fresh(size + 4)[4:])  # never adopted
+    monkeypatch.setattr(
+        buffers, "allocate", lambda size: fresh(size + 4)[4:]
+    )  # misaligned, so never adopted
     plan = shared(neox.write(tmp_path), "dp=1,mp=4", 2, OBJECT_STORE)
     assert {one.reads.is_mixed for one in plan.params if isinstance(one.reads, SharedBlocks)} == {
         True,
@@ -117,8 +119,10 @@ def test_blocks_that_are_staged_in_pieces_give_the_same(
 @pytest.mark.parametrize("mesh", ["dp=2,mp=4", "dp=4,mp=2", "dp=2,mp=2"])
 @pytest.mark.parametrize("is_mixed", [False, True])
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_a_device_reads_what_it_is_sent_on_for(mesh: str, is_mixed: bool, repeats: int) -> None:
-    """Plan and sharding number the blocks alike, or hosts would read others than they place."""
+def test_plan_and_sharding_number_the_blocks_in_the_same_order(
+    mesh: str, is_mixed: bool, repeats: int
+) -> None:
+    """Otherwise hosts would place other blocks than they read."""
     devices = mtj_loader.make_mesh(mesh)
     layout = view_of(TensorRecord("t", "f", 0, "F32", (24, 3))).layout
     shards = devices.shape["mp"] // repeats
@@ -128,7 +132,7 @@ def test_a_device_reads_what_it_is_sent_on_for(mesh: str, is_mixed: bool, repeat
         assert reads.number_at(device_index) == reads.number_of(indices[device])
 
 
-def test_what_was_read_is_given_back(tmp_path: Path) -> None:
+def test_blocks_are_deleted(tmp_path: Path) -> None:
     plan = shared(neox.write(tmp_path), "dp=2,mp=4", 2, DISK)
     mesh = mtj_loader.make_mesh("dp=2,mp=4")
     for param in plan.params:
@@ -148,7 +152,7 @@ def test_nothing_is_exchanged_when_another_host_failed(tmp_path: Path) -> None:
 
 
 class Failing(Hosts):
-    """Hosts of which another failed already."""
+    """A group in which another host has failed."""
 
     def check(self) -> None:
         raise HostError("host 1 failed", host=1, exit_code=4)
@@ -170,4 +174,4 @@ def test_layers_share_a_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     plan = shared(neox.write(tmp_path), "dp=4,mp=2", 2, DISK)
     loaded(plan)
     assert len(plan.params) == 28
-    assert len(traced) <= 14  # one of each kind, of two layers
+    assert len(traced) <= 14  # one per kind of parameter; there are two layers

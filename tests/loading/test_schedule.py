@@ -1,4 +1,4 @@
-"""Schedules: every element of every shard is filled, and no source element is read twice."""
+"""Schedules: every element of a shard is filled, and no source element is read twice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shards_of(rows: int, columns: int, split: str, shards: int) -> tuple[Layout,
 
 
 def execute(reads: tuple[Read, ...], sources: list[np.ndarray], size: int) -> np.ndarray:
-    """Runs the steps as the loader does; what no step reads is NaN, what none writes too."""
+    """Executes reads like the loader; elements that are not read or not written are NaN."""
     buffer = np.full(size, np.nan, np.float32)
     for read in reads:
         chunk = np.full(read.span, np.nan, np.float32)
@@ -43,7 +43,7 @@ def execute(reads: tuple[Read, ...], sources: list[np.ndarray], size: int) -> np
 
 
 def read_once(reads: tuple[Read, ...], shards: tuple[Layout, ...]) -> bool:
-    """Whether all runs of all steps together are what the shards need, each element once."""
+    """Whether the runs of all reads are what the shards need, each element once."""
     for source in {copy.source for layout in shards for copy in shard_copies(layout).copies}:
         mine = sorted(run for read in reads if read.source == source for run in read.runs)
         copies = [copy for layout in shards for copy in shard_copies(layout).copies]
@@ -57,7 +57,7 @@ def read_once(reads: tuple[Read, ...], shards: tuple[Layout, ...]) -> bool:
 
 @st.composite
 def sharded(draw: st.DrawFn) -> tuple[Pair, tuple[Layout, ...]]:
-    """A view of one or several records, and the layouts of some of its shards, as a host has."""
+    """A view of one or several records, and the layouts of some of its shards."""
     pair = draw(pairs())
     shape = pair.view.shape
     axis = draw(st.integers(0, len(shape) - 1))
@@ -94,7 +94,7 @@ def test_some_shards_are_filled_and_nothing_is_read_twice(
         np.testing.assert_array_equal(shard, expected.astype(np.float32))
 
 
-def test_row_shards_that_lie_close_are_one_run() -> None:
+def test_adjacent_row_shards_are_one_run() -> None:
     assert join_shards(shards_of(8, 4, "a", 4), 8) == (Copy(0, 0, 0, (Loop(32, 1, 1),)),)
 
 
@@ -108,7 +108,7 @@ def test_column_shards_are_one_copy() -> None:
     assert copy == Copy(0, 0, 0, (Loop(3, 4, 2), Loop(2, 2, 6), Loop(2, 1, 1)))
 
 
-def test_shards_that_skip_one_stay_apart() -> None:
+def test_shards_with_a_gap_are_not_merged() -> None:
     first, second, _, fourth = shards_of(8, 4, "a", 4)
     assert [c.src for c in join_shards((first, second, fourth), 9)] == [0, 24]
 
@@ -118,19 +118,19 @@ def test_a_host_with_the_second_half_reads_the_second_half() -> None:
     assert read == Read(0, ((16, 32),), (Copy(0, 16, 0, (Loop(16, 1, 1),)),), is_direct=True)
 
 
-def test_what_changes_on_the_way_goes_through_a_chunk() -> None:
+def test_elements_that_change_go_through_a_chunk() -> None:
     (read,) = schedule_reads(shards_of(8, 4, "a", 4), 8, ITEM_BYTES, may_read_directly=False)
     assert not read.is_direct
 
 
-def test_a_transpose_takes_larger_chunks() -> None:
+def test_a_transpose_uses_larger_chunks() -> None:
     rows, columns = 4096, 1024  # 16 MiB
     layout = view_of(TensorRecord("t", "f", 0, "F32", (rows, columns))).layout
     direct = schedule_reads((layout,), layout.size, ITEM_BYTES, may_read_directly=False)
-    turned = schedule_reads(
+    transposed = schedule_reads(
         (layout.transpose((1, 0)),), layout.size, ITEM_BYTES, may_read_directly=True
     )
-    assert [len(direct), len(turned)] == [16, 4]
+    assert [len(direct), len(transposed)] == [16, 4]
 
 
 def test_shards_that_share_elements_read_them_once() -> None:

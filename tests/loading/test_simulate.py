@@ -1,4 +1,4 @@
-"""Hosts that are not there: each one's share by itself, and all shares against the whole."""
+"""Simulated hosts: each loads its own shards, and all together make the whole model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def share(plan: LoadPlan, host: int) -> Digests:
 
 @pytest.mark.parametrize("transposed_linear", [False, True])
 @pytest.mark.parametrize(("mesh", "hosts"), [("mp=4", 2), ("mp=4", 4), ("dp=2,mp=4", 4)])
-def test_shards_of_a_host_are_those_of_a_whole_load(
+def test_shards_of_a_host_equal_those_of_a_whole_load(
     tmp_path: Path, mesh: str, hosts: int, transposed_linear: bool
 ):
     options = {"transposed_linear": transposed_linear, "progress": False}
@@ -64,7 +64,7 @@ def test_shards_of_a_host_are_those_of_a_whole_load(
                 np.testing.assert_array_equal(np.asarray(params[module][name]), expected)
 
 
-def test_a_host_reads_its_share_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_host_reads_only_what_its_devices_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plan = plan_of(neox.write(tmp_path), "mp=4", 2)
     read: list[int] = []
     original = LocalStorage.read_into
@@ -75,7 +75,7 @@ def test_a_host_reads_its_share_and_no_more(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(LocalStorage, "read_into", count)
     _, report = load_as_host(plan, 1)
-    alone = plan.unshared  # norms are on both hosts, and nobody sends them
+    alone = plan.unshared  # both hosts read the norms, because they exchange nothing
     assert sum(read) == report.bytes_read == report.bytes_needed == alone.host_bytes(1)
     assert (
         plan.host_bytes(1)
@@ -84,7 +84,7 @@ def test_a_host_reads_its_share_and_no_more(tmp_path: Path, monkeypatch: pytest.
     )
 
 
-def test_the_first_host_alone_compares_tied_copies(tmp_path: Path):
+def test_only_the_first_host_compares_tied_copies(tmp_path: Path):
     arrays = neox.tensors()
     arrays["embed_out.weight"] = arrays["gpt_neox.embed_in.weight"] + 1
     plan = plan_of(neox.write(tmp_path, arrays, tie_word_embeddings=True), "mp=4", 2)
@@ -93,7 +93,7 @@ def test_the_first_host_alone_compares_tied_copies(tmp_path: Path):
         load_as_host(plan, 0)
 
 
-def test_a_host_has_its_rows_and_columns():
+def test_a_host_gets_its_rows_and_columns_of_the_mesh():
     plan = plan_of(FIXTURE, "dp=4,mp=8", 8)
     mine = plan_for_host(plan, 5)
     assert plan.topology.shards_of(5) == (4, 5, 6, 7)
@@ -104,19 +104,19 @@ def test_a_host_has_its_rows_and_columns():
     assert two_rows.topology == Topology(((0, 0), (0, 0)))
 
 
-def test_a_host_that_is_not_in_the_mesh():
+def test_a_host_outside_the_mesh_is_rejected():
     with pytest.raises(UsageError, match="the mesh has no such host") as error:
         plan_for_host(plan_of(FIXTURE, "mp=8", 4), 4)
     assert error.value.expected == "one of {0...3}"
 
 
-def test_devices_that_are_no_rectangle_are_refused():
+def test_devices_that_are_not_a_rectangle_are_rejected():
     plan = plan_of(FIXTURE, "dp=3,mp=4", 2)  # host 0 has a row and a half
     with pytest.raises(MeshError, match="host 0 cannot be simulated: its devices are not a rect"):
         plan_for_host(plan, 0)
 
 
-def test_adapters_are_refused(tmp_path: Path):
+def test_adapters_are_rejected(tmp_path: Path):
     folder = neox.write(tmp_path / "model")
     factors = linear("gpt_neox.layers.0.attention.dense", 24, 24)
     adapter = write_adapter(tmp_path / "adapter", factors)
@@ -127,7 +127,7 @@ def test_adapters_are_refused(tmp_path: Path):
 # Digests.
 
 
-def test_shares_of_all_hosts_make_up_the_whole():
+def test_the_digests_of_all_hosts_make_the_whole():
     model = mtj_loader.load(FIXTURE, "mp=8", progress=False)
     whole = compute_digests(model.params, 8)
     check_complete(whole)
@@ -139,7 +139,7 @@ def test_shares_of_all_hosts_make_up_the_whole():
     assert merge_digests(parts | {"whole": whole}) == whole
 
 
-def test_digests_are_of_the_bytes_of_shards(tmp_path: Path):
+def test_digests_depend_on_the_bytes_of_shards(tmp_path: Path):
     model = mtj_loader.load(neox.write(tmp_path), "dp=2,mp=2", progress=False)
     found = compute_digests(model.params, 2)
     assert sum(map(len, found.of.values())) == 2 * len(jax.tree.leaves(model.params))
@@ -152,14 +152,14 @@ def test_digests_are_of_the_bytes_of_shards(tmp_path: Path):
     assert found.sha256 != other.sha256
 
 
-def test_order_does_not_matter():
+def test_the_order_of_digests_does_not_matter():
     one = Digests(2, {"a w": {0: "0a", 1: "1a"}, "b w": {0: "0b"}})
     other = Digests(2, {"b w": {0: "0b"}, "a w": {1: "1a", 0: "0a"}})
     assert one.sha256 == other.sha256
     assert one.sha256 != Digests(2, {"a w": {0: "0a", 1: "1a"}, "b w": {1: "0b"}}).sha256
 
 
-def test_a_share_that_is_missing_is_named():
+def test_missing_shards_are_named():
     plan = plan_of(FIXTURE, "mp=8", 4)
     found = merge_digests({f"host {k}": share(plan, k) for k in (0, 1, 3)})
     with pytest.raises(
@@ -169,7 +169,7 @@ def test_a_share_that_is_missing_is_named():
     assert error.value.found == "all but {4...5}"
 
 
-def test_shards_that_differ_are_named():
+def test_differing_shards_are_named():
     one, other = Digests(2, {"a w": {0: "0a", 1: "1a"}}), Digests(2, {"a w": {1: "xx"}})
     with pytest.raises(VerifyError, match="shard 1 of a parameter differs between hosts") as error:
         merge_digests({"one": one, "other": other})
@@ -177,7 +177,7 @@ def test_shards_that_differ_are_named():
     assert facts == ("other", "a w", "1a", "xx")
 
 
-def test_other_meshes_and_other_models_do_not_join():
+def test_digests_of_other_meshes_and_models_are_rejected():
     one = Digests(2, {"a w": {0: "0a"}})
     with pytest.raises(UsageError, match="digests of different meshes"):
         merge_digests({"one": one, "other": Digests(4, {"a w": {0: "0a"}})})
@@ -186,7 +186,7 @@ def test_other_meshes_and_other_models_do_not_join():
     assert error.value.key == "b w"
 
 
-def test_digests_are_read_as_they_were_written(tmp_path: Path):
+def test_digests_survive_writing_and_reading(tmp_path: Path):
     found = Digests(2, {"a w": {0: "0a", 1: "1a"}, "b w": {1: "1b"}})
     path = tmp_path / "digests.json"
     path.write_text(json.dumps(found.to_dict()))
@@ -196,7 +196,7 @@ def test_digests_are_read_as_they_were_written(tmp_path: Path):
 @pytest.mark.parametrize(
     "change", [{"sha256": "0"}, {"of": {"a w": {"x": "0a"}}}, {"shards": "2"}, {"of": {"a w": 0}}]
 )
-def test_other_files_are_no_digests(tmp_path: Path, change: dict):
+def test_other_files_are_rejected(tmp_path: Path, change: dict):
     path = tmp_path / "digests.json"
     path.write_text(json.dumps(Digests(2, {"a w": {0: "0a"}}).to_dict() | change))
     with pytest.raises(FormatError, match="not written by --digests, or changed since"):
@@ -211,7 +211,7 @@ def run(*arguments: object) -> Result:
 
 
 def simulated(*arguments: object) -> str:
-    """In a process of its own: virtual devices come before all else."""
+    """Runs in a new process, because virtual devices must be created first."""
     command = [sys.executable, "-W", "error", "-m", "mtj_loader.cli", "load", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     done = subprocess.run(
@@ -220,7 +220,7 @@ def simulated(*arguments: object) -> str:
     return done.stdout
 
 
-def test_command_loads_a_host_and_joins_it(tmp_path: Path):
+def test_the_command_loads_hosts_and_merges_digests(tmp_path: Path):
     plan = plan_of(FIXTURE, "mp=4", 2)
     files = [tmp_path / "0.json", tmp_path / "1.json"]
     options = ("--mesh", "mp=4", "--simulate-host", "1/2", "--digests", files[1], "--json")
@@ -246,7 +246,7 @@ def test_command_loads_a_host_and_joins_it(tmp_path: Path):
     )
 
 
-def test_command_says_what_it_loaded():
+def test_the_command_prints_what_it_loaded():
     words = simulated(FIXTURE, "--mesh", "dp=2,mp=2", "--simulate-host", "0/2").splitlines()
     host = "host 0 of 2 (2 virtual devices), shards {0...1} of dp=2, mp=2"
     assert words[0] == f"gpt_neox from {FIXTURE}: {host}"
@@ -279,7 +279,7 @@ def test_digests_has_an_example_and_misses_files(tmp_path: Path):
     assert result.stderr.startswith("error: the file is missing")
 
 
-def test_documented_keys_are_those_of_the_documents():
+def test_all_keys_are_documented():
     sections = (ROOT / "docs/json.md").read_text().split("\n## ")
     section = next(text for text in sections if text.startswith("digests"))
     rows = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
