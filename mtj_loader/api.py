@@ -18,11 +18,11 @@ from mtj_loader.dtypes import parameter_dtype
 from mtj_loader.errors import MeshError, UsageError
 from mtj_loader.formats.checkpoint import Checkpoint, Headers, open_checkpoint
 from mtj_loader.formats.token_ids import bos_id
-from mtj_loader.generation.compilation_cache import enable_compilation_cache
 from mtj_loader.generation.compile_ahead import (
     WarmUpLike,
     add_compile_times,
     compile_in_background,
+    enable_compilation_cache,
     keep_common_shapes,
     read_shapes,
 )

@@ -16,11 +16,10 @@ from numpy.typing import ArrayLike
 
 from mtj_loader.distributed.host_group import connect_hosts
 from mtj_loader.formats.token_ids import bos_id, eos_ids
-from mtj_loader.generation import generator as generation
-from mtj_loader.generation.batch import Shape
 from mtj_loader.generation.compile_ahead import CompiledPrograms
-from mtj_loader.generation.generator import Generator, Stop
-from mtj_loader.generation.prompts import PromptLike, check_batch
+from mtj_loader.generation.generator import Continuation, Generator, Stop
+from mtj_loader.generation.prompts import PromptLike, Shape, check_batch
+from mtj_loader.generation.row_output import TextPiece
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.tokenizer import Tokenizer
 from mtj_loader.loading.load_params import adapt_params, load_params
@@ -113,7 +112,7 @@ class Model:
           UsageError: a sampling setting is out of range.
         """
         params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
-        return generation.generate(self._generator, prompt, params, stop)
+        return self._start(prompt, params, stop).result()
 
     def stream(
         self,
@@ -128,7 +127,7 @@ class Model:
     ) -> Iterator[str] | Iterator[list[int]]:
         """Like `generate` for one prompt, but yields each piece as it is generated."""
         params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
-        return generation.stream(self._generator, prompt, params, stop)
+        return self._start(prompt, params, stop).stream()
 
     def state(self, optimizer: optax.GradientTransformation | None = None) -> dict[str, Any]:
         """The state dict that code written for MTJ expects.
@@ -204,9 +203,16 @@ class Model:
             eos_ids(*config),
             bos_id(*config),
             self.compiled,
-            self._on_tokens,
         )
 
-    def _on_tokens(self) -> None:
-        """Records in the report how long it took to the first token."""
-        self.report.seconds.setdefault("first_token", time.perf_counter() - self.begun)
+    def _start(
+        self, prompts: PromptLike | Sequence[PromptLike], params: SamplingParams, stop: Stop
+    ) -> Continuation:
+        continuation = self._generator.start(prompts, params, stop)
+        return replace(continuation, pieces=self._time_first_token(continuation.pieces))
+
+    def _time_first_token(self, pieces: Iterator[TextPiece]) -> Iterator[TextPiece]:
+        """Yields the same pieces; adds the time of the model's first token to the report."""
+        for piece in pieces:
+            self.report.seconds.setdefault("first_token", time.perf_counter() - self.begun)
+            yield piece

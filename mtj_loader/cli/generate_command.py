@@ -16,12 +16,13 @@ from mtj_loader.cli.command import command
 from mtj_loader.cli.load_command import describe, load_model
 from mtj_loader.cli.output import note, print_json
 from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
-from mtj_loader.cli.start_up import StartUp
+from mtj_loader.cli.start_up import PendingPrompts, StartUp
 from mtj_loader.errors import UsageError
 from mtj_loader.options import LoadOptions, Source
 
 if TYPE_CHECKING:
     from mtj_loader import Model
+    from mtj_loader.generation.prompts import Prompt as TokenizedPrompt
 
 _PROMPTS = "Prompts"
 _SAMPLING = "Sampling"
@@ -129,13 +130,14 @@ def generate(
     Example: [bold]mtj-loader generate EleutherAI/pythia-70m --prompt "Once upon a time"[/bold]
     """
     inputs = prompts.read()
-    run = start_up.options_for(inputs, sampling.numbers())
+    pending = PendingPrompts(inputs, sampling.numbers())
+    run = start_up.options_for(pending)
     run |= cluster.join(machine)
     _check_agreement(inputs, sampling, cluster)
     model = load_model(source, options, mesh, machine, run)
     note(describe(model))
     with cluster.connect() as hosts, hosts.phase("generate"):
-        _print_completions(model, inputs, sampling, as_json=as_json)
+        _print_completions(model, inputs, pending.tokenized, sampling, as_json=as_json)
     note(f"first token after {model.report.seconds['first_token']:.2f} s")
 
 
@@ -152,19 +154,28 @@ def _check_agreement(inputs: list[Prompt], sampling: Sampling, cluster: Cluster)
 
 
 def _print_completions(
-    model: Model, inputs: list[Prompt], sampling: Sampling, *, as_json: bool
+    model: Model,
+    inputs: list[Prompt],
+    tokenized: list[TokenizedPrompt],
+    sampling: Sampling,
+    *,
+    as_json: bool,
 ) -> None:
+    if len(inputs) == 1 and not as_json:
+        _print_stream(inputs[0], model.stream(tokenized[0], **asdict(sampling)))
+        return
+    texts: Any = model.generate(tokenized, **asdict(sampling))  # a list, as the argument is one
     if as_json:
-        print_json(to_dict(model, inputs, sampling))
-    elif len(inputs) == 1:
-        _print_stream(inputs[0], model.stream(inputs[0], **asdict(sampling)))
+        print_json(to_dict(model, inputs, texts, sampling))
     else:
-        _print_all(inputs, _generate(model, inputs, sampling))
+        _print_all(inputs, texts)
 
 
-def to_dict(model: Model, prompts: Sequence[Prompt], sampling: Sampling) -> dict[str, object]:
+def to_dict(
+    model: Model, prompts: Sequence[Prompt], texts: Sequence[Prompt], sampling: Sampling
+) -> dict[str, object]:
     """The completions as JSON types; docs/json.md describes every key."""
-    completions = zip(prompts, _generate(model, prompts, sampling), strict=True)
+    completions = zip(prompts, texts, strict=True)
     return {
         "location": model.plan.checkpoint.location,
         "model_type": model.plan.model_type,
@@ -172,11 +183,6 @@ def to_dict(model: Model, prompts: Sequence[Prompt], sampling: Sampling) -> dict
         "completions": [{"prompt": prompt, "completion": text} for prompt, text in completions],
         "seconds": {key: model.report.seconds[key] for key in _SECONDS},
     }
-
-
-def _generate(model: Model, prompts: Sequence[Prompt], sampling: Sampling) -> list[Prompt]:
-    completions: Any = model.generate(list(prompts), **asdict(sampling))
-    return completions  # a list, because the argument is one
 
 
 def _print_stream(prompt: Prompt, pieces: Iterator[str] | Iterator[list[int]]) -> None:

@@ -12,7 +12,7 @@ import typer
 from mtj_loader.errors import UsageError
 
 if TYPE_CHECKING:
-    from mtj_loader.generation.prompts import PromptLike, PromptRules
+    from mtj_loader.generation.prompts import Prompt, PromptLike, PromptRules
 
 _PANEL = "Start-up"
 _SHAPE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})(?:\+([0-9]{1,9}))?")
@@ -52,26 +52,32 @@ class StartUp:
         """Keyword arguments of `mtj_loader.load`."""
         return {"warm_up": self.shapes(), "compilation_cache": not self.no_compilation_cache}
 
-    def options_for(
-        self, prompts: Sequence[PromptLike], sampling: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The same for known prompts: these are checked, and compiled for too.
-
-        Args:
-          prompts: texts or token ids.
-          sampling: the fields of SamplingParams.
-        """
+    def options_for(self, prompts: PendingPrompts) -> dict[str, Any]:
+        """The same for known prompts: these are checked, and compiled for too."""
         shapes = self.shapes()
+        return self.options() | {"warm_up": lambda rules: [prompts.tokenize(rules), *shapes]}
 
-        def with_prompts(rules: PromptRules) -> list[tuple[int, ...]]:
-            from mtj_loader.generation.prompts import read_prompts  # noqa: PLC0415 -- imports JAX
-            from mtj_loader.generation.sampling import SamplingParams  # noqa: PLC0415
 
-            new = SamplingParams(**sampling).max_new_tokens
-            read, _ = read_prompts(list(prompts), rules, new)
-            return [(len(read), max(len(prompt.ids) for prompt in read), new), *shapes]
+class PendingPrompts:
+    """Prompts that `load` tokenizes and checks before it reads weights.
 
-        return self.options() | {"warm_up": with_prompts}
+    Attributes:
+      tokenized: after the load, the prompts for `Model.generate`.
+    """
+
+    def __init__(self, inputs: Sequence[PromptLike], sampling: Mapping[str, Any]) -> None:
+        self.tokenized: list[Prompt] = []
+        self._inputs, self._sampling = list(inputs), sampling
+
+    def tokenize(self, rules: PromptRules) -> tuple[int, int, int]:
+        """Tokenizes and checks the prompts; returns the shape to compile for them."""
+        from mtj_loader.generation.prompts import read_prompts  # noqa: PLC0415 -- imports JAX
+        from mtj_loader.generation.sampling import SamplingParams  # noqa: PLC0415
+
+        new = SamplingParams(**self._sampling).max_new_tokens
+        self.tokenized, _ = read_prompts(self._inputs, rules, new)
+        longest = max(len(prompt.ids) for prompt in self.tokenized)
+        return len(self.tokenized), longest, new
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:

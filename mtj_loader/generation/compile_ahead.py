@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 
+import jax
 from jax.stages import Lowered
 
 from mtj_loader.distributed.hosts import Hosts
 from mtj_loader.errors import UsageError
-from mtj_loader.generation.batch import Shape, make_shape
 from mtj_loader.generation.decode import Programs
-from mtj_loader.generation.prompts import PromptRules
+from mtj_loader.generation.prompts import PromptRules, Shape, make_shape
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.loading.load_report import LoadReport
 from mtj_loader.loading.placement import abstract_params
@@ -35,6 +36,11 @@ WarmUpLike = WarmUp | Callable[[PromptRules], WarmUp]
 # XLA uses two threads or more for each program. With few processors, programs are compiled one by
 # one, so that the first token does not wait for programs that only later tokens need.
 _COMPILE_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+
+# JAX by default keeps programs that take a second or more to compile. Reading one takes 20 ms, so
+# five times that is worth a file; a sampler takes half a second to compile.
+_MIN_STORED_SECONDS = 0.1
+_JAX_MIN_STORED_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -258,3 +264,45 @@ def short_switch_interval() -> Iterator[None]:
             saved = _saved_intervals.pop()
             if not _saved_intervals:
                 sys.setswitchinterval(saved)
+
+
+def default_cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/mtj_loader/xla`, by default in `~/.cache` (XDG Base Directories, 0.8)."""
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(xdg) if Path(xdg).is_absolute() else Path.home() / ".cache"
+    return base / "mtj_loader" / "xla"
+
+
+def enable_compilation_cache() -> tuple[str, ...]:
+    """Makes JAX keep what it compiles from now on, for later processes too.
+
+    Does nothing if JAX is configured already: a folder is set (`JAX_COMPILATION_CACHE_DIR`), or the
+    cache is off (`JAX_ENABLE_COMPILATION_CACHE=0`). See
+    https://docs.jax.dev/en/latest/persistent_compilation_cache.html.
+
+    Returns:
+      A warning if the folder cannot be used.
+    """
+    if _get_setting("jax_compilation_cache_dir") or not _get_setting(
+        "jax_enable_compilation_cache"
+    ):
+        return ()
+    try:
+        folder = default_cache_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # only the user may add programs
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
+        return _warn_unusable(error)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return _warn_unusable(f"{folder} is not writable")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if _get_setting("jax_persistent_cache_min_compile_time_secs") == _JAX_MIN_STORED_SECONDS:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_STORED_SECONDS)
+    return ()
+
+
+def _get_setting(name: str) -> object:
+    return getattr(jax.config, name)
+
+
+def _warn_unusable(why: object) -> tuple[str]:
+    return (f"compiled programs are not kept for the next start: {why}",)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
-from mtj_loader.generation.batch import PromptBatch, Shape
+from mtj_loader.generation.prompts import PromptBatch, Shape
 from mtj_loader.generation.sampling import Sampler, SamplingParams, make_sampler, sample
 from mtj_loader.models.forward import Forward, Params, Tree
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from mtj_loader.errors import NonFiniteError, TokenizerMissingError, UsageError
-from mtj_loader.generation.batch import make_batch
 from mtj_loader.generation.compile_ahead import NO_PROGRAMS, CompiledPrograms
 from mtj_loader.generation.decode import decode
-from mtj_loader.generation.prompts import Prompt, PromptLike, PromptRules, read_prompts
+from mtj_loader.generation.prompts import (
+    Prompt,
+    PromptLike,
+    PromptRules,
+    make_batch,
+    read_prompts,
+)
 from mtj_loader.generation.row_output import (
     Completion,
     RowOutput,
@@ -28,6 +33,50 @@ Stop = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """Prompts that are being continued. Call one of the methods; each consumes `pieces`.
+
+    Attributes:
+      prompts: one per row.
+      is_list: a list of prompts was given, so a list is returned.
+      has_text: there is a tokenizer, so pieces have text.
+      pieces: one per row and token. The last piece of each row has a finish_reason; the iterator
+        ends with the last row and may be closed early.
+    """
+
+    prompts: list[Prompt]
+    is_list: bool
+    has_text: bool
+    pieces: Iterator[TextPiece]
+
+    def complete(self) -> list[Completion]:
+        """Waits for all rows; the results include the finish reasons."""
+        rows: list[list[TextPiece]] = [[] for _ in self.prompts]
+        for piece in self.pieces:
+            rows[piece.row].append(piece)
+        pairs = zip(self.prompts, rows, strict=True)
+        return [_join(prompt, row, self.has_text) for prompt, row in pairs]
+
+    def result(self) -> str | list[int] | list[str | list[int]]:
+        """Waits for all rows; returns text for text, ids for ids, a list for a list."""
+        pairs = zip(self.prompts, self.complete(), strict=True)
+        results = [_select(prompt, c.text, c.ids) for prompt, c in pairs]
+        return results if self.is_list else results[0]
+
+    def stream(self) -> Iterator[str] | Iterator[list[int]]:
+        """Yields the result of one prompt in pieces, none of them empty.
+
+        Raises:
+          UsageError: more than one prompt; `pieces` has those of several.
+        """
+        if self.is_list:
+            found = f"a list of {len(self.prompts)}"
+            raise UsageError("only one prompt can be streamed", found=found)
+        results = (_select(self.prompts[0], piece.text, piece.ids) for piece in self.pieces)
+        return (result for result in results if result)  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
 class Generator:
     """What generation needs of a loaded model.
 
@@ -38,7 +87,6 @@ class Generator:
       eos_ids: the end-of-text tokens.
       bos_id: replaces an empty text.
       compiled: the programs compiled ahead.
-      on_tokens: called for every step's tokens.
     """
 
     forward: Forward
@@ -47,7 +95,6 @@ class Generator:
     eos_ids: frozenset[int]
     bos_id: int | None
     compiled: CompiledPrograms = NO_PROGRAMS
-    on_tokens: Callable[[], None] = lambda: None
 
     @property
     def rules(self) -> PromptRules:
@@ -55,108 +102,45 @@ class Generator:
         config = self.forward.config
         return PromptRules(config.vocab_size, config.max_positions, self.tokenizer, self.bos_id)
 
+    def start(
+        self, prompts: PromptLike | Sequence[PromptLike], params: SamplingParams, stop: Stop = None
+    ) -> Continuation:
+        """Checks the arguments and prepares the continuation; `pieces` runs it.
 
-def generate(
-    generator: Generator,
-    prompts: PromptLike | Sequence[PromptLike],
-    params: SamplingParams,
-    stop: Stop = None,
-) -> str | list[int] | list[str | list[int]]:
-    """Continues prompts.
+        Args:
+          prompts: a string, token ids, or a list of either; each result is the same as for the
+            prompt alone.
+          params: how to choose tokens and how many.
+          stop: a stop string or several; the output ends before the first match.
 
-    Args:
-      generator: the model.
-      prompts: a string, token ids, or a list of either; each result is the same as for the prompt
-        alone.
-      params: how to choose tokens and how many.
-      stop: a stop string or several; the output ends before the first match.
+        Raises:
+          PromptError: a prompt is empty, too long or outside the vocabulary.
+          TokenizerMissingError: text or stop strings without a tokenizer.
+          UsageError: invalid stop strings or seeds.
+          NonFiniteError: from `pieces`, if the model computes NaN or infinity.
+        """
+        read, is_list = read_prompts(prompts, self.rules, params.max_new_tokens)
+        strings = read_stop_strings(stop)
+        if strings and self.tokenizer is None:
+            raise TokenizerMissingError("stop strings need a tokenizer", key="stop")
+        conditions = StopConditions(params.max_new_tokens, self.eos_ids, strings)
+        rows = [RowOutput(row, self.tokenizer, conditions) for row in range(len(read))]
+        pieces = _collect(rows, self._decode(read, params))
+        return Continuation(read, is_list, self.tokenizer is not None, pieces)
 
-    Returns:
-      The continuation without the prompt: text for text, ids for ids, a list for a list.
-
-    Raises:
-      PromptError: a prompt is empty, too long or outside the vocabulary.
-      TokenizerMissingError: text or stop strings without a tokenizer.
-      UsageError: invalid stop strings or seeds.
-      NonFiniteError: the model computes NaN or infinity.
-    """
-    read, is_list = read_prompts(prompts, generator.rules, params.max_new_tokens)
-    completions = complete(generator, read, params, stop)
-    results = [_select(p, c.text, c.ids) for p, c in zip(read, completions, strict=True)]
-    return results if is_list else results[0]
-
-
-def stream(
-    generator: Generator, prompt: PromptLike, params: SamplingParams, stop: Stop = None
-) -> Iterator[str] | Iterator[list[int]]:
-    """Continues one prompt and yields pieces: of text for text, of ids for ids.
-
-    The pieces joined are what `generate` returns; none is empty. Arguments and errors are those of
-    `generate`; arguments are checked at the call, not at the first piece.
-
-    Raises:
-      UsageError: more than one prompt; `stream_rows` streams several.
-    """
-    read, is_list = read_prompts(prompt, generator.rules, params.max_new_tokens)
-    if is_list:
-        raise UsageError("only one prompt can be streamed", found=f"a list of {len(read)}")
-    pieces = stream_rows(generator, read, params, stop)
-    results = (_select(read[0], piece.text, piece.ids) for piece in pieces)
-    return (result for result in results if result)  # pyright: ignore[reportReturnType]
+    def _decode(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[np.ndarray]:
+        seeds, rules = params.seeds(len(prompts)), self.rules
+        dp, new = self.forward.mesh.shape["dp"], params.max_new_tokens
+        batch = make_batch(prompts, new, rules.max_positions, dp, self.compiled.shapes)
+        seeds += [0] * (len(batch.lengths) - len(seeds))
+        sampler = make_sampler(params, seeds, rules.vocab_size)
+        wait = partial(self.compiled.wait_for_step, batch.shape)
+        return decode(self.forward, self.params, batch, sampler, new, before_step=wait)
 
 
-def complete(
-    generator: Generator, prompts: Sequence[Prompt], params: SamplingParams, stop: Stop = None
-) -> list[Completion]:
-    """Continues prompts from `read_prompts`; the results include the finish reasons."""
-    rows: list[list[TextPiece]] = [[] for _ in prompts]
-    for piece in stream_rows(generator, prompts, params, stop):
-        rows[piece.row].append(piece)
-    has_text = generator.tokenizer is not None
-    return [_join(prompt, row, has_text) for prompt, row in zip(prompts, rows, strict=True)]
-
-
-def stream_rows(
-    generator: Generator, prompts: Sequence[Prompt], params: SamplingParams, stop: Stop = None
-) -> Iterator[TextPiece]:
-    """Continues prompts from `read_prompts`; yields one piece per row and token.
-
-    The last piece of each row has a finish_reason; the iterator ends with the last row and may be
-    closed early. Arguments are checked at the call.
-    """
-    tokenizer = generator.tokenizer
-    strings = read_stop_strings(stop)
-    conditions = StopConditions(params.max_new_tokens, generator.eos_ids, strings)
-    if strings and tokenizer is None:
-        raise TokenizerMissingError("stop strings need a tokenizer", key="stop")
-    seeds = params.seeds(len(prompts))
-    rows = [RowOutput(row, tokenizer, conditions) for row in range(len(prompts))]
-    return _collect(rows, _decode_tokens(generator, prompts, params, seeds))
-
-
-def _decode_tokens(
-    generator: Generator, prompts: Sequence[Prompt], params: SamplingParams, seeds: list[int]
-) -> Iterator[list[int]]:
-    forward, rules = generator.forward, generator.rules
-    dp = forward.mesh.shape["dp"]
-    compiled, new = generator.compiled, params.max_new_tokens
-    batch = make_batch(prompts, new, rules.max_positions, dp, compiled.shapes)
-    wait = partial(compiled.wait_for_step, batch.shape)
-    seeds = seeds + [0] * (len(batch.lengths) - len(seeds))
-    sampler = make_sampler(params, seeds, rules.vocab_size)
-    steps = decode(forward, generator.params, batch, sampler, new, before_step=wait)
-    return _notify(generator.on_tokens, steps)
-
-
-def _notify(on_tokens: Callable[[], None], steps: Iterator[np.ndarray]) -> Iterator[list[int]]:
-    for tokens in steps:
-        on_tokens()
-        yield tokens.tolist()
-
-
-def _collect(rows: Sequence[RowOutput], steps: Iterator[list[int]]) -> Iterator[TextPiece]:
+def _collect(rows: Sequence[RowOutput], steps: Iterator[np.ndarray]) -> Iterator[TextPiece]:
     while not all(row.finished for row in rows):
-        tokens = next(steps)
+        tokens = next(steps).tolist()
         for row, token in zip(rows, tokens, strict=False):  # without the padding rows
             if not row.finished:
                 _check_finite(token)

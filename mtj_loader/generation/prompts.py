@@ -1,4 +1,6 @@
-"""Reads and checks the prompts that callers pass, and converts them to token ids."""
+"""Reads, tokenizes and checks prompts, and pads them to a batch with one of a few shapes.
+Axes: b batch, t time (padded prompt), T cache length.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,8 @@ from numpy.typing import ArrayLike
 from mtj_loader.errors import PromptError, TokenizerMissingError
 from mtj_loader.generation.tokenizer import Tokenizer
 
-PromptLike = str | Sequence[int] | np.ndarray | jax.Array
-
 _FORMS = "a string, a list of token ids, or a list of these"
+_MIN_BUCKET = 16  # shorter passes save less time than their compilation takes
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Prompt:
 
     ids: tuple[int, ...]
     is_text: bool
+
+
+PromptLike = str | Sequence[int] | np.ndarray | jax.Array | Prompt
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ def read_prompts(
     """Reads prompts and converts them to token ids.
 
     Args:
-      prompts: a string, token ids (a sequence or an array of integers), or a list of these.
+      prompts: a string, token ids (a sequence or an array of integers), a `Prompt`, which is not
+        tokenized again, or a list of these.
       rules: what the model accepts.
       max_new_tokens: the room that each prompt must leave.
 
@@ -106,14 +111,14 @@ def _to_lists(value: object) -> object:
 
 def _split_prompts(plain: object) -> list[tuple[int, object]] | None:
     """The prompts of a list with their indices; None for a single prompt."""
-    if isinstance(plain, str):
+    if isinstance(plain, str | Prompt):
         return None
     if not isinstance(plain, list):
         raise PromptError("not a prompt", expected=_FORMS, found=type(plain).__name__)
     if not plain:
         what = "an empty list is neither a prompt nor a list of prompts"
         raise PromptError(what, expected=_FORMS, hint="for an empty text pass an empty string")
-    nested = [isinstance(item, str | list) for item in plain]
+    nested = [isinstance(item, str | list | Prompt) for item in plain]
     if any(nested) and not all(nested):
         what = "a list of prompts contains something else"
         raise PromptError(what, expected=_FORMS, found=repr(plain[nested.index(False)]))
@@ -123,11 +128,12 @@ def _split_prompts(plain: object) -> list[tuple[int, object]] | None:
 def _read(item: object, name: str, rules: PromptRules) -> Prompt:
     if isinstance(item, str):
         return Prompt(tuple(_encode(item, name, rules)), is_text=True)
-    ids = item if isinstance(item, list) else []
-    if not ids:
+    is_text = isinstance(item, Prompt) and item.is_text
+    ids = list(item.ids) if isinstance(item, Prompt) else item
+    if not isinstance(ids, list) or not ids:
         hint = "for an empty text pass an empty string"
         raise PromptError("the prompt is empty", key=name, expected="token ids", hint=hint)
-    return Prompt(tuple(_check_ids(ids, name, rules)), is_text=False)
+    return Prompt(tuple(_check_ids(ids, name, rules)), is_text)
 
 
 def _encode(text: str, name: str, rules: PromptRules) -> list[int]:
@@ -164,3 +170,91 @@ def _check_length(name: str, prompt: int, max_new_tokens: int, max_positions: in
             expected=f"at most {max_positions} tokens in total",
             found=f"{prompt} in the prompt + {max_new_tokens} new = {prompt + max_new_tokens}",
         )
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """The shape that a batch is compiled for; ordered by size.
+
+    Attributes:
+      rows: b, a multiple of dp.
+      prompt: t.
+      cache: T.
+    """
+
+    rows: int
+    prompt: int
+    cache: int
+
+    def holds(self, other: Shape) -> bool:
+        """Whether a batch of the other shape can be padded to this one; rows are never added."""
+        return self.rows == other.rows and self.prompt >= other.prompt and self.cache >= other.cache
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The input of prefill; rows beyond the prompts pad to a multiple of dp.
+
+    Attributes:
+      ids: int32 [b, t], padded on the right with 0.
+      lengths: int32 [b], the number of prompt tokens in each row.
+      totals: int32 [b], the most tokens that each row may have at the end.
+      cache_length: T.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    totals: np.ndarray
+    cache_length: int
+
+    @property
+    def shape(self) -> Shape:
+        """The shape it is compiled for."""
+        rows, prompt = self.ids.shape
+        return Shape(rows, prompt, self.cache_length)
+
+
+def make_batch(
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    max_positions: int,
+    dp: int,
+    compiled: Sequence[Shape] = (),
+) -> PromptBatch:
+    """Pads prompts on the right and to a multiple of dp rows.
+
+    Args:
+      prompts: at least one; they fit the model's context.
+      max_new_tokens: the most tokens to generate for each.
+      max_positions: of the model.
+      dp: the size of the mesh axis over which rows are split.
+      compiled: shapes that are compiled already; the smallest that holds the batch is used.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    least = make_shape(len(prompts), longest, max_new_tokens, max_positions, dp)
+    shape = min((shape for shape in compiled if shape.holds(least)), default=least)
+    rows = [prompt.ids for prompt in prompts]
+    rows += rows[:1] * (shape.rows - len(rows))  # computed and ignored
+    lengths = np.array([len(row) for row in rows], np.int32)
+    ids = np.zeros((shape.rows, shape.prompt), np.int32)
+    for row, prompt in zip(ids, rows, strict=True):
+        row[: len(prompt)] = prompt
+    return PromptBatch(ids, lengths, lengths + np.int32(max_new_tokens), shape.cache)
+
+
+def make_shape(
+    prompts: int, longest: int, max_new_tokens: int, max_positions: int, dp: int
+) -> Shape:
+    """The shape for a number of prompts, given the length of the longest."""
+    cache = bucket(longest + max_new_tokens, max_positions)
+    return Shape(prompts + -prompts % dp, bucket(longest, max_positions), cache)
+
+
+def bucket(length: int, max_positions: int) -> int:
+    """The length to compile for: the next power of two, at most the model's positions.
+
+    Compiling a shape takes as long as generating hundreds of tokens. Powers of two give a dozen
+    shapes for 32,768 positions, with at most half of each being padding.
+    """
+    power = 1 << (int(length) - 1).bit_length()
+    return min(max(power, _MIN_BUCKET), max_positions)

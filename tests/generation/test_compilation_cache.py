@@ -1,4 +1,4 @@
-"""Compiled programs on disk: where they are kept, and who decides that."""
+"""JAX's compilation cache on disk: which folder is used, and which settings win."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 import pytest
 
 import mtj_loader
-from mtj_loader.generation.compilation_cache import default_folder, enable_compilation_cache
+from mtj_loader.generation.compile_ahead import default_cache_folder, enable_compilation_cache
 from tests.support import neox
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ OPTIONS = (
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """JAX with its default settings and a user's empty cache folder; both are undone."""
+    """JAX with default settings and an empty user cache folder; both are restored afterwards."""
     before = {name: getattr(jax.config, name) for name in OPTIONS}
     for name, default in zip(OPTIONS, (None, True, 1.0), strict=True):
         jax.config.update(name, default)
@@ -36,16 +36,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         jax.config.update(name, value)
 
 
-def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch):
+def test_the_default_folder_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert default_folder() == Path("/caches/mtj_loader/xla")
-    for nothing in ("", "relative"):  # which the specification has ignored
+    assert default_cache_folder() == Path("/caches/mtj_loader/xla")
+    for nothing in ("", "relative"):  # both are ignored, as the specification says
         monkeypatch.setenv("XDG_CACHE_HOME", nothing)
-        assert default_folder() == Path("/home/somebody/.cache/mtj_loader/xla")
+        assert default_cache_folder() == Path("/home/somebody/.cache/mtj_loader/xla")
 
 
-def test_programs_are_kept_by_default(cache: Path):
+def test_programs_are_stored_by_default(cache: Path):
     assert enable_compilation_cache() == ()
     assert jax.config.jax_compilation_cache_dir == str(cache)
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
@@ -53,7 +53,7 @@ def test_programs_are_kept_by_default(cache: Path):
     assert enable_compilation_cache() == ()
 
 
-def test_what_jax_was_told_before_holds(cache: Path, tmp_path: Path):
+def test_existing_jax_settings_are_kept(cache: Path, tmp_path: Path):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
     assert enable_compilation_cache() == ()
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 7.0
@@ -62,7 +62,7 @@ def test_what_jax_was_told_before_holds(cache: Path, tmp_path: Path):
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
 
 
-def test_the_cache_can_be_off(cache: Path, tmp_path: Path):
+def test_the_cache_can_be_disabled(cache: Path, tmp_path: Path):
     folder = neox.write(tmp_path / "model")
     mtj_loader.load(folder, "mp=1", compilation_cache=False)
     assert jax.config.jax_compilation_cache_dir is None
@@ -72,7 +72,7 @@ def test_the_cache_can_be_off(cache: Path, tmp_path: Path):
     assert not cache.exists()
 
 
-def test_a_folder_that_cannot_be_made_is_a_warning(cache: Path, tmp_path: Path):
+def test_a_folder_that_cannot_be_created_is_a_warning(cache: Path, tmp_path: Path):
     (tmp_path / "cache").write_text("a file is in the way")
     model = mtj_loader.load(neox.write(tmp_path / "model"), "mp=1")
     (warning,) = model.report.warnings
@@ -94,7 +94,7 @@ import json, sys
 import jax, jax.numpy as jnp
 found = []
 jax.monitoring.register_event_listener(lambda event, **_: found.append(event.split("/")[-1]))
-jax.jit(jnp.sin)(1.0)  # the cache comes after the first compilation
+jax.jit(jnp.sin)(1.0)  # the cache is enabled after the first compilation
 import mtj_loader
 mtj_loader.load(sys.argv[1], "mp=1")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -104,7 +104,7 @@ print(json.dumps([found.count("cache_hits"), text]))
 """
 
 
-def test_the_next_start_finds_what_this_one_compiled(tmp_path: Path):
+def test_the_next_process_reads_what_this_one_compiled(tmp_path: Path):
     folder = neox.write(tmp_path / "model")
     environment = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_COMPILATION_CACHE"}
     environment |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -112,6 +112,6 @@ def test_the_next_start_finds_what_this_one_compiled(tmp_path: Path):
     (_, text), (hits, again) = (
         json.loads(subprocess.check_output(command, env=environment, timeout=300)) for _ in "12"
     )
-    assert hits >= 4  # prefill, step, and the choice of tokens with and without chance
+    assert hits >= 4  # prefill, step, greedy and sampled choice
     assert text == again
     assert list((tmp_path / "cache/mtj_loader/xla").iterdir())

@@ -1,4 +1,4 @@
-"""Compiling while loading: generation finds it, and neither a failure nor an error waits for it."""
+"""Compiling while loading: generation uses the programs, and failures do not wait for them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mtj_loader.cli.app import app
 from mtj_loader.distributed.hosts import Hosts
 from mtj_loader.errors import CheckpointError, UsageError
 from mtj_loader.generation import compile_ahead
-from mtj_loader.generation.batch import Shape, make_batch
 from mtj_loader.generation.compile_ahead import (
     CompiledPrograms,
     add_compile_times,
     keep_common_shapes,
     read_shapes,
 )
-from mtj_loader.generation.prompts import Prompt, PromptRules
+from mtj_loader.generation.prompts import Prompt, PromptRules, Shape, make_batch
+from mtj_loader.generation.tokenizer import Tokenizer
 from mtj_loader.loading.stream import Streamer
 from mtj_loader.models.forward import Forward
 from tests.support import adapters, neox
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Whatever is traced, lowered or compiled meanwhile."""
+    """Records what is traced, lowered or compiled in the block."""
     found: list[str] = []
 
     def listen(event: str, _: float, **facts: str | int) -> None:
@@ -59,27 +59,27 @@ def compilations() -> Iterator[list[str]]:
 
 
 def load(path: Path, mesh: str, **options) -> mtj_loader.Model:
-    """Loads, and waits until nothing compiles any more."""
+    """Loads, and waits until all compilations end."""
     model = mtj_loader.load(path, mesh, **options)
     wait(model.compiled.steps.values())
     return model
 
 
-# What is compiled ahead is what generation runs.
+# Generation runs the programs that were compiled ahead.
 
 
-def test_generation_compiles_nothing_that_was_warmed_up(folder: Path):
+def test_generation_does_not_compile_warmed_up_shapes(folder: Path):
     model = load(folder, "mp=2", warm_up=[(1, 18, 3)])
     with compilations() as found:
         model.generate([5] * 18, max_new_tokens=3)
         model.generate([5], **GREEDY)
         assert list(model.stream([5, 6, 7], **GREEDY))
         assert found == []
-        model.generate([[1], [2]], **GREEDY)  # a batch that nobody asked for
+        model.generate([[1], [2]], **GREEDY)  # a shape that was not requested
         assert found != []
 
 
-def test_nor_for_a_batch_that_dp_does_not_divide(folder: Path):
+def test_a_batch_that_dp_does_not_divide_is_compiled_ahead(folder: Path):
     model = load(folder, "dp=2,mp=2", warm_up=[(3, 4)])
     with compilations() as found:
         model.generate([[1], [2, 3, 4, 5], [6, 7]], max_new_tokens=4, top_k=3, seed=[1, 2, 3])
@@ -94,7 +94,7 @@ def test_a_model_without_rotary_embedding_and_another_dtype():
     assert found == []
 
 
-def test_adapters_share_what_is_compiled(folder: Path, tmp_path: Path):
+def test_adapters_share_compiled_programs(folder: Path, tmp_path: Path):
     factors = adapters.linear("gpt_neox.layers.0.attention.dense", 24, 24)
     adapter = adapters.write_adapter(tmp_path, factors)
     merged = load(folder, "mp=2", adapter=adapter, warm_up=[(1, 5)])
@@ -115,7 +115,7 @@ def test_a_larger_shape_gives_the_same_text(folder: Path):
         assert warm.generate([3, 1, 4], max_new_tokens=9, **sampling) == expected
 
 
-def test_the_smallest_warm_shape_that_holds_a_batch_is_taken():
+def test_the_smallest_compiled_shape_that_can_hold_the_batch_is_used():
     warm = [Shape(1, 64, 128), Shape(1, 32, 64), Shape(2, 32, 32)]
 
     def shape(length: int, new: int, rows: int = 1) -> Shape:
@@ -130,16 +130,16 @@ def test_the_smallest_warm_shape_that_holds_a_batch_is_taken():
     assert shape(32, 32) == Shape(1, 32, 64)
     assert shape(33, 5) == Shape(1, 64, 128)
     assert shape(3, 120) == Shape(1, 64, 128)  # its cache is long enough
-    assert shape(3, 126) == Shape(1, 16, 256)  # none is
-    assert shape(65, 5) == Shape(1, 128, 128)  # no prompt is
+    assert shape(3, 126) == Shape(1, 16, 256)  # no cache is long enough
+    assert shape(65, 5) == Shape(1, 128, 128)  # no other shape has room for the prompt
     assert shape(3, 5, rows=2) == Shape(2, 32, 32)
     assert shape(3, 5, rows=3) == Shape(3, 16, 16)  # rows are never added
 
 
-# What can be asked for.
+# Which shapes can be requested.
 
 
-def test_what_a_shape_leaves_out_is_as_generate_has_it():
+def test_the_default_number_of_new_tokens_is_that_of_generate():
     rules = PromptRules(vocab_size=29, max_positions=100)
     assert read_shapes([(1, 5)], rules, dp=1) == (Shape(1, 16, 100),)  # 5 + 64 tokens
     assert read_shapes([(1, 99)], rules, dp=1) == (Shape(1, 100, 100),)
@@ -160,7 +160,7 @@ def test_what_a_shape_leaves_out_is_as_generate_has_it():
         ("1x16", r"found: '1'"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_read(
+def test_invalid_shapes_are_rejected_before_weights_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, wanted, words: str
 ):
     monkeypatch.setattr(Streamer, "run", lambda _: pytest.fail("weights were read"))
@@ -168,10 +168,12 @@ def test_what_cannot_be_is_refused_before_anything_is_read(
         mtj_loader.load(folder, "mp=1", warm_up=wanted)
 
 
-# Beside the load.
+# During the load.
 
 
-def test_a_failure_is_told_and_the_model_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failure_is_a_warning_and_the_model_is_usable(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     def fail(*_: object) -> None:
         raise ValueError("out of luck\nand more")
 
@@ -182,7 +184,7 @@ def test_a_failure_is_told_and_the_model_is_there(folder: Path, monkeypatch: pyt
     assert (model.warm, len(model.params)) == ((), 15)
 
 
-def test_the_load_does_not_wait_for_what_later_tokens_need(
+def test_the_load_does_not_wait_for_the_programs_of_later_tokens(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     released = threading.Event()
@@ -206,7 +208,7 @@ def test_the_load_does_not_wait_for_what_later_tokens_need(
     assert whole == model.generate([5, 6], **GREEDY)
 
 
-def test_a_shape_whose_later_tokens_cannot_be_compiled_is_not_used(
+def test_a_shape_whose_step_cannot_be_compiled_is_not_used(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def fail(*_: object) -> None:
@@ -218,7 +220,7 @@ def test_a_shape_whose_later_tokens_cannot_be_compiled_is_not_used(
     assert model.generate([5], **GREEDY) == mtj_loader.load(folder, "mp=1").generate([5], **GREEDY)
 
 
-def test_on_several_hosts_all_is_waited_for_and_every_failure_is_told():
+def test_several_hosts_wait_for_everything_and_report_every_failure():
     class Both(Hosts):
         count = 2
 
@@ -258,7 +260,7 @@ def test_a_failed_load_does_not_wait_for_the_compiler(
             assert not thread.is_alive()
 
 
-def test_readers_take_turns_with_the_tracer(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_threads_switch_more_often_while_tracing(folder: Path, monkeypatch: pytest.MonkeyPatch):
     before, meanwhile = sys.getswitchinterval(), []
 
     lower = Forward.lower_step
@@ -279,7 +281,7 @@ def test_readers_take_turns_with_the_tracer(folder: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("begun", "ended", "overlap"), [(10.0, 13.0, 2.0), (10.5, 11.0, 0.5), (12.5, 14.0, 0.0)]
 )
-def test_the_overlap_of_load_and_compilation(
+def test_the_report_has_the_overlap_of_load_and_compilation(
     folder: Path, begun: float, ended: float, overlap: float
 ):
     report = mtj_loader.load(folder, "mp=1").report
@@ -313,7 +315,7 @@ def run(*arguments: object) -> Result:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
-    """The shapes that are compiled for, as they come."""
+    """The shapes that programs are made for, in order."""
     found: list[Shape] = []
     made = compile_ahead.Programs
     monkeypatch.setattr(
@@ -322,7 +324,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     return found
 
 
-def test_load_compiles_what_it_is_told_to(folder: Path, asked: list[Shape]):
+def test_load_compiles_the_requested_shapes(folder: Path, asked: list[Shape]):
     result = run(
         "load", folder, "--mesh", "mp=1", "--warm-up", "1x5+3", "--warm-up=2x17+4", "--json"
     )
@@ -332,7 +334,7 @@ def test_load_compiles_what_it_is_told_to(folder: Path, asked: list[Shape]):
 
 
 @pytest.mark.parametrize("text", ["5", "1x", "x5", "1x5+", "1X5", "1x5x6", "-1x5"])
-def test_a_shape_that_cannot_be_read(folder: Path, text: str):
+def test_an_invalid_shape_on_the_command_line(folder: Path, text: str):
     result = run("load", folder, f"--warm-up={text}")
     assert result.exit_code == 2
     assert "not a shape\n  key: --warm-up\n  expected: prompts x tokens" in result.stderr
@@ -348,6 +350,18 @@ def test_generate_compiles_for_its_prompts(folder: Path, asked: list[Shape]):
     assert f"first token after {seconds['first_token']:.2f} s" in result.stderr
 
 
+@pytest.mark.parametrize("output", [[], ["--json"]])
+def test_generate_tokenizes_a_prompt_once(output: list[str], monkeypatch: pytest.MonkeyPatch):
+    encode, encoded = Tokenizer.encode, []
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, text: encoded.append(text) or encode(self, text)
+    )
+    folder = GOLDENS.parent / "shakespeare-neox"
+    prompt = ["--prompt", "To be", "--max-new-tokens", "2", "--temperature", "0"]
+    assert run("generate", folder, "--mesh", "mp=1", *prompt, *output).exit_code == 0
+    assert encoded == ["To be"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -356,7 +370,7 @@ def test_generate_compiles_for_its_prompts(folder: Path, asked: list[Shape]):
         (["--ids", "1", "--top-p", "2"], "top_p is out of range"),
     ],
 )
-def test_what_cannot_be_generated_is_refused_before_anything_is_read(
+def test_invalid_prompts_are_rejected_before_weights_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ):
     monkeypatch.setattr(Streamer, "run", lambda _: pytest.fail("weights were read"))

@@ -1,4 +1,4 @@
-"""The decode loop on stand-in models: batches, endings, streams, prompts."""
+"""Generation with fake models: batches, stop conditions, streams, prompts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 
 from mtj_loader.errors import NonFiniteError, PromptError, TokenizerMissingError, UsageError
-from mtj_loader.generation.batch import bucket, make_batch
 from mtj_loader.generation.decode import _choose
-from mtj_loader.generation.generator import Generator, complete, generate, stream, stream_rows
-from mtj_loader.generation.prompts import Prompt, PromptRules, check_batch, read_prompts
+from mtj_loader.generation.generator import Generator
+from mtj_loader.generation.prompts import (
+    Prompt,
+    PromptRules,
+    bucket,
+    check_batch,
+    make_batch,
+    read_prompts,
+)
 from mtj_loader.generation.row_output import Completion
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
@@ -48,7 +54,7 @@ def hashing(dp: int = 1, **fields) -> Generator:
 
 
 def saying(*scripts: list[int] | str, **fields) -> Generator:
-    """A model that says these, then end-of-text for ever."""
+    """A model that generates these texts, and then only end-of-text tokens."""
     ids = [TOKENIZER.encode(s) if isinstance(s, str) else s for s in scripts]
     script = np.zeros((len(ids), 40), np.int32)
     for row, tokens in zip(script, ids, strict=True):
@@ -58,9 +64,16 @@ def saying(*scripts: list[int] | str, **fields) -> Generator:
     return replace(made, **fields)
 
 
+def generate(generator: Generator, prompts, params=GREEDY, stop=None):
+    return generator.start(prompts, params, stop).result()
+
+
+def stream(generator: Generator, prompt, params=GREEDY, stop=None):
+    return generator.start(prompt, params, stop).stream()
+
+
 def completions(generator: Generator, prompts, params=GREEDY, stop=None) -> list[Completion]:
-    read, _ = read_prompts(prompts, generator.rules, params.max_new_tokens)
-    return complete(generator, read, params, stop)
+    return generator.start(prompts, params, stop).complete()
 
 
 # Batches
@@ -84,13 +97,13 @@ def test_sampled_rows_give_what_each_gives_alone():
     assert generate(hashing(), ["O", "O", "O", "O"], replace(params, seed=3)) == [together[2]] * 4
 
 
-def test_every_token_is_a_draw_of_its_own():
+def test_every_token_is_drawn_independently():
     uniform = hashing(params={"table": np.zeros_like(TABLE)})
     ids = generate(uniform, [5], SamplingParams(max_new_tokens=12, temperature=1))
     assert len(set(ids)) == 12
 
 
-def test_what_is_given_comes_back():
+def test_the_result_has_the_form_of_the_prompt():
     generator, ids = hashing(), TOKENIZER.encode("To be")
     expected = hash_tokens(TABLE, ids, 12)
     text = TOKENIZER.decode(expected)
@@ -116,10 +129,10 @@ def test_without_a_tokenizer_ids_still_work():
         generate(generator, [5], GREEDY, stop="x")
 
 
-# Endings
+# Stop conditions
 
 
-def test_end_of_text_is_no_part_of_the_text():
+def test_the_end_of_text_token_is_not_part_of_the_text():
     hello = TOKENIZER.encode(" hello there")
     found = completions(saying(" hello there", [END], " O"), [[1], [2, 2], [3, 3, 3]])
     assert found == [
@@ -129,13 +142,13 @@ def test_end_of_text_is_no_part_of_the_text():
     ]
 
 
-def test_length_ends_it_too():
+def test_max_new_tokens_ends_a_row():
     (found,) = completions(saying(" hello there"), "x", replace(GREEDY, max_new_tokens=1))
     first = TOKENIZER.encode(" hello there")[0]
     assert found == Completion(TOKENIZER.decode([first]), (first,), "length", prompt_tokens=1)
 
 
-def test_a_model_without_end_of_text_goes_on_to_its_length():
+def test_a_model_without_end_of_text_continues_to_max_new_tokens():
     (found,) = completions(saying(" O", eos_ids=frozenset()), "x")
     assert found.ids == (*TOKENIZER.encode(" O"), *[END] * 11)
     assert (found.text, found.finish_reason) == (" O", "length")
@@ -176,29 +189,29 @@ def steps_run(generator: Generator, prompts, params: SamplingParams) -> int:
 def test_the_device_is_at_most_one_step_ahead():
     params = replace(GREEDY, max_new_tokens=30)
     said = len(TOKENIZER.encode(" hello there"))
-    # One for the end-of-text token, and one ahead.
+    # One step for the end-of-text token, and one ahead.
     assert steps_run(saying(" hello there", " O"), ["x", "y"], params) == said + 1
     assert steps_run(saying([END]), "x", params) == 0
-    assert steps_run(hashing(), "x", params) == 29  # prefill gave the first
+    assert steps_run(hashing(), "x", params) == 29  # the first token comes from prefill
     assert steps_run(hashing(), "x", replace(GREEDY, max_new_tokens=1)) == 0
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_that_are_not_finite_are_an_error(temperature: float):
     params = replace(GREEDY, temperature=temperature)
-    parts = stream_rows(saying([5, -1]), [Prompt((3,), False)], params)
+    parts = saying([5, -1]).start([Prompt((3,), False)], params).pieces
     assert next(parts).ids == (5,)
     with pytest.raises(NonFiniteError, match=r"(?s)NaN or infinite.*float32"):
         next(parts)
-    assert generate(saying([5, END, -1]), [3], params) == [5]  # nobody reads what follows the end
+    assert generate(saying([5, END, -1]), [3], params) == [5]  # tokens after the end are ignored
 
 
 # Streams
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_stream_is_the_result_in_pieces(seed: int):
-    params = SamplingParams(max_new_tokens=40, temperature=1.0, seed=seed)  # odd bytes abound
+def test_the_pieces_of_a_stream_add_up_to_the_result(seed: int):
+    params = SamplingParams(max_new_tokens=40, temperature=1.0, seed=seed)
     text = list(stream(hashing(), "To be", params, stop="ee"))
     assert all(text)
     assert "".join(text) == generate(hashing(), "To be", params, stop="ee")
@@ -207,7 +220,7 @@ def test_a_stream_is_the_result_in_pieces(seed: int):
     assert sum(ids, []) == generate(hashing(), [5, 6], params, stop="ee")  # noqa: RUF017
 
 
-def test_nothing_is_streamed_that_may_begin_a_stop_string():
+def test_a_possible_stop_string_is_held_back():
     generator = saying("One.\nTwo.\n\nThree")
     parts = list(stream(generator, "x", GREEDY, stop="\n\n"))
     assert "".join(parts) == "One.\nTwo."
@@ -226,8 +239,8 @@ def test_characters_are_streamed_whole():
     assert sum(stream(generator, [3], cut), []) == TOKENIZER.encode("a😀")[:3]  # noqa: RUF017
 
 
-def test_pieces_of_several_rows_come_side_by_side():
-    parts = list(stream_rows(saying(" O", " hello there"), [Prompt((1,), True)] * 2, GREEDY))
+def test_pieces_of_several_rows_are_interleaved():
+    parts = list(saying(" O", " hello there").start([Prompt((1,), True)] * 2, GREEDY).pieces)
     assert [part.row for part in parts] == [0, 1, 0, *[1] * (len(parts) - 3)]
     ends = {part.row: part.finish_reason for part in parts if part.finish_reason}
     assert ends == {0: "stop", 1: "stop"}
@@ -239,7 +252,7 @@ def test_a_stream_may_be_closed_early():
     parts.close()  # pyright: ignore
 
 
-def test_mistakes_are_reported_before_the_first_piece():
+def test_invalid_arguments_are_reported_before_the_first_piece():
     with pytest.raises(UsageError, match=r"(?s)only one prompt can be streamed.*a list of 2"):
         stream(hashing(), ["x", "y"], GREEDY)  # pyright: ignore
     with pytest.raises(UsageError, match="not a stop string"):
@@ -280,16 +293,26 @@ RULES = PromptRules(vocab_size=10, max_positions=8, tokenizer=TOKENIZER)
         ([[1], [2] * 9], r"(?s)exceed.*prompts\[1\].*9 in the prompt . 4 new"),
     ],
 )
-def test_prompts_that_cannot_be_run(given: object, message: str):
+def test_invalid_prompts(given: object, message: str):
     with pytest.raises(PromptError, match=message):
         read_prompts(given, RULES, 4)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_prompt_may_fill_the_model():
+def test_a_prompt_may_use_all_positions():
     assert read_prompts([1, 2, 3, 4], RULES, 4) == ([Prompt((1, 2, 3, 4), False)], False)
 
 
-def test_an_empty_text_begins_with_the_bos_token():
+def test_a_prompt_that_was_read_is_not_tokenized_again():
+    (prompt,), _ = read_prompts(["!"], RULES, 4)
+    without_tokenizer = replace(RULES, tokenizer=None)
+    assert read_prompts(prompt, without_tokenizer, 4) == ([prompt], False)
+    mixed = [prompt, [2, 3]]
+    assert read_prompts(mixed, without_tokenizer, 4) == ([prompt, Prompt((2, 3), False)], True)
+    with pytest.raises(PromptError, match=r"(?s)not a token id.*prompt\[0\].*12"):
+        read_prompts(Prompt((12,), is_text=True), RULES, 4)
+
+
+def test_an_empty_text_becomes_the_bos_token():
     rules = replace(RULES, bos_id=3)
     assert read_prompts(["", "!"], rules, 4) == ([Prompt((3,), True), Prompt((1,), True)], True)
     with pytest.raises(PromptError, match=r"(?s)not a token id.*12"):
@@ -307,7 +330,7 @@ def test_buckets(length: int, limit: int, expected: int):
     assert bucket(length, limit) == expected
 
 
-def test_a_batch_is_padded_on_the_right_and_to_whole_parts_of_dp():
+def test_a_batch_is_padded_on_the_right_and_to_a_multiple_of_dp():
     prompts = [Prompt((5, 6), False), Prompt((7,) * 17, False), Prompt((8,), False)]
     batch = make_batch(prompts, max_new_tokens=20, max_positions=60, dp=2)
     assert batch.ids.shape == (4, 32)
@@ -318,7 +341,7 @@ def test_a_batch_is_padded_on_the_right_and_to_whole_parts_of_dp():
     assert (batch.ids.dtype, batch.lengths.dtype, batch.totals.dtype) == (np.int32,) * 3
 
 
-def test_prompts_of_one_bucket_have_one_shape():
+def test_prompts_in_the_same_bucket_have_the_same_shape():
     generator = hashing()
     for prompt in ([5], [6] * 4, "To be"):
         generate(generator, prompt, replace(GREEDY, max_new_tokens=10))
@@ -329,7 +352,7 @@ def test_prompts_of_one_bucket_have_one_shape():
     ]
 
 
-def test_every_step_after_the_first_finds_its_choice_compiled():
+def test_choosing_tokens_is_compiled_once():
     _choose.clear_cache()
     for temperature in (0.5, 0.9):
         params = SamplingParams(max_new_tokens=5, temperature=temperature, top_p=temperature)
@@ -342,7 +365,7 @@ def test_every_step_after_the_first_finds_its_choice_compiled():
 # Batches for logits
 
 
-def test_a_batch_of_ids():
+def test_a_batch_of_ids_is_checked():
     checked = check_batch([[1, 2], [3, 9]], RULES)
     assert (checked.tolist(), checked.dtype) == ([[1, 2], [3, 9]], np.int32)
     assert check_batch(np.array([[7]], np.uint64), RULES).tolist() == [[7]]
@@ -362,6 +385,6 @@ def test_a_batch_of_ids():
         ([[1] * 9], "(?s)exceed.*at most 8 tokens.*9"),
     ],
 )
-def test_what_is_no_batch_of_ids(ids: object, message: str):
+def test_invalid_batches_of_ids(ids: object, message: str):
     with pytest.raises(PromptError, match=message):
         check_batch(ids, RULES)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Text of the fixture in float32, against what transformers wrote (tests/oracle/make_greedy.py)."""
+"""Text of the fixture in float32, compared with transformers (tests/oracle/make_greedy.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mtj_loader.formats.token_ids import bos_id, eos_ids
-from mtj_loader.generation.generator import Generator, generate, stream
+from mtj_loader.generation.generator import Generator
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.tokenizer import load_tokenizer
 from tests.support.models import DATA, config_of, make_forward, place
@@ -18,12 +18,12 @@ from tests.support.mtj_tree import neox_tree
 FIXTURE = DATA / "shakespeare-neox"
 CASES = json.loads((DATA / "shakespeare-greedy.json").read_text(encoding="utf-8"))
 GREEDY = SamplingParams(max_new_tokens=100, temperature=0)
-LOGITS_TOLERANCE = 1e-4  # of two implementations in float32
+LOGITS_TOLERANCE = 1e-4  # between two implementations in float32
 
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    """On a mesh of both axes; five prompts leave a row of padding, one prompt leaves one too."""
+    """On a mesh with both axes; a batch of five prompts or of one prompt has a padding row."""
     forward = make_forward(config_of(FIXTURE), dp=2, mp=4)
     tensors = {}
     for path in sorted(FIXTURE.glob("*.safetensors")):
@@ -38,26 +38,26 @@ def generator() -> Generator:
     return Generator(forward, params, tokenizer, eos_ids(*configs), bos_id(*configs))
 
 
-def test_the_oracle_left_no_step_to_chance():
+def test_no_oracle_step_is_nearly_tied():
     assert min(case["smallest_gap"] for case in CASES) > 50 * LOGITS_TOLERANCE
     assert len({len(case["prompt_ids"]) for case in CASES}) > 3
 
 
-def test_greedy_ids_of_one_batch_are_those_of_transformers(generator: Generator):
+def test_greedy_ids_of_a_batch_equal_transformers(generator: Generator):
     prompts = [case["prompt_ids"] for case in CASES]
-    assert generate(generator, prompts, GREEDY) == [case["new_ids"] for case in CASES]
+    assert generator.start(prompts, GREEDY).result() == [case["new_ids"] for case in CASES]
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case["prompt"])
-def test_greedy_text_alone_is_that_of_transformers(generator: Generator, case: dict):
+def test_greedy_text_of_one_prompt_equals_transformers(generator: Generator, case: dict):
     assert generator.tokenizer is not None
     expected = generator.tokenizer.decode(case["new_ids"])
-    assert generate(generator, case["prompt"], GREEDY) == expected
-    assert "".join(stream(generator, case["prompt"], GREEDY)) == expected  # pyright: ignore
+    assert generator.start(case["prompt"], GREEDY).result() == expected
+    assert "".join(generator.start(case["prompt"], GREEDY).stream()) == expected  # pyright: ignore
 
 
-def test_logits_are_those_of_transformers(generator: Generator):
-    """After the prompt, and after all but the last of the new tokens, in one pass over both."""
+def test_logits_equal_transformers(generator: Generator):
+    """At the end of the prompt and before the last new token, in one pass over both."""
     case = CASES[-1]
     ids = [*case["prompt_ids"], *case["new_ids"][:-1]]
     logits = generator.forward.logits(generator.params, [ids])[0]
@@ -69,6 +69,7 @@ def test_logits_are_those_of_transformers(generator: Generator):
 def test_sampled_text_does_not_depend_on_the_batch(generator: Generator):
     prompts = [case["prompt"] for case in CASES]
     params = SamplingParams(max_new_tokens=100, temperature=0.9, top_k=60, top_p=0.9, seed=3)
-    together = generate(generator, prompts, params)
-    assert together[:2] == [generate(generator, prompt, params) for prompt in prompts[:2]]
+    together = generator.start(prompts, params).result()
+    alone = [generator.start(prompt, params).result() for prompt in prompts[:2]]
+    assert together[:2] == alone
     assert len(set(together)) == len(CASES)

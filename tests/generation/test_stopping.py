@@ -1,4 +1,4 @@
-"""Stop strings that arrive in pieces."""
+"""Stop strings in text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from mtj_loader.errors import UsageError
 from mtj_loader.generation.row_output import StopMatch, find_stop_string, read_stop_strings
 
 
-def test_forms_of_stop():
+def test_stop_may_be_a_string_or_a_list():
     assert read_stop_strings(None) == read_stop_strings([]) == ()
     assert read_stop_strings("\n") == ("\n",)
     assert read_stop_strings(["a", "b"]) == ("a", "b")
 
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], [3], [None]])
-def test_what_is_no_stop_string_is_refused(stop: object):
+def test_invalid_stop_strings_are_rejected(stop: object):
     with pytest.raises(UsageError, match=r"(?s)not a stop string.*at least one character"):
         read_stop_strings(stop)  # pyright: ignore[reportArgumentType]
 
@@ -28,13 +28,13 @@ def test_what_is_no_stop_string_is_refused(stop: object):
         ("abc", [], StopMatch("abc", "", stopped=False)),
         ("abXYc", ["XY"], StopMatch("ab", "", stopped=True)),
         ("abX", ["XY"], StopMatch("ab", "X", stopped=False)),
-        ("abX", ["XYZ", "bXQ"], StopMatch("a", "bX", stopped=False)),  # the longer beginning
+        ("abX", ["XYZ", "bXQ"], StopMatch("a", "bX", stopped=False)),  # the longer overlap
         ("aXaXb", ["XaXc"], StopMatch("aXaXb", "", stopped=False)),
         ("aXaX", ["XaXc"], StopMatch("a", "XaX", stopped=False)),
         ("", ["X"], StopMatch("", "", stopped=False)),
         ("X", ["X"], StopMatch("", "", stopped=True)),
-        ("abcd", ["bcd", "c"], StopMatch("ab", "", stopped=True)),  # "c" is complete first
-        ("abc", ["bc", "c"], StopMatch("a", "", stopped=True)),  # complete together: the longer
+        ("abcd", ["bcd", "c"], StopMatch("ab", "", stopped=True)),  # "c" ends first
+        ("abc", ["bc", "c"], StopMatch("a", "", stopped=True)),  # both end here: the longer one
         ("aYbX", ["X", "Y"], StopMatch("a", "", stopped=True)),
     ],
 )
@@ -56,8 +56,8 @@ def read_in_pieces(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
     st.lists(st.text("ab", max_size=5), max_size=6),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
 )
-def test_it_does_not_matter_how_a_text_is_cut(pieces: list[str], stops: list[str]):
-    """The reference reads character by character and looks at the end of what it has."""
+def test_the_result_does_not_depend_on_how_the_text_is_split(pieces: list[str], stops: list[str]):
+    """The reference reads one character at a time and checks the end of the text so far."""
     text, expected, stopped = "".join(pieces), "".join(pieces), False
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]

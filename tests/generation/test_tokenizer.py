@@ -1,4 +1,4 @@
-"""The tokenizer's files, its ids, and text that grows token by token."""
+"""Tokenizer files, token ids, and decoding one token at a time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FIXTURE = Path(__file__).parents[1] / "data" / "shakespeare-neox"
 SETTINGS = json.loads((FIXTURE / "tokenizer_config.json").read_text())
 MODEL = json.loads((FIXTURE / "tokenizer.json").read_text())["model"]
 TEXT = "Hi, é e\u0301<|endoftext|> x"
-# transformers' ids of TEXT: "é" is 128 103 when composed, and " e" with an accent 330 137 224.
+# The ids of TEXT in transformers. A composed "é" is 128 103; " e" and an accent are 330 137 224.
 PLAIN = [40, 73, 12, 221, 128, 103, 330, 137, 224, 0, 221, 88]
 COMPOSED = [40, 73, 12, 221, 128, 103, 221, 128, 103, 0, 221, 88]
 
 
 def write(folder: Path, **contents: object) -> dict[str, Path]:
-    """Files by their name with `_` for `.`; strings and bytes as they are, all else as JSON."""
+    """Writes files; in names, the last `_` stands for `.`; values that are no text become JSON."""
     files = {}
     for name, content in contents.items():
         stem, _, suffix = name.rpartition("_")
@@ -52,10 +52,10 @@ def fixture_tokenizer() -> Tokenizer:
 
 def test_tokenizer_json(fixture_tokenizer: Tokenizer):
     assert fixture_tokenizer.encode(TEXT) == PLAIN
-    assert fixture_tokenizer.decode(PLAIN) == "Hi, é e\u0301 x"  # end of text has no text
+    assert fixture_tokenizer.decode(PLAIN) == "Hi, é e\u0301 x"  # the end-of-text token has no text
 
 
-def test_no_files_make_no_tokenizer(tmp_path: Path):
+def test_without_enough_files_there_is_no_tokenizer(tmp_path: Path):
     assert load_tokenizer({}) is None
     assert load_tokenizer(write(tmp_path, tokenizer_config_json={}, vocab_json={"a": 0})) is None
 
@@ -75,7 +75,7 @@ def test_no_files_make_no_tokenizer(tmp_path: Path):
     ],
 )
 def test_vocab_and_merges(tmp_path: Path, settings: dict, model_type: str, expected: list[int]):
-    """The ids are those of transformers' AutoTokenizer for the same files."""
+    """The ids are those of transformers' AutoTokenizer with the same files."""
     files = write(
         tmp_path,
         vocab_json=MODEL["vocab"],
@@ -85,7 +85,7 @@ def test_vocab_and_merges(tmp_path: Path, settings: dict, model_type: str, expec
     )
     tokenizer = load(files, model_type)
     if expected is None:
-        assert tokenizer.encode("Hi,") == [3003, 12]  # a new token, after the 3003 of the file
+        assert tokenizer.encode("Hi,") == [3003, 12]  # a new token, after the 3003 in the file
         assert tokenizer.decode([3003, 12]) == ","
     else:
         assert tokenizer.encode(TEXT) == expected
@@ -112,7 +112,7 @@ def test_prefix_space_of_tokenizer_config_wins_over_tokenizer_json(tmp_path: Pat
     files["tokenizer.json"] = FIXTURE / "tokenizer.json"
     assert load(files).encode("Hi") == [438, 73]
     files = write(tmp_path, tokenizer_json=raw, tokenizer_config_json={"add_prefix_space": False})
-    assert load(files).encode("Hi") == [438, 73]  # another class takes tokenizer.json as it is
+    assert load(files).encode("Hi") == [438, 73]  # other classes use tokenizer.json unchanged
 
 
 def test_truncation_and_padding_of_tokenizer_json_are_off(tmp_path: Path):
@@ -124,7 +124,7 @@ def test_truncation_and_padding_of_tokenizer_json_are_off(tmp_path: Path):
     assert load(files).encode("Hi") == [40, 73]
 
 
-def test_added_tokens_get_the_ids_that_are_written(tmp_path: Path):
+def test_added_tokens_get_the_ids_in_the_file(tmp_path: Path):
     names = {"vocab_json": MODEL["vocab"], "merges_txt": merges()}
     added = {"3004": {"content": "<b>", "special": True}, "3003": {"content": "   "}}
     more = {"added_tokens_decoder": added, "additional_special_tokens": ["<b>"]}
@@ -188,7 +188,7 @@ def test_blank_lines_and_carriage_returns_in_merges(tmp_path: Path):
     assert load(write(tmp_path, vocab_json=vocab, merges_txt="\r\na b\r\n\n")).encode("ab") == [2]
 
 
-def test_half_a_surrogate_pair_is_refused(fixture_tokenizer: Tokenizer):
+def test_a_lone_surrogate_is_rejected(fixture_tokenizer: Tokenizer):
     with pytest.raises(PromptError, match=r"(?s)not valid Unicode.*\\ud800"):
         fixture_tokenizer.encode("a\ud800")
 
@@ -198,13 +198,13 @@ def in_pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*(stream.push(token) for token in ids), stream.finish()]
 
 
-def test_a_character_comes_out_with_its_last_byte(fixture_tokenizer: Tokenizer):
+def test_a_character_is_returned_with_its_last_byte(fixture_tokenizer: Tokenizer):
     ids = fixture_tokenizer.encode("😀a你")
     assert len(ids) == 8
     assert in_pieces(fixture_tokenizer, ids) == ["", "", "", "😀", "a", "", "", "你", ""]
 
 
-def test_an_unfinished_character_is_shown_at_the_end(fixture_tokenizer: Tokenizer):
+def test_an_incomplete_character_is_returned_at_the_end(fixture_tokenizer: Tokenizer):
     ids = fixture_tokenizer.encode("a你")[:-1]
     assert in_pieces(fixture_tokenizer, ids) == ["a", "", "", "\ufffd"]
     ids = [*ids, *fixture_tokenizer.encode("b")]
@@ -212,8 +212,8 @@ def test_an_unfinished_character_is_shown_at_the_end(fixture_tokenizer: Tokenize
 
 
 @given(st.lists(st.integers(0, 3010) | st.integers(90, 270), max_size=80))
-def test_pieces_of_any_ids_make_up_the_text(ids: list[int]):
-    """Ids 90 to 270 are mostly single bytes that are no UTF-8; those over 3002 have no text."""
+def test_pieces_of_any_ids_add_up_to_the_text(ids: list[int]):
+    """Ids 90 to 270 are mostly single bytes of invalid UTF-8; ids over 3002 have no text."""
     tokenizer = load({"tokenizer.json": FIXTURE / "tokenizer.json"})
     pieces = in_pieces(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids)
@@ -229,8 +229,8 @@ def test_pieces_of_any_text_are_final(text: str):
         assert given_out == tokenizer.decode(ids[:upto]).rstrip("\ufffd")
 
 
-def test_single_bytes_of_sentencepiece_wait_for_their_run():
-    """Its decoder reads a whole run of bytes at once: one that goes wrong spoils those before."""
+def test_byte_tokens_of_sentencepiece_are_decoded_as_a_run():
+    """The decoder reads a whole run of bytes: one invalid byte also changes the earlier ones."""
     names = ["<0xE4>", "<0xBD>", "<0xA0>", "▁a", "b"]
     model = models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
@@ -243,7 +243,7 @@ def test_single_bytes_of_sentencepiece_wait_for_their_run():
     assert in_pieces(tokenizer, [0, 1, 2, 0]) == ["", "", "", "", tokenizer.decode([0, 1, 2, 0])]
 
 
-def test_a_long_text_is_not_decoded_again_and_again(fixture_tokenizer: Tokenizer):
+def test_decoding_a_long_text_takes_linear_time(fixture_tokenizer: Tokenizer):
     class Counting:
         decoded = 0
 
