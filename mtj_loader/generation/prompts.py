@@ -1,4 +1,5 @@
 """Reads, tokenizes and checks prompts, and pads them to a batch with one of a few shapes.
+
 Axes: b batch, t time (padded prompt), T cache length.
 """
 
