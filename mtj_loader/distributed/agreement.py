@@ -141,7 +141,7 @@ def _adapters(plan: LoadPlan) -> str:
         [
             asdict(adapter.config),
             [asdict(record) for record in adapter.records.values()],
-            _samples(adapter.storage, adapter.stamp, _SAMPLES),
+            _samples(adapter.storage, adapter.file, _SAMPLES),
         ]
         for adapter in plan.adapters
     ]

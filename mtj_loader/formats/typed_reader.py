@@ -46,10 +46,10 @@ class TypedReader:
         self._read.add(key)
         return self._values.get(key) is not None
 
-    def raw(self, key: str) -> object:
-        """The unchecked value, None if it is absent."""
+    def raw(self, key: str, default: object = None) -> object:
+        """The unchecked value, or `default` if the key is absent."""
         self._read.add(key)
-        return self._values.get(key)
+        return self._values.get(key, default)
 
     def integer(
         self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_INT

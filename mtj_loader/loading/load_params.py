@@ -184,4 +184,4 @@ def _check_base(plan: LoadPlan) -> None:
 
 def _check_adapters(adapters: Iterable[Adapter]) -> None:
     for adapter in adapters:
-        check_unchanged(adapter.storage, adapter.stamp)
+        check_unchanged(adapter.storage, adapter.file)

@@ -33,6 +33,9 @@ _MAX_CONFIG_BYTES = 1 << 20  # a thousand times the usual size
 # Initializations that do not change the base weights (PEFT's LoraConfig).
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
 
+# Settings that PEFT writes as null if they are not used.
+_NULLABLE = ("alpha_pattern", "rank_pattern", "target_parameters")
+
 # Settings of how the adapter was trained or found its modules, not of what it computes.
 _IGNORED = frozenset({
     "alora_invocation_string", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
@@ -80,14 +83,14 @@ class Adapter:
       storage: its files.
       config: its ranks and scales.
       records: its tensors, by name.
-      stamp: the version of the file that they are in.
+      file: the file that they are in.
     """
 
     location: str
     storage: Storage
     config: AdapterConfig
     records: Mapping[str, TensorRecord]
-    stamp: FileVersion
+    file: FileVersion
 
 
 def open_adapter(path: PathLike) -> Adapter:
@@ -103,23 +106,23 @@ def open_adapter(path: PathLike) -> Adapter:
     else:
         storage, folder = LocalStorage(Path(path)), str(path)
     with storage:
-        there = storage.prepare([CONFIG_FILE, *_WEIGHT_FILES])
-        if CONFIG_FILE not in there:
+        versions = storage.prepare([CONFIG_FILE, *_WEIGHT_FILES])
+        if CONFIG_FILE not in versions:
             raise AdapterError("not the folder of an adapter", file=folder, expected=CONFIG_FILE)
         config = read_object(storage, CONFIG_FILE, _MAX_CONFIG_BYTES)
         checked = read_config(config, file=f"{folder}/{CONFIG_FILE}")
-        stamp = next((there[name] for name in _WEIGHT_FILES if name in there), None)
-        if stamp is None:
+        file = next((versions[name] for name in _WEIGHT_FILES if name in versions), None)
+        if file is None:
             expected = " or ".join(_WEIGHT_FILES)
             raise AdapterError("the adapter has no weights", file=folder, expected=expected)
-        records = {record.name: record for record in _read_records(storage, stamp)}
-    return Adapter(folder, storage, checked, records, stamp)
+        records = {record.name: record for record in _read_records(storage, file)}
+    return Adapter(folder, storage, checked, records, file)
 
 
-def _read_records(storage: Storage, stamp: FileVersion) -> list[TensorRecord]:
-    if stamp.path.endswith(".safetensors"):
-        return safetensors.read_records(storage, stamp)
-    return torch_zip.read_records(storage, stamp)
+def _read_records(storage: Storage, file: FileVersion) -> list[TensorRecord]:
+    if file.path.endswith(SUFFIX):
+        return safetensors.read_records(storage, file)
+    return torch_zip.read_records(storage, file)
 
 
 def read_config(config: Mapping[str, object], *, file: str) -> AdapterConfig:
@@ -128,7 +131,8 @@ def read_config(config: Mapping[str, object], *, file: str) -> AdapterConfig:
     Raises:
       AdapterError: a setting is malformed, unknown or not supported.
     """
-    reader = _AdapterReader(config, file)
+    given = {k: v for k, v in config.items() if v is not None or k not in _NULLABLE}
+    reader = _AdapterReader(given, file)
     reader.refuse_other_methods()
     ranks = reader.patterns("rank_pattern")
     alphas = reader.patterns("alpha_pattern")
@@ -145,15 +149,16 @@ def read_config(config: Mapping[str, object], *, file: str) -> AdapterConfig:
 
 
 class _AdapterReader(TypedReader):
-    """Typed access to the config or one of its tables; raises AdapterError."""
+    """Typed access to the config, or to one of its tables; raises AdapterError."""
 
     error_class = AdapterError
+    null_is_absent = False
 
     def refuse_other_methods(self) -> None:
         """Refuses what is not plain LoRA."""
         if self.raw("peft_type") != "LORA":
             raise self.error("not a LoRA adapter", "peft_type", "LORA")
-        if self.raw("bias") not in (None, "none"):
+        if self.raw("bias", "none") != "none":
             raise self.error("adapters that train biases are not supported", "bias", "none")
         if self.raw("init_lora_weights") not in _PLAIN_INITS:
             what = "this initialization changed the base weights; convert the adapter with PEFT"

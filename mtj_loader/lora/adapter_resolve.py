@@ -32,7 +32,7 @@ from mtj_loader.weights.transforms import Shape, TransformContext, fused_shape, 
 from mtj_loader.weights.view import view_of
 from mtj_loader.weights.weight_map import Target, TargetKey, Targets, WeightMap
 
-_PREFIX = "base_model.model."  # PEFT puts it before every name
+_PREFIX = "base_model.model."  # of every tensor name that PEFT writes
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
 _COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
 # Parameters of nn.Embedding modules; all others belong to linear layers or experts.
@@ -75,7 +75,7 @@ def resolve_adapter(
     resolver.merge()
     if not resolver.terms and not resolver.problems:
         what = "the adapter has no LoRA tensor"
-        resolver.problems.append(Problem(what, file=adapter.stamp.path))
+        resolver.problems.append(Problem(what, file=adapter.file.path))
     if resolver.problems:
         raise AdapterMismatchError(resolver.problems)
     return AdapterTerms(resolver.terms, tuple(resolver.copies))
@@ -148,7 +148,7 @@ class _AdapterResolver:
         """Turns a pair into factors and adds them to the parameter that they belong to."""
         if missing := {"A", "B"} - pair.factors.keys():
             record = next(iter(pair.factors.values()))
-            self.refuse("half of a pair", record, expected=f"lora_{missing.pop()} too")
+            self.refuse("half of a pair", record, expected=f"also lora_{missing.pop()}")
             return
         record = next((r for r in pair.factors.values() if len(r.shape) != 2), None)
         if record is not None:
@@ -210,7 +210,7 @@ class _AdapterResolver:
                 self.add_parameter(name, experts, a, b)
                 return
         shapes = f"A {list(a.shape)}, B {list(b.shape)}"
-        self.refuse("fits none of target_parameters", a, ", ".join(names), shapes)
+        self.refuse("these factors fit none of target_parameters", a, ", ".join(names), shapes)
 
     def add_parameter(
         self, name: str, experts: Sequence[int], a: TensorRecord, b: TensorRecord
@@ -288,9 +288,7 @@ class _AdapterResolver:
         found = (*factors.b.shape[:-2], factors.b.shape[-2], factors.a.shape[-1])
         if found != expected:
             what = "the adapter was made for another shape"
-            self.refuse(
-                what, record, None if expected is None else str(list(expected)), str(list(found))
-            )
+            self.refuse(what, record, str(list(expected or ())), str(list(found)))
             return
         for (target, spec), b in zip(filled, split_rows(factors.b, shapes), strict=True):
             left, right = self.context.apply_factors(b, factors.a, spec, target.transforms)
@@ -305,5 +303,5 @@ class _AdapterResolver:
         found: str | None = None,
     ) -> None:
         self.problems.append(
-            Problem(what, self.adapter.stamp.path, record.name, None, expected, found)
+            Problem(what, self.adapter.file.path, record.name, None, expected, found)
         )

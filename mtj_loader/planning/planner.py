@@ -163,7 +163,7 @@ def _refuse_tied(plan: LoadPlan, adapter: Adapter, found: AdapterTerms) -> None:
     for key in set(_ties(plan.config).values()) & found.terms.keys():
         raise AdapterError(
             "the embedding is tied to the projection; an adapter of it would change both",
-            file=adapter.stamp.path,
+            file=adapter.file.path,
             key=" ".join(key),
         )
 

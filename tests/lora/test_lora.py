@@ -1,4 +1,4 @@
-"""LoRA adapters: merged like by hand, only the needed rows and columns read, all else refused."""
+"""LoRA adapters: correct sums, only the needed rows and columns are read, the rest is refused."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def close(found: dict, expected: dict, rtol: float = 1e-6) -> None:
 
 @pytest.mark.parametrize("transposed_linear", [False, True])
 @pytest.mark.parametrize("mesh", ["mp=1", "mp=4", "dp=2,mp=2"])
-def test_an_adapter_is_merged_like_by_hand(
+def test_an_adapter_equals_a_merge_by_hand(
     mesh: str, transposed_linear: bool, tmp_path: Path
 ) -> None:
-    # Weights of usual size: with those of size 1 the logits, near 50, magnify the last bit.
+    # Small weights: with weights near 1 the logits are near 50, which magnifies the last bit.
     weights = {name: np.float32(0.2) * array for name, array in neox.tensors().items()}
     terms = {name: np.float32(0.4) * array for name, array in TERMS.items()}
     base = neox.write(tmp_path / "base", weights)
@@ -70,7 +70,7 @@ def test_an_adapter_is_merged_like_by_hand(
 
 
 def test_the_sum_is_rounded_once(tmp_path: Path) -> None:
-    """A float32 checkpoint loaded as bfloat16: base and term meet in float32."""
+    """A float32 checkpoint loaded as bfloat16: base and term are added in float32."""
     base, adapter = neox.write(tmp_path / "base"), write_adapter(tmp_path / "a", TERMS)
     wide = mtj_loader.load(base, "mp=2", dtype="float32", adapter=adapter)
     narrow = mtj_loader.load(base, "mp=2", adapter=adapter)
@@ -99,7 +99,7 @@ def test_a_shard_reads_only_its_rows_and_columns(tmp_path: Path) -> None:
         ({"alpha_pattern": {"dense": 9}}, 9 / 3),
         ({"alpha_pattern": {r".*\.attention\.dense": 9, "dense": 2}}, 9 / 3),
         ({"alpha_pattern": {"ense": 9}}, 5 / 3),
-        ({"alpha_pattern": {r"([a-z_0-9]+\.?)+!": 9}}, 5 / 3),  # which `re` would never end with
+        ({"alpha_pattern": {r"([a-z_0-9]+\.?)+!": 9}}, 5 / 3),  # which `re` would never finish
         ({"alpha_pattern": {r"gpt_neox\.layers\.[0-1]\..*\.(query_key_value|dense)": 9}}, 9 / 3),
         ({"r": 64, "rank_pattern": {"layers.1.attention.dense": 3}}, 5 / 3),
     ],
@@ -236,7 +236,7 @@ def test_an_embedding_that_is_tied_is_not_adapted(tmp_path: Path) -> None:
         pytest.param(
             {"use_rslora": 1},
             r"not a legal value(.|\n)*use_rslora(.|\n)*true or false",
-            id="no-truth-value",
+            id="no-bool",
         ),
         pytest.param(
             {"target_parameters": "w"}, "target_parameters(.|\\n)*a list", id="no-list-of-names"
@@ -244,6 +244,8 @@ def test_an_embedding_that_is_tied_is_not_adapted(tmp_path: Path) -> None:
         pytest.param(
             {"target_parameters": [1]}, "target_parameters(.|\\n)*a list of strings", id="no-names"
         ),
+        pytest.param({"r": None}, r"not a legal value(.|\n)*key: r\n", id="null-rank"),
+        pytest.param({"lora_alpha": None}, r"not a legal value(.|\n)*lora_alpha", id="null-alpha"),
         pytest.param(
             {"lora_alpha": "5"},
             r"not a legal value(.|\n)*lora_alpha(.|\n)*a number from",
@@ -251,7 +253,7 @@ def test_an_embedding_that_is_tied_is_not_adapted(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_an_adapter_that_does_something_else_is_refused(
+def test_an_adapter_with_unsupported_settings_is_refused(
     config: dict, words: str, tmp_path: Path
 ) -> None:
     adapter = write_adapter(tmp_path / "a", TERMS, **config)
@@ -274,8 +276,16 @@ def without(name: str) -> dict[str, np.ndarray]:
             "no such parameter(.|\n)*layers.2",
             id="F88-no-such-layer",
         ),
-        pytest.param(without("embed_out.lora_A.weight"), "half of a pair(.|\n)*lora_A", id="F89-a"),
-        pytest.param(without("embed_out.lora_B.weight"), "half of a pair(.|\n)*lora_B", id="F89-b"),
+        pytest.param(
+            without("embed_out.lora_A.weight"),
+            "half of a pair(.|\n)*also lora_A",
+            id="F89-a",
+        ),
+        pytest.param(
+            without("embed_out.lora_B.weight"),
+            "half of a pair(.|\n)*also lora_B",
+            id="F89-b",
+        ),
         pytest.param(linear(DENSE.format(0), 24, 24, rank=4), "wrong rank", id="F89-rank"),
         pytest.param(linear(DENSE.format(0), 20, 24), "another shape", id="wrong-shape"),
         pytest.param(
@@ -307,7 +317,7 @@ def test_an_adapter_that_does_not_fit_is_refused(terms: dict, words: str, tmp_pa
         mtj_loader.plan(neox.write(tmp_path / "base"), "mp=2", adapter=adapter)
 
 
-def test_every_finding_is_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     terms = linear("a.0.b", 3, 3) | linear("a.1.b", 3, 3) | linear(DENSE.format(0), 20, 24)
     with pytest.raises(AdapterMismatchError) as caught:
         mtj_loader.plan(
@@ -334,7 +344,7 @@ def test_a_list_of_adapters_has_weights(adapter: list, tmp_path: Path) -> None:
         mtj_loader.plan(neox.write(tmp_path), "mp=2", adapter=adapter)
 
 
-def test_products_name_their_precision() -> None:
+def test_products_set_their_precision() -> None:
     left, right = np.zeros((2, 4, 3), np.float32), np.zeros((2, 3, 5), np.float32)
     sharding = jax.sharding.NamedSharding(
         mtj_loader.make_mesh("mp=2"), jax.sharding.PartitionSpec("mp")
@@ -422,9 +432,7 @@ def test_the_command_line_takes_adapters_with_weights(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_nothing_of_an_adapter_is_dropped_or_turned_round(
-    terms: dict, words: str, tmp_path: Path
-) -> None:
+def test_ambiguous_or_mixed_factors_are_refused(terms: dict, words: str, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "a", terms)
     with pytest.raises(AdapterMismatchError, match=words):
         mtj_loader.plan(neox.write(tmp_path / "base"), "mp=2", adapter=adapter)

@@ -1,4 +1,4 @@
-"""LoRA on the experts of a Mixtral: in both layouts of the weights, and all of the adapter's."""
+"""LoRA on the experts of Mixtral, for both layouts of the weights and all of the adapter."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def random(*shape: int) -> np.ndarray:
 
 
 def base_weights() -> Arrays:
-    """Everything but the experts, as transformers names it."""
+    """Everything except the experts, under the names of transformers."""
     arrays = {
         "model.embed_tokens.weight": random(29, HIDDEN),
         "model.norm.weight": random(HIDDEN),
@@ -112,7 +112,7 @@ def compare(base: Path, adapter: Path, expected: Path, mesh: str, **options: boo
 
 
 def old_adapter(ranks: dict) -> tuple[Arrays, dict]:
-    """Factors for some experts, named one by one, and what they add."""
+    """Factors for some experts, one module per expert, and what they add."""
     terms, deltas = {}, {}
     for (i, e, w), rank in ranks.items():
         outs, ins = EXPERT_SHAPES[w]
@@ -143,7 +143,7 @@ def test_an_adapter_on_the_old_layout(
     compare(base, adapter, hand, mesh, **options)
 
 
-def test_some_experts_with_ranks_of_their_own(tmp_path: Path) -> None:
+def test_experts_may_have_different_ranks(tmp_path: Path) -> None:
     ranks = {(0, 2, "w1"): 1, (0, 2, "w3"): 4, (0, 3, "w3"): 2, (1, 0, "w2"): 5}
     terms, deltas = old_adapter(ranks)
     pattern = {f"layers.{i}.block_sparse_moe.experts.{e}.{w}": r for (i, e, w), r in ranks.items()}
@@ -154,7 +154,7 @@ def test_some_experts_with_ranks_of_their_own(tmp_path: Path) -> None:
 
 
 def new_adapter(rank: int) -> tuple[Arrays, dict]:
-    """Factors of the fused parameters as PEFT keeps them, and what they add."""
+    """Factors of the fused parameters as PEFT stores them, and what they add."""
     terms, deltas = {}, {}
     for i in range(LAYERS):
         for nested, outs, ins in ((".base_layer", 2 * WIDTH, HIDDEN), ("", HIDDEN, WIDTH)):
@@ -202,7 +202,7 @@ def test_one_target_parameter_is_not_nested(tmp_path: Path) -> None:
         (lambda name: name.replace("layers.1.", "layers.5."), "no such parameter"),
     ],
 )
-def test_an_expert_that_is_not_there_is_refused(change, words: str, tmp_path: Path) -> None:
+def test_an_expert_that_does_not_exist_is_refused(change, words: str, tmp_path: Path) -> None:
     terms, _ = old_adapter(dict.fromkeys(EXPERT_WEIGHTS, RANK))
     adapter = write_adapter(tmp_path / "a", {change(name): a for name, a in terms.items()})
     base = write(tmp_path / "base", fused(EXPERT_WEIGHTS))
@@ -210,7 +210,7 @@ def test_an_expert_that_is_not_there_is_refused(change, words: str, tmp_path: Pa
         mtj_loader.plan(base, "mp=2", adapter=adapter)
 
 
-def test_a_rank_that_the_experts_do_not_share_is_refused(tmp_path: Path) -> None:
+def test_factors_whose_ranks_differ_between_experts_are_refused(tmp_path: Path) -> None:
     terms, _ = new_adapter(RANK)
     wider = {k: np.pad(v, ((0, 0), (0, 1))) if "lora_B" in k else v for k, v in terms.items()}
     adapter = write_adapter(tmp_path / "a", wider, target_parameters=TARGETS)
@@ -223,7 +223,7 @@ def test_a_rank_that_the_experts_do_not_share_is_refused(tmp_path: Path) -> None
     ("targets", "words"),
     [
         ([], "wrong rank"),
-        (TARGETS[1:], r"fits none of target_parameters"),
+        (TARGETS[1:], "fit none of target_parameters"),
     ],
 )
 def test_factors_that_fit_no_listed_parameter_are_refused(

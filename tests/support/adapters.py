@@ -1,4 +1,4 @@
-"""Writes small LoRA adapters as PEFT names them, and merges them by hand."""
+"""Writes small LoRA adapters with PEFT's names, and merges them by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], **config: obj
 
 
 def linear(module: str, outs: int, ins: int, rank: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
-    """The factors of one linear layer, random."""
+    """Random factors of one linear layer."""
     random = np.random.default_rng(seed)
     name = f"base_model.model.{module}"
     return {

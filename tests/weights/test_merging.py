@@ -1,4 +1,4 @@
-"""Conversions of layouts: many tensors become one, and shards are still cut before the merge."""
+"""Conversions: many tensors are merged into one, and shards are cut before the merge."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CONVERSIONS = parse_map(raw(ROUTER, GATE_UP, DOWN), file="m").conversions
 
 
 def tensors(experts: int, prefix: str = "model.") -> dict[str, np.ndarray]:
-    """Expert weights of one layer, w1 and w3 [I=4, H=3], w2 [H=3, I=4], each number its own."""
+    """Expert weights of one layer, w1 and w3 [I=4, H=3], w2 [H=3, I=4], all random."""
     random = np.random.default_rng(0)
     found = {}
     for expert in range(experts):
@@ -66,7 +66,7 @@ def records(arrays: dict[str, np.ndarray]) -> dict[str, TensorRecord]:
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_experts_are_stacked_by_number_and_gate_comes_before_up(prefix: str) -> None:
-    arrays = tensors(12, prefix)  # twelve: as text, expert 10 would come before expert 2
+    arrays = tensors(12, prefix)  # twelve: in text order, expert 10 would come before expert 2
     sources, problems = convert(records(arrays), CONVERSIONS)
     assert problems == []
     found = {source.name: materialize(source.view, arrays) for source in sources}
@@ -83,7 +83,7 @@ def test_experts_are_stacked_by_number_and_gate_comes_before_up(prefix: str) -> 
     np.testing.assert_array_equal(found["model.layers.5.mlp.experts.down_proj"], downs)
 
 
-def test_the_router_is_renamed_by_whole_parts_of_its_name() -> None:
+def test_renames_match_whole_components_of_a_name() -> None:
     names = ["gate.weight", "gates.weight", "experts_gate.weight"]
     arrays = {f"model.layers.0.block_sparse_moe.{name}": np.zeros(2) for name in names}
     sources, _ = convert(records(arrays), CONVERSIONS)
@@ -128,7 +128,7 @@ def test_a_missing_expert_is_named() -> None:
         ((0, 7), "concatenate has dim 7, but there are 3 dimensions"),
     ],
 )
-def test_axes_that_the_tensors_have_not(operations: tuple[int, int], words: str) -> None:
+def test_axes_out_of_range_are_refused(operations: tuple[int, int], words: str) -> None:
     merge = replace(CONVERSIONS.merges[0], stack_axis=operations[0], concat_axis=operations[1])
     _, problems = convert(records(tensors(2)), replace(CONVERSIONS, merges=(merge,)))
     assert [problem.what for problem in problems] == [f"tensors cannot be merged into one: {words}"]
@@ -164,7 +164,7 @@ def test_an_expert_of_a_large_number_costs_no_memory(number: str) -> None:
     name = f"model.layers.5.block_sparse_moe.experts.{number}.w1.weight"
     sources, problems = convert(records(tensors(2) | {name: np.zeros((4, 3))}), CONVERSIONS)
     unmerged = [source.name for source in sources if source.name == name]
-    assert len(problems) + len(unmerged) == 1  # a gap, or a name that is no expert's
+    assert len(problems) + len(unmerged) == 1  # a gap, or a name that no pattern matches
 
 
 def test_experts_of_different_shapes_are_named() -> None:
@@ -174,7 +174,7 @@ def test_experts_of_different_shapes_are_named() -> None:
     assert "cannot join (1, 2, 4) to (1, 3, 4)" in problem.what
 
 
-def test_without_conversions_names_stay() -> None:
+def test_without_conversions_names_are_unchanged() -> None:
     arrays = tensors(1)
     sources, _ = convert(records(arrays), NO_CONVERSIONS)
     assert {source.name for source in sources} == set(arrays)

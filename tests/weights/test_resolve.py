@@ -1,4 +1,4 @@
-"""Map × checkpoint × model: nothing is silent, and everything that is wrong is told at once."""
+"""Resolving a checkpoint: nothing is dropped silently, all problems are reported at once."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_mismatch_is_named(
     assert expected in problems(folder)
 
 
-def test_all_problems_come_at_once_with_layers_folded(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_with_layers_folded(tmp_path: Path) -> None:
     arrays = {k: v for k, v in neox.tensors().items() if "dense.weight" not in k}
     arrays["stray"] = np.zeros(2, np.float32)
     with pytest.raises(CheckpointMismatchError) as caught:
@@ -243,7 +243,7 @@ def test_a_map_of_another_family_is_refused(tmp_path: Path) -> None:
         mtj_loader.plan(neox.write(tmp_path / "c"), "mp=2", map=path)
 
 
-def test_a_map_that_reads_another_width_than_the_model_is_refused(tmp_path: Path) -> None:
+def test_a_map_that_reads_a_width_other_than_the_models_is_refused(tmp_path: Path) -> None:
     raw = json.loads(SEED.read_text())
     raw["mtj_config_map"]["d_model"] = "intermediate_size"
     path = tmp_path / "map.json"
@@ -291,7 +291,7 @@ def test_folding_keeps_gaps_visible() -> None:
     assert [p.tensor for p in found] == ["h.{0,2,5}.a"]
 
 
-def test_mixed_dtypes_load_each_by_its_own(tmp_path: Path) -> None:
+def test_a_checkpoint_of_mixed_dtypes_loads(tmp_path: Path) -> None:
     arrays = neox.tensors()
     arrays[DENSE] = arrays[DENSE].astype(ml_dtypes.bfloat16)
     model = mtj_loader.load(neox.write(tmp_path, arrays), "mp=2", dtype="float32")

@@ -1,4 +1,4 @@
-"""Views against numpy: whatever chain of transforms, whatever box, the elements are the same."""
+"""Views against numpy: the same elements after any chain of transforms, in any box."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def record(shape: tuple[int, ...], name: str = "t") -> TensorRecord:
 
 
 def materialize(view: View, data: dict[str, np.ndarray]) -> np.ndarray:
-    """Every element of the view, piece by piece; NaN wherever no piece comes."""
+    """Every element of the view, piece by piece; NaN where there is no piece."""
     out = np.full(view.shape, np.nan)
     for p in view.layout.pieces:
         box = tuple(slice(a, b) for a, b in zip(p.start, p.stop, strict=True))
@@ -34,7 +34,7 @@ def materialize(view: View, data: dict[str, np.ndarray]) -> np.ndarray:
 
 @dataclass
 class Pair:
-    """A view, and the numpy array that it must be equal to."""
+    """A view, and the numpy array that it must equal."""
 
     view: View
     array: np.ndarray
@@ -147,7 +147,7 @@ def test_a_hole_is_an_error() -> None:
         half.check_tiling()
 
 
-def test_an_overlap_is_an_error_though_the_volume_fits() -> None:
+def test_an_overlap_is_an_error_even_if_the_volume_fits() -> None:
     twice = Layout((4,), (Piece((0,), (2,), 0, 0, (1,)), Piece((1,), (2,), 0, 0, (1,))))
     with pytest.raises(ValueError, match="piece 1 overlaps an earlier piece"):
         twice.check_tiling()
@@ -175,7 +175,7 @@ def test_row_major_strides() -> None:
     assert row_major((2, 3, 4)) == (12, 4, 1)
 
 
-def test_layers_that_are_alike_share_their_layouts() -> None:
+def test_equal_layers_share_their_layouts() -> None:
     first, second = (TensorRecord(f"h.{i}.w", "f", 100 * i, "F32", (6, 4)) for i in range(2))
 
     def layouts(record: TensorRecord) -> list[Layout]:

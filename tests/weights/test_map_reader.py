@@ -1,4 +1,4 @@
-"""Weight maps: the documented vocabulary is read exactly, everything else is refused by name."""
+"""Reading weight maps: everything outside the documented vocabulary is refused by name."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_layers_are_expanded_in_names_and_modules() -> None:
     assert len(names) == 4 + 3 * 15
 
 
-def test_our_map_says_what_the_seed_says() -> None:
+def test_our_map_has_the_same_entries_as_the_seed() -> None:
     ours, theirs = find_map("gpt_neox"), read_map(SEED)
     assert (ours.static, ours.layer) == (theirs.static, theirs.layer)
 
 
-def test_config_values_take_the_first_key_that_is_there_then_the_default() -> None:
+def test_config_values_use_the_first_key_present_then_the_default() -> None:
     raw = seed() | {"mtj_config_map": {"e": ["proj_dim", "width", 7], "d_model": "width"}}
     weight_map = parse_map(raw, file="m.json")
     both = {"width": 5, "proj_dim": 3}
@@ -126,14 +126,14 @@ LAYER = "gpt_neox.layers.{layer}.attention.dense.bias"
         pytest.param(broken("mtj_config_map/x", [1, 2]), ["strings", "x"], id="rule-of-numbers"),
     ],
 )
-def test_what_is_not_in_the_vocabulary_is_refused(raw: dict, words: list[str]) -> None:
+def test_anything_outside_the_vocabulary_is_refused(raw: dict, words: list[str]) -> None:
     with pytest.raises(MapError) as caught:
         parse_map(raw, file="broken.json")
     for word in ["broken.json", *words]:
         assert word in str(caught.value)
 
 
-def test_a_static_name_that_is_a_layers_too_is_refused() -> None:
+def test_a_tensor_with_a_static_and_a_layer_entry_is_refused() -> None:
     name = LAYER.replace("{layer}", "1")
     weight_map = parse_map(broken(f"static_weights/{name}", ENTRY), file="m")
     weight_map.expand(1)
