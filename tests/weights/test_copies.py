@@ -1,4 +1,4 @@
-"""From layouts to reads and copies: every byte of a shard, whatever panels the file is read in."""
+"""Copies: every byte of a shard is copied, for any division of the file into chunks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def layout_of(*shape: int) -> Layout:
 @given(pairs(), st.integers(1, 9))
 @settings(max_examples=200, deadline=None)
 def test_copies_in_chunks_of_any_size_equal_the_view(pair, chunk: int) -> None:
-    """Reads each record panel by panel, only the runs that are needed; all else stays NaN."""
+    """Reads only the needed runs of each record, in chunks; all other elements stay NaN."""
     view = pair.view
     found = shard_copies(view.layout)
     buffer = np.full(view.shape, np.nan, np.float32)
