@@ -1,8 +1,8 @@
 """Checks before any weights are read that the parameters fit into memory.
 
 Accelerators report their own free memory. CPU devices share the machine's memory, which is limited
-by what is free, by a container's limit and by the process's address space limit. Only memory that
-is certainly needed counts, so that no load is rejected that would succeed.
+by what is free, by a container's limit and by the address space limit of the process. Only memory
+that is certainly needed counts, so that no load is rejected that would succeed.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def reshard_param(
 
 @contextmanager
 def precompile(plan: LoadPlan, mesh: Mesh) -> Iterator[None]:
-    """Compiles the programs of `reshard` in the background; it compiles those not started yet.
+    """Compiles the programs of `reshard` in the background; `reshard` compiles the remaining ones.
 
     Args:
       plan: what is read, without adapters.

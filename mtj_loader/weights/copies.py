@@ -55,7 +55,7 @@ class Copy:
 
     @property
     def is_run(self) -> bool:
-        """Whether both sides are contiguous, so that a read may go directly into the buffer."""
+        """Whether both sides are contiguous, so that the file can be read into the buffer."""
         return not self.loops or (
             len(self.loops) == 1 and self.loops[0].src == 1 == self.loops[0].dst
         )

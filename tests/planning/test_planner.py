@@ -10,7 +10,7 @@ import pytest
 import mtj_loader
 from mtj_loader.formats import hf_config
 from mtj_loader.planning import planner
-from mtj_loader.weights import find_map
+from mtj_loader.weights import map_reader
 from tests.support import neox
 from tests.support.adapters import linear, write_adapter
 
@@ -22,8 +22,8 @@ def test_map_and_config_are_read_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mesh: str | None
 ) -> None:
     calls: list[str] = []
-    read_map, normalize = find_map.read_map, hf_config.normalize
-    monkeypatch.setattr(find_map, "read_map", lambda path: calls.append("map") or read_map(path))
+    read_map, normalize = map_reader.read_map, hf_config.normalize
+    monkeypatch.setattr(map_reader, "read_map", lambda path: calls.append("map") or read_map(path))
     monkeypatch.setattr(
         hf_config, "normalize", lambda *a, **k: calls.append("config") or normalize(*a, **k)
     )

@@ -1,4 +1,4 @@
-"""Copies and runs fill a shard correctly, whatever chunks the file is read in."""
+"""Copies: every byte of a shard is copied, for any division of the file into chunks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def layout_of(*shape: int) -> Layout:
 @given(pairs(), st.integers(1, 9))
 @settings(max_examples=200, deadline=None)
 def test_copies_in_chunks_of_any_size_equal_the_view(pair, chunk: int) -> None:
-    """Reads each record chunk by chunk, only the runs that are needed; the rest stays NaN."""
+    """Reads only the needed runs of each record, in chunks; all other elements stay NaN."""
     view = pair.view
     found = shard_copies(view.layout)
     buffer = np.full(view.shape, np.nan, np.float32)
@@ -69,7 +69,7 @@ def test_replicated_shards_have_equal_layouts() -> None:
     assert first == second
 
 
-def test_a_merged_axis_of_heads_is_split_by_head() -> None:
+def test_heads_are_split_by_head_though_their_axis_is_merged() -> None:
     groups = axes("d (h 3 k)", {"d": 2, "h": 4, "k": 5})
     shards = shard_layouts(layout_of(60, 2).transpose((1, 0)), groups, "h", 2)
     assert [s.shape for s in shards] == [(2, 2, 3, 5)] * 2
