@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,9 @@ ROOT = Path(__file__).parents[2]
 FIXTURE = ROOT / "tests/data/shakespeare-neox"
 
 
+STARTED: list[subprocess.Popen[bytes]] = []  # by the running test
+
+
 def start(
     *arguments: object, script: str | None = None, first: str = ":", **files: int
 ) -> subprocess.Popen[bytes]:
@@ -46,11 +49,24 @@ def start(
     """
     program = ["-m", "mtj_loader.cli"] if script is None else ["-c", script]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         ["sh", "-c", f'{first}; exec "$@"', "sh", sys.executable, *program, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         **(pipes | files),
     )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """Kills what a failed test has left behind."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def limited(limit: str, *arguments: object, script: str | None = None) -> tuple[int, str]:
