@@ -147,12 +147,18 @@ def rewritten(source: Path, folder: Path, rename, **more: np.ndarray) -> Path:
 
 
 BUFFER = np.ones((1, 1, 2, 2), np.uint8)
+ROTARY = {f"rotary_emb.{name}": BUFFER for name in ("inv_freq", "cos_cached", "sin_cached")}
 SPELLINGS = [
     (
         "gptj",
         "published",
         "transformer.",
-        {"h.0.attn.bias": BUFFER, "h.1.attn.masked_bias": BUFFER},
+        {
+            "h.0.attn.bias": BUFFER,
+            "h.1.attn.masked_bias": BUFFER,
+            "h.0.attn.embed_positions": BUFFER,
+            "embed_positions": BUFFER,
+        },
     ),
     (
         "gpt_neo",
@@ -163,11 +169,11 @@ SPELLINGS = [
     ("opt", "opt_350m", "model.", {}),
     ("xglm", "scaled", "model.", {"embed_positions.weights": BUFFER}),
     ("bloom", "published", "transformer.", {}),
-    ("llama", "llama_2", "model.", {"layers.0.self_attn.rotary_emb.inv_freq": BUFFER}),
-    ("mistral", "windowed", "model.", {"layers.1.self_attn.rotary_emb.inv_freq": BUFFER}),
-    ("mixtral", "published", "model.", {}),
+    ("llama", "llama_2", "model.", {f"layers.0.self_attn.{name}": BUFFER for name in ROTARY}),
+    ("mistral", "windowed", "model.", {"layers.1.self_attn.rotary_emb.inv_freq": BUFFER} | ROTARY),
+    ("mixtral", "published", "model.", ROTARY),
     ("mpt", "mpt_7b", "transformer.", {}),
-    ("qwen3", "published", "model.", {}),
+    ("qwen3", "published", "model.", ROTARY),
 ]
 
 
