@@ -15,6 +15,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 NOTEBOOK = json.loads((ROOT / "notebooks/quickstart.ipynb").read_text())
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PYTHON_FILES = [
+    path
+    for folder in ("mtj_loader", "tests", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+]
 
 
 def run(*arguments: str, folder: Path = ROOT) -> str:
@@ -77,3 +82,10 @@ def _print_value(cell: dict) -> str:
 def test_links_point_to_files(page: Path):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_files_that_are_named_exist(page: Path):
+    """A page may leave out the folders that its context makes clear. modeling_*.py: transformers'."""
+    for name in re.findall(r"`(?!modeling_)([\w/]+\.py)`", page.read_text()):
+        assert any(path.match(name) for path in PYTHON_FILES), name
