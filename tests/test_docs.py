@@ -86,6 +86,6 @@ def test_links_point_to_files(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_files_that_are_named_exist(page: Path):
-    """A page may leave out the folders that its context makes clear. modeling_*.py: transformers'."""
+    """A page may omit folders that its context makes clear; modeling_*.py is transformers' own."""
     for name in re.findall(r"`(?!modeling_)([\w/]+\.py)`", page.read_text()):
         assert any(path.match(name) for path in PYTHON_FILES), name
