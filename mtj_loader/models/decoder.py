@@ -1,7 +1,7 @@
 """The decoder of every family: embedding, layers, projection.
 
 Families choose and configure the parts; most only differ in the norm, attention and feed-forward
-that they pass to `Layer`.
+that they pass to `CausalTransformer`.
 
   b batch   t time   d model   V padded vocabulary   n shards   h heads of one shard   k head_dim
 """
@@ -9,6 +9,7 @@ that they pass to `Layer`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import haiku as hk
@@ -43,20 +44,18 @@ class Layer(hk.Module):
     The parts are created in `__init__`, so that their modules have the layer's path.
 
     Args:
-      index: of the layer, from 0.
       norm: creates a norm under the name it is given.
-      attention, feed_forward: create these parts of the layer with the given index.
+      attention, feed_forward: create these parts.
       shared_norm: attention and feed-forward have the same norm.
       name: of the module.
     """
 
     def __init__(
         self,
-        index: int,
         *,
         norm: Callable[..., Norm],
-        attention: Callable[[int], SelfAttention],
-        feed_forward: Callable[[int], FeedForward],
+        attention: Callable[[], SelfAttention],
+        feed_forward: Callable[[], FeedForward],
         shared_norm: bool = False,
         name: str,
     ) -> None:
@@ -65,8 +64,8 @@ class Layer(hk.Module):
         self.feed_forward_norm = self.attention_norm
         if not shared_norm:
             self.feed_forward_norm = norm(name="replicated_layer_norm_1")
-        self.attention = attention(index)
-        self.feed_forward = feed_forward(index)
+        self.attention = attention()
+        self.feed_forward = feed_forward()
 
     def __call__(
         self, x: jax.Array, positions: Positions, cache: KVCache | None
@@ -93,14 +92,43 @@ class ParallelLayer(Layer):
         return add_residual(x, sum_over_shards(change)), cache
 
 
+class NormedResidualLayer(Layer):
+    """A layer whose residual sums start from the normed stream."""
+
+    def __call__(
+        self, x: jax.Array, positions: Positions, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
+        """The residual stream after this layer, and the keys and values it attended to."""
+        x = self.attention_norm(x)
+        attention, cache = self.attention(x, positions, cache)
+        x = self.feed_forward_norm(add_residual(x, sum_over_shards(attention)))
+        return add_residual(x, sum_over_shards(self.feed_forward(x))), cache
+
+
+class PostNormLayer(Layer):
+    """A layer whose norms follow the residual sums."""
+
+    def __call__(
+        self, x: jax.Array, positions: Positions, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
+        """The residual stream after this layer, and the keys and values it attended to."""
+        attention, cache = self.attention(x, positions, cache)
+        x = self.attention_norm(add_residual(x, sum_over_shards(attention)))
+        change = sum_over_shards(self.feed_forward(x))
+        return self.feed_forward_norm(add_residual(x, change)), cache
+
+
 class CausalTransformer(hk.Module):
     """A model of any family.
 
     Args:
       config: of the family.
       params: where parameters are declared.
-      norm: creates a norm under the name it is given; None for a model without a final norm.
-      layer: creates the layer with the given index and name.
+      norm: creates a norm under the name it is given.
+      attention: creates the attention of the layer with the given index, from 0.
+      feed_forward: creates the feed-forward of a layer.
+      layer: creates a layer of these parts.
+      final_norm: whether there is a norm after the last layer.
       embedding: creates the embedding.
       projection: creates the projection.
     """
@@ -110,17 +138,28 @@ class CausalTransformer(hk.Module):
         config: ModelConfig,
         params: ParameterBuilder,
         *,
-        norm: Callable[..., Norm] | None,
-        layer: Callable[..., Layer],
+        norm: Callable[..., Norm],
+        attention: Callable[[int], SelfAttention],
+        feed_forward: Callable[[], FeedForward],
+        layer: Callable[..., Layer] = Layer,
+        final_norm: bool = True,
         embedding: Callable[..., Embedding] = Embedding,
         projection: Callable[..., Projection] = Projection,
     ) -> None:
         super().__init__(name=NAME)
         self.rope = config.rope
         self.embedding = embedding(params, name="embedding_shard")
-        self.layers = [layer(i, name=f"layer_{i}") for i in range(config.layers)]
-        tied_to = self.embedding if config.tie_word_embeddings else None
-        self.projection = projection(params, norm=norm, tied_to=tied_to, name="projection_shard")
+        make_layer = partial(layer, norm=norm, feed_forward=feed_forward)
+        self.layers = [
+            make_layer(attention=partial(attention, i), name=f"layer_{i}")
+            for i in range(config.layers)
+        ]
+        self.projection = projection(
+            params,
+            norm=norm if final_norm else None,
+            tied_to=self.embedding if config.tie_word_embeddings else None,
+            name="projection_shard",
+        )
 
     def __call__(
         self, ids: jax.Array, positions: Positions, caches: Sequence[KVCache] | None

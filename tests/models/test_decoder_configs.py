@@ -128,14 +128,14 @@ def test_llama_3_1_8b() -> None:
 
 def test_mistral_7b() -> None:
     config = read(MISTRAL_7B)
-    assert (config.n_kv_heads, config.sliding_window, config.rope.theta) == (8, 4096, 10000)
-    assert read({**MISTRAL_7B, "sliding_window": None}).sliding_window is None
-    assert read({"model_type": "mistral", "sliding_window": 7}).sliding_window == 7
+    assert (config.n_kv_heads, set(config.windows), config.rope.theta) == (8, {4096}, 10000)
+    assert read({**MISTRAL_7B, "sliding_window": None}).windows == (None,) * 32
+    assert read({"model_type": "mistral", "sliding_window": 7}).windows == (7,) * 32
 
 
 def test_mixtral_8x7b() -> None:
     config = read(MIXTRAL_8X7B)
-    assert (config.n_experts, config.experts_per_token, config.sliding_window) == (8, 2, None)
+    assert (config.n_experts, config.experts_per_token, set(config.windows)) == (8, 2, {None})
     assert not config.expert_parallel
 
 
@@ -166,7 +166,7 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
     assert found == DEFAULTS[model_type]
     assert (c.d_model, c.layers, c.activation, c.tie_word_embeddings) == (4096, 32, "silu", False)
     assert c.vocab_size == (151936 if model_type == "qwen3" else 32000)
-    assert getattr(c, "sliding_window", None) == (4096 if model_type == "mistral" else None)
+    assert set(c.windows) == {4096 if model_type == "mistral" else None}
 
 
 SMALL = {

@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 import jax
 
 from mtj_loader.models.config import ConfigReader, ModelConfig
-from mtj_loader.models.decoder import CausalTransformer, Layer
+from mtj_loader.models.decoder import CausalTransformer, Layer, NormedResidualLayer
 from mtj_loader.models.layers import embeddings
 from mtj_loader.models.layers.alibi import alibi, bloom_slopes
-from mtj_loader.models.layers.attention import FusedAttention, KVCache
+from mtj_loader.models.layers.attention import FusedAttention
 from mtj_loader.models.layers.feed_forward import MLP
-from mtj_loader.models.layers.linears import add_residual, sum_over_shards
 from mtj_loader.models.layers.norms import LayerNorm
 from mtj_loader.models.layers.positions import Positions
 from mtj_loader.models.parameter_table import ParameterBuilder
@@ -83,32 +82,15 @@ class Embedding(embeddings.Embedding):
         return self.norm(self.tokens(ids))
 
 
-class NormedResidualLayer(Layer):
-    """A layer whose residual sums start from the normed stream."""
-
-    def __call__(
-        self, x: jax.Array, positions: Positions, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
-        """The residual stream after this layer, and the keys and values it attended to."""
-        x = self.attention_norm(x)
-        attention, cache = self.attention(x, positions, cache)
-        x = self.feed_forward_norm(add_residual(x, sum_over_shards(attention)))
-        return add_residual(x, sum_over_shards(self.feed_forward(x))), cache
-
-
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
     """BLOOM."""
-    norm = partial(LayerNorm, params, config.norm_eps)
     score_bias = partial(alibi, bloom_slopes(config.n_heads))
-
-    def attention(index: int) -> FusedAttention:
-        return FusedAttention(params, head_dim=config.head_dim, bias=True, score_bias=score_bias)
-
-    layer = partial(
-        NormedResidualLayer if config.residual_after_norm else Layer,
-        norm=norm,
-        attention=attention,
-        feed_forward=lambda index: MLP(params, config.activation),
+    return CausalTransformer(
+        config,
+        params,
+        norm=partial(LayerNorm, params, config.norm_eps),
+        attention=lambda layer: FusedAttention(params, bias=True, score_bias=score_bias),
+        feed_forward=partial(MLP, params, config.activation),
+        layer=NormedResidualLayer if config.residual_after_norm else Layer,
+        embedding=partial(Embedding, eps=config.norm_eps),
     )
-    embedding = partial(Embedding, eps=config.norm_eps)
-    return CausalTransformer(config, params, norm=norm, layer=layer, embedding=embedding)

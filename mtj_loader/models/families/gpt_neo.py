@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from mtj_loader.models.config import MAX_LAYERS, ConfigReader, ModelConfig
-from mtj_loader.models.decoder import CausalTransformer, Layer
+from mtj_loader.models.decoder import CausalTransformer
 from mtj_loader.models.layers.attention import Attention
 from mtj_loader.models.layers.embeddings import PositionedEmbedding
 from mtj_loader.models.layers.feed_forward import MLP
@@ -100,22 +100,13 @@ def _expand_types(reader: ConfigReader, types: object) -> list[str]:
 
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
     """GPT-Neo."""
-    norm = partial(LayerNorm, params, config.norm_eps)
-
-    def attention(index: int) -> Attention:
-        return Attention(
-            params,
-            head_dim=config.head_dim,
-            bias=False,
-            out_bias=True,
-            scale=1.0,
-            window=config.windows[index],
-        )
-
-    layer = partial(
-        Layer,
-        norm=norm,
-        attention=attention,
-        feed_forward=lambda index: MLP(params, config.activation),
+    return CausalTransformer(
+        config,
+        params,
+        norm=partial(LayerNorm, params, config.norm_eps),
+        attention=lambda layer: Attention(
+            params, bias=False, out_bias=True, scale=1.0, window=config.windows[layer]
+        ),
+        feed_forward=partial(MLP, params, config.activation),
+        embedding=PositionedEmbedding,
     )
-    return CausalTransformer(config, params, norm=norm, layer=layer, embedding=PositionedEmbedding)

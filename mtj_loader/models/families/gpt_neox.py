@@ -51,17 +51,13 @@ class Config(ModelConfig):
 
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
     """GPT-NeoX."""
-    norm = partial(LayerNorm, params, config.norm_eps)
-
-    def attention(index: int) -> FusedAttention:
-        return FusedAttention(
-            params, head_dim=config.head_dim, bias=config.attention_bias, rotate=rotate_halves
-        )
-
-    layer = partial(
-        ParallelLayer if config.parallel_residual else Layer,
-        norm=norm,
-        attention=attention,
-        feed_forward=lambda index: MLP(params, config.activation),
+    return CausalTransformer(
+        config,
+        params,
+        norm=partial(LayerNorm, params, config.norm_eps),
+        attention=lambda layer: FusedAttention(
+            params, bias=config.attention_bias, rotate=rotate_halves
+        ),
+        feed_forward=partial(MLP, params, config.activation),
+        layer=ParallelLayer if config.parallel_residual else Layer,
     )
-    return CausalTransformer(config, params, norm=norm, layer=layer)

@@ -87,24 +87,13 @@ class Embedding(embeddings.Embedding):
 
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
     """GPT-J."""
-    norm = partial(LayerNorm, params, config.norm_eps)
-
-    def attention(index: int) -> Attention:
-        return Attention(
-            params, head_dim=config.head_dim, bias=False, out_bias=False, rotate=rotate_pairs
-        )
-
     return CausalTransformer(
         config,
         params,
-        norm=norm,
-        layer=partial(
-            ParallelLayer,
-            shared_norm=True,
-            norm=norm,
-            attention=attention,
-            feed_forward=lambda index: MLP(params, config.activation),
-        ),
+        norm=partial(LayerNorm, params, config.norm_eps),
+        attention=lambda layer: Attention(params, bias=False, out_bias=False, rotate=rotate_pairs),
+        feed_forward=partial(MLP, params, config.activation),
+        layer=partial(ParallelLayer, shared_norm=True),
         embedding=Embedding,
         projection=partial(Projection, bias=True),
     )

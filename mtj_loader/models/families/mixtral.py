@@ -10,30 +10,26 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from mtj_loader.models.config import ConfigReader, ModelConfig
-from mtj_loader.models.decoder import CausalTransformer, Layer
-from mtj_loader.models.layers.attention import Attention
+from mtj_loader.models.config import ConfigReader
+from mtj_loader.models.decoder import CausalTransformer
 from mtj_loader.models.layers.experts import MixtureOfExperts
-from mtj_loader.models.layers.norms import RMSNorm
-from mtj_loader.models.layers.positions import rotate_halves
+from mtj_loader.models.llama_like import LlamaLikeConfig, make_llama_like
 from mtj_loader.models.parameter_table import ParameterBuilder
 
 MAX_EXPERTS = 2**12  # ten times what any published model has
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelConfig):
+class Config(LlamaLikeConfig):
     """What Mixtral adds.
 
     Attributes:
       n_experts: E.
       experts_per_token: how many of them each token uses.
-      sliding_window: how many positions back a token sees, its own included; None for all.
       expert_parallel: distribute whole experts over the shards, instead of splitting each.
     """
 
     model_type = "mixtral"
-    spellings: ClassVar = {"norm_eps": ("rms_norm_eps",)}
     defaults: ClassVar = {  # of transformers' MixtralConfig
         "head_dim": None,
         "hidden_act": "silu",
@@ -59,18 +55,16 @@ class Config(ModelConfig):
 
     n_experts: int
     experts_per_token: int
-    sliding_window: int | None
     expert_parallel: bool = False
 
     @classmethod
     def read_own(cls, reader: ConfigReader, shared: Mapping[str, Any]) -> dict[str, Any]:
         """Reads the attributes above."""
         experts = reader.integer("num_local_experts", high=MAX_EXPERTS)
-        windowed = reader.has("sliding_window")
         return {
+            **super().read_own(reader, shared),
             "n_experts": experts,
             "experts_per_token": reader.integer("num_experts_per_tok", high=experts),
-            "sliding_window": reader.integer("sliding_window") if windowed else None,
         }
 
     def axis_sizes(self, shards: int) -> dict[str, int]:
@@ -80,26 +74,11 @@ class Config(ModelConfig):
 
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
     """Mixtral."""
-    norm = partial(RMSNorm, params, config.norm_eps)
-
-    def attention(index: int) -> Attention:
-        return Attention(
-            params,
-            head_dim=config.head_dim,
-            bias=False,
-            out_bias=False,
-            kv_heads="g",
-            window=config.sliding_window,
-            rotate=rotate_halves,
-        )
-
-    def feed_forward(index: int) -> MixtureOfExperts:
-        return MixtureOfExperts(
-            params,
-            activation=config.activation,
-            top_k=config.experts_per_token,
-            expert_parallel=config.expert_parallel,
-        )
-
-    layer = partial(Layer, norm=norm, attention=attention, feed_forward=feed_forward)
-    return CausalTransformer(config, params, norm=norm, layer=layer)
+    experts = partial(
+        MixtureOfExperts,
+        params,
+        activation=config.activation,
+        top_k=config.experts_per_token,
+        expert_parallel=config.expert_parallel,
+    )
+    return make_llama_like(config, params, feed_forward=experts)

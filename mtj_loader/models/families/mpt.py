@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from mtj_loader.models.config import MAX_WIDTH, ConfigReader, ModelConfig
-from mtj_loader.models.decoder import CausalTransformer, Layer
+from mtj_loader.models.decoder import CausalTransformer
 from mtj_loader.models.layers.alibi import alibi, mpt_slopes
 from mtj_loader.models.layers.attention import FusedAttention
 from mtj_loader.models.layers.embeddings import Embedding, PositionedEmbedding, Projection
@@ -140,36 +140,25 @@ def _read_logit_scale(reader: ConfigReader, width: int) -> float:
 
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
     """MPT."""
-    norm = partial(LayerNorm, params, config.norm_eps, offset=config.bias)
-    layer = partial(
-        Layer,
-        norm=norm,
-        attention=lambda index: _make_attention(config, params),
-        feed_forward=lambda index: MLP(params, config.activation, bias=config.bias),
-    )
+    bias, qk_norm, score_bias = config.bias, None, None
+    if config.qk_norm:
+        qk_norm = partial(AllHeadsLayerNorm, params, config.norm_eps, offset=bias)
+    if config.alibi_bias_max is not None:
+        score_bias = partial(alibi, mpt_slopes(config.n_heads, config.alibi_bias_max))
     return CausalTransformer(
         config,
         params,
-        norm=norm,
-        layer=layer,
+        norm=partial(LayerNorm, params, config.norm_eps, offset=bias),
+        attention=lambda layer: FusedAttention(
+            params,
+            bias=bias,
+            scale=config.softmax_scale,
+            clip=config.clip_qkv,
+            q_norm=qk_norm,
+            k_norm=qk_norm,
+            score_bias=score_bias,
+        ),
+        feed_forward=partial(MLP, params, config.activation, bias=bias),
         embedding=PositionedEmbedding if config.learned_positions else Embedding,
         projection=partial(Projection, scale=config.logit_scale),
-    )
-
-
-def _make_attention(config: Config, params: ParameterBuilder) -> FusedAttention:
-    options: dict[str, Any] = {}
-    if config.qk_norm:
-        norm = partial(AllHeadsLayerNorm, params, config.norm_eps, offset=config.bias)
-        options |= {"q_norm": norm(name="q_norm"), "k_norm": norm(name="k_norm")}
-    if config.alibi_bias_max is not None:
-        slopes = mpt_slopes(config.n_heads, config.alibi_bias_max)
-        options["score_bias"] = partial(alibi, slopes)
-    return FusedAttention(
-        params,
-        head_dim=config.head_dim,
-        bias=config.bias,
-        scale=config.softmax_scale,
-        clip=config.clip_qkv,
-        **options,
     )

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import jax
-
 from mtj_loader.models.config import MAX_WIDTH, ConfigReader, ModelConfig
-from mtj_loader.models.decoder import CausalTransformer, Layer
-from mtj_loader.models.layers.attention import Attention, KVCache
-from mtj_loader.models.layers.embeddings import PositionedEmbedding, Projection
+from mtj_loader.models.decoder import CausalTransformer, Layer, PostNormLayer
+from mtj_loader.models.layers.attention import Attention
+from mtj_loader.models.layers.embeddings import (
+    PositionedEmbedding,
+    ProjectedEmbedding,
+    ProjectedProjection,
+    Projection,
+)
 from mtj_loader.models.layers.feed_forward import MLP
-from mtj_loader.models.layers.linears import add_residual, gather_columns, sum_over_shards
 from mtj_loader.models.layers.norms import LayerNorm
-from mtj_loader.models.layers.positions import Positions
 from mtj_loader.models.parameter_table import ParameterBuilder
 
 
@@ -80,66 +81,18 @@ class Config(ModelConfig):
         return {"learned_embeddings": True, "scale_embeddings": False}
 
 
-class ProjectedEmbedding(PositionedEmbedding):
-    """Tokens projected from e to d, plus positions."""
-
-    def __init__(self, params: ParameterBuilder, name: str) -> None:
-        super().__init__(params, name)
-        self.declare_matrix("project_in", ins="e", outs="d", split="d")
-
-    def __call__(self, ids: jax.Array, positions: Positions) -> jax.Array:  # [b, t, d]
-        """The projected tokens plus their positions."""
-        tokens = self.tokens(ids)  # [b, t, e]
-        columns = self.matmul(tokens, "project_in")  # float32 [b, t, d/n]
-        columns = columns + self.position_columns(positions)
-        return gather_columns(columns.astype(tokens.dtype))
-
-
-class ProjectedProjection(Projection):
-    """Projects the stream from d to e before the logits."""
-
-    def __init__(self, params: ParameterBuilder, **options: Any) -> None:  # noqa: ANN401
-        super().__init__(params, **options)
-        self.declare_matrix("project_out", ins="d", outs="e", split="e")
-
-    def before_logits(self, x: jax.Array) -> jax.Array:  # [..., d] -> [..., e]
-        """The input of the projection."""
-        columns = self.matmul(x, "project_out")  # float32 [..., e/n]
-        return gather_columns(columns.astype(x.dtype))
-
-
-class PostNormLayer(Layer):
-    """A layer whose norms follow the residual sums."""
-
-    def __call__(
-        self, x: jax.Array, positions: Positions, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
-        """The residual stream after this layer, and the keys and values it attended to."""
-        attention, cache = self.attention(x, positions, cache)
-        x = self.attention_norm(add_residual(x, sum_over_shards(attention)))
-        change = sum_over_shards(self.feed_forward(x))
-        return self.feed_forward_norm(add_residual(x, change)), cache
-
-
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
     """OPT."""
-    affine = config.affine_norms
-    norm = partial(LayerNorm, params, config.norm_eps, scale=affine, offset=affine)
-
-    def attention(index: int) -> Attention:
-        return Attention(params, head_dim=config.head_dim, bias=config.bias, out_bias=config.bias)
-
+    affine, bias = config.affine_norms, config.bias
     projected = config.d_embed != config.d_model
     return CausalTransformer(
         config,
         params,
-        norm=norm if config.final_norm else None,
-        layer=partial(
-            Layer if config.norm_before else PostNormLayer,
-            norm=norm,
-            attention=attention,
-            feed_forward=lambda index: MLP(params, config.activation, bias=config.bias),
-        ),
+        norm=partial(LayerNorm, params, config.norm_eps, scale=affine, offset=affine),
+        attention=lambda layer: Attention(params, bias=bias, out_bias=bias),
+        feed_forward=partial(MLP, params, config.activation, bias=bias),
+        layer=Layer if config.norm_before else PostNormLayer,
+        final_norm=config.final_norm,
         embedding=ProjectedEmbedding if projected else PositionedEmbedding,
         projection=ProjectedProjection if projected else Projection,
     )

@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from mtj_loader.models.config import ConfigReader, ModelConfig
-from mtj_loader.models.decoder import CausalTransformer, Layer
-from mtj_loader.models.layers.attention import Attention
-from mtj_loader.models.layers.feed_forward import GatedMLP
+from mtj_loader.models.decoder import CausalTransformer
 from mtj_loader.models.layers.norms import RMSNorm
-from mtj_loader.models.layers.positions import rotate_halves
+from mtj_loader.models.llama_like import LlamaLikeConfig, make_llama_like
 from mtj_loader.models.parameter_table import ParameterBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelConfig):
-    """What Qwen3 adds.
-
-    Attributes:
-      attention_bias: whether the four linear layers of the attention have biases.
-    """
+class Config(LlamaLikeConfig):
+    """The settings of Qwen3."""
 
     model_type = "qwen3"
-    spellings: ClassVar = {"norm_eps": ("rms_norm_eps",)}
     defaults: ClassVar = {  # of transformers' Qwen3Config
         "attention_bias": False,
         "head_dim": 128,
@@ -40,16 +32,8 @@ class Config(ModelConfig):
         "tie_word_embeddings": False,
         "vocab_size": 151936,
     }
-    rotary: ClassVar = {"fraction": 1.0, "whole_heads": True}
     # These only matter if use_sliding_window is true, which no published model sets.
     ignored_keys = ("max_window_layers", "sliding_window")
-
-    attention_bias: bool
-
-    @classmethod
-    def read_own(cls, reader: ConfigReader, shared: Mapping[str, Any]) -> dict[str, Any]:
-        """Reads the attribute above."""
-        return {"attention_bias": reader.flag("attention_bias")}
 
     def supported_values(self) -> Mapping[str, object]:
         """No layer has a sliding window."""
@@ -58,22 +42,5 @@ class Config(ModelConfig):
 
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
     """Qwen3."""
-    norm = partial(RMSNorm, params, config.norm_eps)
-
-    def attention(index: int) -> Attention:
-        return Attention(
-            params,
-            head_dim=config.head_dim,
-            bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            kv_heads="g",
-            q_norm=norm(axis="k", name="q_norm"),
-            k_norm=norm(axis="k", name="k_norm"),
-            rotate=rotate_halves,
-        )
-
-    def feed_forward(index: int) -> GatedMLP:
-        return GatedMLP(params, config.activation)
-
-    layer = partial(Layer, norm=norm, attention=attention, feed_forward=feed_forward)
-    return CausalTransformer(config, params, norm=norm, layer=layer)
+    norm = partial(RMSNorm, params, config.norm_eps, axis="k")
+    return make_llama_like(config, params, attention={"q_norm": norm, "k_norm": norm})

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mtj_loader.models.config import ConfigReader, ModelConfig
-from mtj_loader.models.decoder import CausalTransformer, Layer
+from mtj_loader.models.decoder import CausalTransformer
 from mtj_loader.models.layers import embeddings
 from mtj_loader.models.layers.attention import Attention
 from mtj_loader.models.layers.embeddings import MIN_SINUSOIDAL_WIDTH, sinusoids
@@ -90,15 +90,11 @@ class Embedding(embeddings.Embedding):
 
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
     """XGLM."""
-    norm = partial(LayerNorm, params, config.norm_eps)
-    layer = partial(
-        Layer,
-        norm=norm,
-        attention=lambda index: Attention(
-            params, head_dim=config.head_dim, bias=True, out_bias=True
-        ),
-        feed_forward=lambda index: MLP(params, config.activation),
-    )
     return CausalTransformer(
-        config, params, norm=norm, layer=layer, embedding=partial(Embedding, config)
+        config,
+        params,
+        norm=partial(LayerNorm, params, config.norm_eps),
+        attention=lambda layer: Attention(params, bias=True, out_bias=True),
+        feed_forward=partial(MLP, params, config.activation),
+        embedding=partial(Embedding, config),
     )

@@ -90,12 +90,12 @@ class _AttentionBase:
 
     Args:
       params: where parameters are declared.
-      head_dim: k.
       out_bias: whether the output projection has a bias.
       scale: of the scores; 1/√k if None.
       window: how many positions back a query sees, its own included; None for all.
       rotate: the rotary embedding, such as `rotate_halves`; None without one.
-      q_norm, k_norm: norms of queries and keys, [b, t, h, k]; None without.
+      q_norm, k_norm: create norms of queries and keys, [b, t, h, k], under the name they are
+        given; None without.
       score_bias: what is added to the scores, float32 [b or 1, h, t, T]; None for nothing.
     """
 
@@ -103,18 +103,19 @@ class _AttentionBase:
         self,
         params: ParameterBuilder,
         *,
-        head_dim: int,
         out_bias: bool,
         scale: float | None = None,
         window: int | None = None,
         rotate: Callable[[jax.Array, Rotation], jax.Array] | None = None,
-        q_norm: Callable[[jax.Array], jax.Array] | None = None,
-        k_norm: Callable[[jax.Array], jax.Array] | None = None,
+        q_norm: Callable[..., Callable[[jax.Array], jax.Array]] | None = None,
+        k_norm: Callable[..., Callable[[jax.Array], jax.Array]] | None = None,
         score_bias: Callable[[Positions], jax.Array] | None = None,
     ) -> None:
-        self._head_dim, self._window, self._rotate = head_dim, window, rotate
-        self._scale = head_dim**-0.5 if scale is None else scale
-        self._q_norm, self._k_norm, self._score_bias = q_norm, k_norm, score_bias
+        self._head_dim, self._window, self._rotate = params.sizes["k"], window, rotate
+        self._scale = self._head_dim**-0.5 if scale is None else scale
+        self._score_bias = score_bias
+        self._q_norm = None if q_norm is None else q_norm(name="q_norm")
+        self._k_norm = None if k_norm is None else k_norm(name="k_norm")
         self._out = Linear(params, "(h k)", "d", split="h", bias=out_bias, name="linear_3")
 
     def __call__(

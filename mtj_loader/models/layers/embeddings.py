@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,21 @@ class PositionedEmbedding(Embedding):
         return self.parameter("pos_embs")[positions.queries]
 
 
+class ProjectedEmbedding(PositionedEmbedding):
+    """Tokens projected from e to d, plus positions."""
+
+    def __init__(self, params: ParameterBuilder, name: str) -> None:
+        super().__init__(params, name)
+        self.declare_matrix("project_in", ins="e", outs="d", split="d")
+
+    def __call__(self, ids: jax.Array, positions: Positions) -> jax.Array:  # [b, t, d]
+        """The projected tokens plus their positions."""
+        tokens = self.tokens(ids)  # [b, t, e]
+        columns = self.matmul(tokens, "project_in")  # float32 [b, t, d/n]
+        columns = columns + self.position_columns(positions)
+        return gather_columns(columns.astype(tokens.dtype))
+
+
 def sinusoids(positions: jax.Array, width: int, pad_token_id: int) -> jax.Array:
     """Sinusoidal positions as in fairseq and tensor2tensor: sines, then cosines.
 
@@ -166,3 +182,16 @@ class Projection(ParameterizedModule):
     def before_logits(self, x: jax.Array) -> jax.Array:  # [..., d] -> [..., e]
         """The input of the projection."""
         return x
+
+
+class ProjectedProjection(Projection):
+    """Projects the stream from d to e before the logits."""
+
+    def __init__(self, params: ParameterBuilder, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(params, **options)
+        self.declare_matrix("project_out", ins="d", outs="e", split="e")
+
+    def before_logits(self, x: jax.Array) -> jax.Array:  # [..., d] -> [..., e]
+        """The input of the projection."""
+        columns = self.matmul(x, "project_out")  # float32 [..., e/n]
+        return gather_columns(columns.astype(x.dtype))

@@ -1,0 +1,94 @@
+"""What Llama and its relatives share: their settings and their decoder.
+
+RMS norms, rotary embedding of halves, grouped queries, and a gated feed-forward (Touvron et al.,
+2023, arXiv:2302.13971). A family states its defaults and replaces the parts that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from mtj_loader.models.config import ConfigReader, ModelConfig
+from mtj_loader.models.decoder import CausalTransformer, FeedForward, Norm
+from mtj_loader.models.layers.attention import Attention
+from mtj_loader.models.layers.feed_forward import GatedMLP
+from mtj_loader.models.layers.norms import RMSNorm
+from mtj_loader.models.layers.positions import rotate_halves
+from mtj_loader.models.parameter_table import ParameterBuilder
+
+Windows = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaLikeConfig(ModelConfig):
+    """Settings of Llama and its relatives; a family has those that are in its `defaults`.
+
+    Attributes:
+      attention_bias: whether the four linear layers of the attention have biases.
+      mlp_bias: whether the three of the feed-forward have.
+      windows: how many positions back each layer sees, the token's own included; None for all.
+    """
+
+    spellings: ClassVar = {"norm_eps": ("rms_norm_eps",)}
+    rotary: ClassVar = {"fraction": 1.0, "whole_heads": True}
+
+    attention_bias: bool
+    mlp_bias: bool
+    windows: Windows
+
+    @classmethod
+    def read_own(cls, reader: ConfigReader, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads the attributes above."""
+        flags = ("attention_bias", "mlp_bias")
+        own = {name: name in cls.defaults and reader.flag(name) for name in flags}
+        return {**own, "windows": cls.read_windows(reader, shared["layers"])}
+
+    @classmethod
+    def read_windows(cls, reader: ConfigReader, layers: int) -> Windows:
+        """Reads `sliding_window`, which all layers have."""
+        windowed = "sliding_window" in cls.defaults and reader.has("sliding_window")
+        return (reader.integer("sliding_window") if windowed else None,) * layers
+
+
+def make_llama_like(
+    config: LlamaLikeConfig,
+    params: ParameterBuilder,
+    *,
+    norm: Callable[..., Norm] | None = None,
+    feed_forward: Callable[[], FeedForward] | None = None,
+    attention: Mapping[str, Any] | None = None,
+    **parts: Any,  # noqa: ANN401
+) -> CausalTransformer:
+    """The decoder.
+
+    Args:
+      config: of the family.
+      params: where parameters are declared.
+      norm: creates a norm, instead of `RMSNorm`.
+      feed_forward: creates a feed-forward, instead of `GatedMLP`.
+      attention: options of `Attention` that differ.
+      **parts: other arguments of `CausalTransformer`.
+    """
+
+    def make_attention(layer: int) -> Attention:
+        options: dict[str, Any] = {
+            "bias": config.attention_bias,
+            "out_bias": config.attention_bias,
+            "kv_heads": "g",
+            "window": config.windows[layer],
+            "rotate": rotate_halves,
+        }
+        return Attention(params, **options | dict(attention or {}))
+
+    gated = partial(GatedMLP, params, config.activation, bias=config.mlp_bias)
+    return CausalTransformer(
+        config,
+        params,
+        norm=norm or partial(RMSNorm, params, config.norm_eps),
+        attention=make_attention,
+        feed_forward=feed_forward or gated,
+        **parts,
+    )
