@@ -21,6 +21,8 @@ from mtj_loader.models.parameter_table import ParameterBuilder
 
 Windows = tuple[int | None, ...]
 
+_TYPES = ("full_attention", "sliding_attention")  # of a layer
+
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaLikeConfig(ModelConfig):
@@ -51,6 +53,30 @@ class LlamaLikeConfig(ModelConfig):
         """Reads `sliding_window`, which all layers have."""
         windowed = "sliding_window" in cls.defaults and reader.has("sliding_window")
         return (reader.integer("sliding_window") if windowed else None,) * layers
+
+
+def windows_by_layer(
+    reader: ConfigReader, layers: int, window: int | None, slides: Callable[[int], bool]
+) -> Windows:
+    """Reads which layers have a sliding window.
+
+    Args:
+      reader: of the family's config.
+      layers: the number of layers.
+      window: of the layers that have one; None if the config has no window.
+      slides: whether the layer with this index has one, in a config without `layer_types`.
+
+    Raises:
+      ConfigError: `layer_types` is malformed, or there is no window for a layer that has one.
+    """
+    default = [_TYPES[slides(layer)] for layer in range(layers)]
+    types = reader.names("layer_types") if reader.has("layer_types") else default
+    if len(types) != layers or not set(types) <= set(_TYPES):
+        raise reader.error("not a legal value", "layer_types", f"{layers} of " + ", ".join(_TYPES))
+    if window is None and _TYPES[True] in types:
+        what = "a layer has a sliding window, and the config gives no width"
+        raise reader.error(what, "layer_types", "a config with sliding_window")
+    return tuple(window if kind == _TYPES[True] else None for kind in types)
 
 
 def make_llama_like(

@@ -31,6 +31,7 @@ FAMILIES = {
     "mistral": "mistral",
     "mixtral": "mixtral",
     "mpt": "mpt",
+    "qwen2": "qwen2",
     "qwen3": "qwen3",
 }
 

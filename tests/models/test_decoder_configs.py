@@ -150,11 +150,23 @@ def test_qwen3_0_6b() -> None:
     assert (config.rope.theta, config.tie_word_embeddings) == (1e6, True)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_windows_of_qwen(model_type: str) -> None:
+    config = {"model_type": model_type, "num_hidden_layers": 3, "sliding_window": 7}
+    windowed = {**config, "max_window_layers": 2, "use_sliding_window": True}
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert read(config).windows == (None,) * 3
+    assert read(windowed).windows == (None, None, 7)
+    assert read({**windowed, "sliding_window": None}).windows == (None,) * 3
+    assert read({**windowed, "layer_types": types}).windows == (7, None, 7)
+
+
 # n_heads, n_kv_heads, head_dim, d_ff, norm_eps, max_positions and theta of transformers' classes.
 DEFAULTS = {
     "llama": (32, 32, 128, 11008, 1e-6, 2048, 1e4),
     "mistral": (32, 8, 128, 14336, 1e-6, 131072, 1e4),
     "mixtral": (32, 8, 128, 14336, 1e-5, 131072, 1e6),
+    "qwen2": (32, 32, 128, 22016, 1e-6, 32768, 1e4),
     "qwen3": (32, 32, 128, 22016, 1e-6, 32768, 1e4),
 }
 
@@ -165,7 +177,7 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
     found = c.n_heads, c.n_kv_heads, c.head_dim, c.d_ff, c.norm_eps, c.max_positions, c.rope.theta
     assert found == DEFAULTS[model_type]
     assert (c.d_model, c.layers, c.activation, c.tie_word_embeddings) == (4096, 32, "silu", False)
-    assert c.vocab_size == (151936 if model_type == "qwen3" else 32000)
+    assert c.vocab_size == (151936 if model_type.startswith("qwen") else 32000)
     assert set(c.windows) == {4096 if model_type == "mistral" else None}
 
 
@@ -191,8 +203,10 @@ REFUSED = [
     ("mistral", {"layer_types": ["full_attention"]}, "layer_types", "an unknown setting"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok", "not a legal value"),
     ("mixtral", {"num_local_experts": 10**6}, "num_local_experts", "not a legal value"),
-    ("qwen3", {"use_sliding_window": True}, "use_sliding_window", "not supported"),
-    ("qwen3", {"layer_types": ["sliding_attention"] * 32}, "layer_types", "not supported"),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 32}, "layer_types", "gives no width"),
+    ("qwen2", {"layer_types": ["full_attention"]}, "layer_types", "32 of full_attention"),
+    ("qwen2", {"layer_types": ["chunked_attention"] * 32}, "layer_types", "32 of full_attention"),
+    ("qwen2", {"use_sliding_window": 1}, "use_sliding_window", "true or false"),
 ]
 
 

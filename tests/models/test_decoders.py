@@ -63,6 +63,7 @@ TREES = [
         "mistral": {"windowed": (4, 8), "narrow_window": (6,)},
         "mixtral": {"published": (1, 2, 8), "twelve_experts": (3, 6)},
         "mpt": {"mpt_7b": (1, 2, 6), "clipped": (8,)},
+        "qwen2": {"published": (1, 8), "windowed": (3,), "layer_types": (4,)},
         "qwen3": {"published": (8,), "biased": (1, 6), "ungrouped": (4,)},
     }.items()
     for name, counts in shard_counts.items()

@@ -173,6 +173,7 @@ SPELLINGS = [
     ("mistral", "windowed", "model.", {"layers.1.self_attn.rotary_emb.inv_freq": BUFFER} | ROTARY),
     ("mixtral", "published", "model.", ROTARY),
     ("mpt", "mpt_7b", "transformer.", {}),
+    ("qwen2", "published", "model.", ROTARY),
     ("qwen3", "published", "model.", ROTARY),
 ]
 
@@ -196,6 +197,7 @@ TIED = [
     ("mistral", "no_window", "model.embed_tokens.weight"),
     ("mixtral", "top_one", "model.embed_tokens.weight"),
     ("mpt", "mpt_7b", "transformer.wte.weight"),
+    ("qwen2", "published", "model.embed_tokens.weight"),
     ("qwen3", "published", "model.embed_tokens.weight"),
 ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.parity.decoder_cases import LLAMA, MISTRAL, MIXTRAL, MPT, QWEN3
+from tests.parity.llama_like_cases import QWEN2
 
 Settings = dict[str, Any]
 
@@ -260,6 +261,7 @@ CASES: dict[str, dict[str, Settings]] = {
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "mpt": MPT,
+    "qwen2": QWEN2,
     "qwen3": QWEN3,
 }
 NAMES = [(family, name) for family, cases in CASES.items() for name in cases]

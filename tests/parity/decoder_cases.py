@@ -255,7 +255,9 @@ QWEN3: dict[str, Settings] = {
         "num_hidden_layers": 2,
         "intermediate_size": 42,
         "max_position_embeddings": 48,
-        "layer_types": ["full_attention", "full_attention"],
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "use_sliding_window": True,
         "rms_norm_eps": 3e-4,
         "rope_parameters": {
             "rope_type": "yarn",

@@ -1,20 +1,20 @@
-"""Dense Qwen3 (Yang et al., 2025, arXiv:2505.09388): Llama with normed queries and keys."""
+"""Dense Qwen3 (Yang et al., 2025, arXiv:2505.09388): Qwen2 with normed queries and keys."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 from mtj_loader.models.decoder import CausalTransformer
+from mtj_loader.models.families import qwen2
 from mtj_loader.models.layers.norms import RMSNorm
-from mtj_loader.models.llama_like import LlamaLikeConfig, make_llama_like
+from mtj_loader.models.llama_like import make_llama_like
 from mtj_loader.models.parameter_table import ParameterBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(LlamaLikeConfig):
+class Config(qwen2.Config):
     """The settings of Qwen3."""
 
     model_type = "qwen3"
@@ -25,19 +25,16 @@ class Config(LlamaLikeConfig):
         "hidden_size": 4096,
         "intermediate_size": 22016,
         "max_position_embeddings": 32768,
+        "max_window_layers": 28,
         "norm_eps": 1e-6,
         "num_attention_heads": 32,
         "num_hidden_layers": 32,
         "num_key_value_heads": 32,
+        "sliding_window": 4096,
         "tie_word_embeddings": False,
+        "use_sliding_window": False,
         "vocab_size": 151936,
     }
-    # These only matter if use_sliding_window is true, which no published model sets.
-    ignored_keys = ("max_window_layers", "sliding_window")
-
-    def supported_values(self) -> Mapping[str, object]:
-        """No layer has a sliding window."""
-        return {"use_sliding_window": False, "layer_types": ["full_attention"] * self.layers}
 
 
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
