@@ -61,6 +61,9 @@ class Model:
     begun: float
     base: Model | None = None
 
+    def __repr__(self) -> str:
+        return f"<Model {self.plan.headline} ({self.mesh.devices.flat[0].platform})>"
+
     @property
     def warm(self) -> tuple[Shape, ...]:
         """The batch shapes that are compiled ahead of time, finished or in progress."""

@@ -45,6 +45,11 @@ def fold_names(names: Sequence[str]) -> str:
     return _INDEX.sub(lambda _: number_set(next(columns)), names[0])
 
 
+def fold_all(names: Sequence[str]) -> list[str]:
+    """Names with their indices folded, in the order of first appearance."""
+    return [fold_names(group) for group in group_by(names, blank_indices)]
+
+
 def number_set(numbers: Sequence[int]) -> str:
     """Distinct numbers with runs folded, `{0...5,7}`; a single number has no braces."""
     runs: list[list[int]] = []

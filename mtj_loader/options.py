@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -21,6 +22,9 @@ from mtj_loader.errors import UsageError
 
 PathLike = str | os.PathLike[str]
 AdapterLike = PathLike | Sequence[tuple[PathLike, float]]
+
+# User names and queries of URLs, which can be credentials. In abfs://, a container precedes the @.
+_URL_SECRETS = re.compile(r"(?<=://)(?<!abfs://)(?<!abfss://)[^/@\s'\"]*@|\?[^\s'\"]*")
 
 MIN_HOST_MEMORY_BYTES = 64 << 20  # with less, reads and pending copies to devices do not overlap
 
@@ -47,6 +51,9 @@ class Source:
         "Read a Hugging Face repository in ranges and keep no files, as with URLs; see "
         "docs/storage.md.",
     ] = False
+
+    def __repr__(self) -> str:
+        return _show_options(self)
 
     def check_path(self) -> None:
         """Raises UsageError if `path` is not a path at all."""
@@ -78,6 +85,9 @@ class LoadOptions:
         bool, "Skip tensors that are not in the weight map, with a warning."
     ] = False
     allow_nonfinite: Annotated[bool, "Load NaN and infinity instead of refusing them."] = False
+
+    def __repr__(self) -> str:
+        return _show_options(self)
 
     @property
     def host_memory_bytes(self) -> int:
@@ -113,6 +123,17 @@ class LoadOptions:
             "allow_unmapped": self.allow_unmapped,
             "allow_nonfinite": self.allow_nonfinite,
         }
+
+
+def _show_options(options: Source | LoadOptions) -> str:
+    """The options that differ from their defaults, as a call without credentials."""
+    texts = [
+        f"{field.name}={value!r}"
+        for field in fields(options)
+        if (value := getattr(options, field.name)) != field.default and field.name != "token"
+    ]
+    shown = ", ".join(_URL_SECRETS.sub("", text) if "://" in text else text for text in texts)
+    return f"{type(options).__name__}({shown})"
 
 
 def weighted(adapter: AdapterLike | None) -> list[tuple[PathLike, float]]:

@@ -25,7 +25,7 @@ from mtj_loader.display import counted, parse_bytes, show_bytes
 from mtj_loader.errors import NonFiniteError, UsageError
 from mtj_loader.formats.checkpoint import CONFIG_FILE
 from mtj_loader.formats.file_names import INDEX_FILE
-from mtj_loader.loading.load_failure import clean_failure
+from mtj_loader.loading.load_failure import translate_errors
 from mtj_loader.loading.progress import progress_bar
 from mtj_loader.options import PathLike, Source
 from mtj_loader.storage.base import Storage, check_unchanged
@@ -88,6 +88,9 @@ class ConvertReport:
     def to_dict(self) -> dict[str, object]:
         """The report as JSON types; docs/json.md describes them."""
         return {**asdict(self), **asdict(self.losses)}
+
+    def __repr__(self) -> str:
+        return f"<ConvertReport: {self}>"
 
     def __str__(self) -> str:
         """The report in two lines."""
@@ -168,7 +171,7 @@ def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
         raise UsageError("unknown option", key=key, expected=expected, found=repr(value))
 
 
-@clean_failure()
+@translate_errors()
 def _execute(
     plan: ConvertPlan, *, clamp: bool, allow_nonfinite: bool, overwrite: bool, progress: bool
 ) -> ConvertReport:

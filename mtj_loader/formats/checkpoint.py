@@ -74,6 +74,9 @@ class Checkpoint:
     tokenizer_files: Mapping[str, Path | StoredFile]
     commit: str | None = None
 
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.location}: {self.index!r}>"
+
 
 def open_checkpoint(
     source: Source, *, also: Iterable[str] = (), headers: Headers | None = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mtj_loader import dtypes
+from mtj_loader.display import counted
 from mtj_loader.errors import FormatError
 from mtj_loader.storage.base import FileVersion
 
@@ -63,7 +64,11 @@ class TensorIndex:
 
     records: Mapping[str, TensorRecord]
     files: Mapping[str, FileVersion]
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        tensors, files = counted(len(self.records), "tensor"), counted(len(self.files), "file")
+        return f"<TensorIndex: {tensors} in {files}>"
 
 
 def check_name(name: str, file: str) -> None:

@@ -96,6 +96,9 @@ class Generator:
     bos_id: int | None
     compiled: CompiledPrograms = NO_PROGRAMS
 
+    def __repr__(self) -> str:
+        return f"<Generator of a {self.forward.config.model_type} model, {self.tokenizer!r}>"
+
     @property
     def rules(self) -> PromptRules:
         """What the model accepts as a prompt."""

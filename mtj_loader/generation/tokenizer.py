@@ -28,6 +28,9 @@ class Tokenizer:
 
     backend: tokenizers.Tokenizer
 
+    def __repr__(self) -> str:
+        return f"<Tokenizer with {self.backend.get_vocab_size():,} tokens>"
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, including the special tokens that the checkpoint adds to a prompt.
 

@@ -69,6 +69,9 @@ class LoadReport:
         lists = {"warnings": list(self.warnings), "hosts": [asdict(host) for host in self.hosts]}
         return asdict(self) | lists
 
+    def __repr__(self) -> str:
+        return f"<LoadReport: {self}>"
+
     def __str__(self) -> str:
         """The report in one line, plus one about compilation and one about several hosts."""
         seconds = self.seconds["load"]

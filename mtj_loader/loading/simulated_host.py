@@ -61,12 +61,13 @@ def plan_for_host(plan: LoadPlan, host: int) -> LoadPlan:
     if any(row[j] != host for row in rows for j in numbers):
         what = f"host {host} cannot be simulated: its devices are not a rectangle of the mesh"
         raise MeshError(what, key="hosts", found=f"{len(hosts)} hosts on {plan.topology}")
-    # Parameters with equal layouts share one tuple of shards; `LoadPlan.host_bytes` relies on it.
-    shards = {id(p.shards): tuple(p.shards[j] for j in numbers) for p in plan.params}
     return replace(
         plan,
         topology=Topology(((0,) * len(numbers),) * len(rows)),
-        params=tuple(replace(p, shards=shards[id(p.shards)]).unshared for p in plan.params),
+        params=tuple(
+            replace(param, shards=tuple(param.shards[j] for j in numbers)).unshared
+            for param in plan.params
+        ),
         comparisons=plan.comparisons if host == hosts[0] else (),  # as in a real load
         mesh=None,
     )

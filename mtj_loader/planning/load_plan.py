@@ -14,6 +14,9 @@ from mtj_loader.planning.tpu_fit import cache_bytes_per_token, fits
 class LoadPlan(PlanData):
     """A checkpoint, a model and a mesh brought together; see `PlanData` for the attributes."""
 
+    def __repr__(self) -> str:
+        return f"<LoadPlan of {self.headline}>"
+
     def summary(self) -> str:
         """The plan for people: facts, a table with the layers folded, which TPUs it fits, notes."""
         return display.as_text(tables(self))

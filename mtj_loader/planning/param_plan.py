@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from mtj_loader.display import counted
 from mtj_loader.lora.low_rank import LowRank
+from mtj_loader.names import fold_all
 from mtj_loader.parameters import ParamSpec
 from mtj_loader.planning.assign_reads import assign_reads
 from mtj_loader.planning.read_assignment import OwnShards, ReadAssignment, distinct
@@ -77,6 +78,11 @@ class ParamPlan:
     reads: ReadAssignment
     terms: tuple[LowRank, ...] = ()
 
+    def __repr__(self) -> str:
+        names = fold_all([record.name for record in self.view.records])
+        array = f"{list(self.array_shape)} {self.dtype.name}"
+        return f"<ParamPlan {self.spec.module} {self.spec.param}, {array} from {', '.join(names)}>"
+
     @property
     def base(self) -> ParamPlan:
         """The plan without its terms, in the file's dtype, so that the sum is rounded once."""
@@ -86,6 +92,11 @@ class ParamPlan:
     def unshared(self) -> ParamPlan:
         """The plan in which every device reads its own shard."""
         return replace(self, reads=own_shards(self.spec, self.shards))
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for the parameters of one plan that are read alike, such as those of layers."""
+        return self.view.layout, self.spec.groups, self.spec.split, self.source_dtype
 
     @cached_property
     def shard_shape(self) -> tuple[int, ...]:
@@ -162,14 +173,13 @@ def with_reads(
       topology: the mesh.
       costs: of the storage that they are read from.
     """
-    chosen: dict[object, ReadAssignment] = {}  # layers are alike and share their shards
+    chosen: dict[Hashable, ReadAssignment] = {}  # layers are alike and share their shards
     for param in params:
-        key = id(param.shards), param.source_dtype
-        if key not in chosen:
+        if param.kind not in chosen:
             own, size = own_shards(param.spec, param.shards), param.spec.split_size()
             itemsize = param.source_dtype.itemsize
-            chosen[key] = assign_reads(own, size, itemsize, topology, costs)
-    return tuple(replace(p, reads=chosen[id(p.shards), p.source_dtype]) for p in params)
+            chosen[param.kind] = assign_reads(own, size, itemsize, topology, costs)
+    return tuple(replace(param, reads=chosen[param.kind]) for param in params)
 
 
 def dtype_changes(params: Iterable[ParamPlan]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Self
 
 from jax.sharding import Mesh
 
+from mtj_loader.display import counted, show_bytes
 from mtj_loader.dtypes import BITS
 from mtj_loader.formats.checkpoint import Checkpoint
 from mtj_loader.lora.adapter import Adapter
@@ -69,6 +70,15 @@ class PlanData:
     def map_file(self) -> str:
         """The weight map's file."""
         return self.weight_map.file
+
+    @property
+    def headline(self) -> str:
+        """What is loaded, in one line."""
+        arrays, held = counted(len(self.params), "array"), show_bytes(self.device_bytes)
+        return (
+            f"{self.model_type} from {self.checkpoint.location} on {self.topology}: "
+            f"{arrays}, {held} on each device"
+        )
 
     @property
     def base(self) -> Self:
@@ -133,7 +143,7 @@ class PlanData:
     @cached_property
     def _kinds(self) -> list[tuple[ParamPlan, int]]:
         """One parameter of each kind that is read alike, and how many; layers are alike."""
-        kinds = group_by(self.params, lambda param: (id(param.shards), param.source_dtype))
+        kinds = group_by(self.params, lambda param: param.kind)
         return [(params[0], len(params)) for params in kinds]
 
     @property

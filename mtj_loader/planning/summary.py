@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mtj_loader import display
 from mtj_loader.display import counted, show_bytes
-from mtj_loader.names import blank_indices, fold_names, group_by, natural_key, number_set
+from mtj_loader.names import blank_indices, fold_all, fold_names, group_by, natural_key, number_set
 from mtj_loader.planning.param_plan import ParamPlan, dtype_changes
 from mtj_loader.planning.plan_data import PlanData
 from mtj_loader.planning.tpu_fit import Fit, fits
@@ -30,11 +30,6 @@ def tables(plan: PlanData) -> RenderableType:
     """The plan as a rich renderable: facts, two tables, notes."""
     facts = display.facts(dict(_facts(plan)))
     return Group(facts, _parameter_table(plan), _fit_table(plan), *_notes(plan))
-
-
-def _fold_all(names: Sequence[str]) -> list[str]:
-    """Names with their layers folded, in the order of first appearance."""
-    return [fold_names(group) for group in group_by(names, blank_indices)]
 
 
 def _likeness(param: ParamPlan) -> tuple[object, ...]:
@@ -119,7 +114,7 @@ def _on_device(group: Sequence[ParamPlan], shards: int) -> tuple[str, str, str, 
 
 def _in_file(group: Sequence[ParamPlan]) -> tuple[str, str, str, str]:
     records = [record for param in group for record in param.view.records]
-    names = _fold_all([record.name for record in records]) or ["no tensor"]
+    names = fold_all([record.name for record in records]) or ["no tensor"]
     return (
         "\n".join(f"← {name}" for name in names),
         "\n".join(dict.fromkeys(f"{list(r.shape)} {r.dtype}" for r in group[0].view.records)),
@@ -157,7 +152,7 @@ def _notes(plan: PlanData) -> Iterator[Text]:
     for pair in plan.comparisons:
         copy, original = pair.copy.name, pair.original.name
         yield Text(f"tied: {copy} must equal {original}; compared while loading")
-    for name in _fold_all(plan.skipped):
+    for name in fold_all(plan.skipped):
         yield Text(f"not needed: {name}")
     for warning in plan.warnings:
         yield Text(f"warning: {warning}", style="yellow")

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from mtj_loader.display import counted
 from mtj_loader.errors import DeviceError, MeshError
 
 AXES = ("dp", "mp")  # replicas of the model, and shards of one replica
@@ -43,6 +44,9 @@ class Topology:
     def device_indices_of(self, host: int) -> tuple[int, ...]:
         """This host's devices, counted row by row: index i·mp + j is dp=i, mp=j."""
         return tuple(i for i, owner in enumerate(chain(*self.hosts)) if owner == host)
+
+    def __repr__(self) -> str:
+        return f"<Topology {self} on {counted(len(self.host_ids), 'host')}>"
 
     def __str__(self) -> str:
         return f"dp={self.dp}, mp={self.mp}"

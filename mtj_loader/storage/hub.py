@@ -68,7 +68,7 @@ class Repository:
     """
 
     id: str
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None
     local_files_only: bool = False
     endpoint: str | None = field(default_factory=lambda: os.environ.get("HF_ENDPOINT"))

@@ -70,6 +70,9 @@ class WeightMap:
     zero_weights: tuple[Target, ...] = ()
     conversions: Conversions = NO_CONVERSIONS
 
+    def __repr__(self) -> str:
+        return f"<WeightMap {self.file}>"
+
     def config_values(self, config: Mapping[str, object], *, file: str) -> dict[str, object]:
         """Our config values, as `mtj_config_map` finds them in a normalized config.json.
 
