@@ -96,7 +96,8 @@ def load(
         shards that the devices and the model allow.
       {options}
       progress: Show a progress bar in a terminal or a notebook.
-      plan: A plan from `mtj_loader.plan`, instead of a path and its options.
+      plan: A plan from `mtj_loader.plan`, instead of a path and its options. `mesh` must then be
+        omitted or the one that was planned for.
       host_timeout: Seconds to wait for other hosts that are alive; see docs/hosts.md.
       warm_up: What to compile while weights are read: a list of (batch, prompt_length) or (batch,
         prompt_length, max_new_tokens), or a function that returns it for the model's PromptRules.
@@ -116,10 +117,13 @@ def load(
     if (path is None) == (plan is None):
         raise UsageError("load takes either a path or a plan")
     run = RunOptions(progress, host_timeout, warm_up, compilation_cache)
-    if plan is not None:
-        return _load(lambda hosts, mesh: plan, mesh, run)
-    assert path is not None
-    return load_source(*split_keywords(path, keywords), mesh, run)
+    if plan is None:
+        assert path is not None
+        return load_source(*split_keywords(path, keywords), mesh, run)
+    if keywords:
+        what, hint = "a plan has these options already", "pass them to mtj_loader.plan instead"
+        raise UsageError(what, key=", ".join(keywords), hint=hint)
+    return _load(lambda hosts, mesh: _check_mesh(plan, mesh), mesh, run)
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,13 @@ def _topology(mesh: MeshLike | None, config: ModelConfig) -> Topology:
         expected = 'a mesh, or a string such as "dp=2,mp=4"'
         raise MeshError("not a mesh", key="mesh", expected=expected, found=repr(mesh))
     return topology(make_mesh(f"mp={usable_shards(config, len(jax.devices()))[-1]}"))
+
+
+def _check_mesh(plan: LoadPlan, mesh: Mesh | str | None) -> LoadPlan:
+    """The plan; raises MeshError if `mesh` is given and differs from the plan's."""
+    if mesh is not None and str(found := _topology(mesh, plan.config)) != str(plan.topology):
+        raise MeshError("the plan is for another mesh", expected=plan.topology, found=found)
+    return plan
 
 
 def _existing_mesh(mesh: Mesh | str | None) -> Mesh | str | None:

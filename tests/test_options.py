@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 
 import mtj_loader
 from mtj_loader.cli.shared_options import option_hints
-from mtj_loader.errors import UsageError
+from mtj_loader.errors import MeshError, UsageError
 from mtj_loader.options import Keywords, LoadOptions, Source, descriptions, weighted
+from tests.support import neox
 
 OPTIONS = {f.name: f for cls in (LoadOptions, Source) for f in fields(cls) if f.name != "path"}
 
@@ -62,3 +64,34 @@ def test_adapters_have_weights() -> None:
     for wrong in (3, ["folder"], [("folder", float("nan"))]):
         with pytest.raises(UsageError, match="not an adapter"):
             weighted(wrong)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_plan_is_not_combined_with_options_of_its_own(tmp_path: Path, name: str) -> None:
+    plan = mtj_loader.plan(neox.write(tmp_path), "mp=2")
+    with pytest.raises(UsageError, match="a plan has these options already") as error:
+        mtj_loader.load(plan=plan, **{name: OPTIONS[name].default})
+    assert error.value.key == name
+    assert error.value.hint == "pass them to mtj_loader.plan instead"
+
+
+def test_a_plan_is_combined_with_what_it_does_not_contain(tmp_path: Path) -> None:
+    plan = mtj_loader.plan(neox.write(tmp_path), "mp=2", dtype="float32")
+    more = {"progress": False, "host_timeout": 9.0, "warm_up": [], "compilation_cache": False}
+    for mesh in ("mp=2", mtj_loader.make_mesh("mp=2"), mtj_loader.make_abstract_mesh("mp=2")):
+        assert mtj_loader.load(plan=plan, mesh=mesh, **more).plan is plan
+
+
+@pytest.mark.parametrize(
+    ("mesh", "found"),
+    [
+        ("mp=1", "dp=1, mp=1"),
+        ("mp=16", "dp=1, mp=16"),  # more devices than there are
+        (mtj_loader.make_abstract_mesh("dp=2,mp=2"), "dp=2, mp=2"),
+    ],
+)
+def test_a_plan_is_not_loaded_on_another_mesh(tmp_path: Path, mesh, found: str) -> None:
+    plan = mtj_loader.plan(neox.write(tmp_path), "mp=2")
+    with pytest.raises(MeshError, match="the plan is for another mesh") as error:
+        mtj_loader.load(plan=plan, mesh=mesh)
+    assert (str(error.value.expected), str(error.value.found)) == ("dp=1, mp=2", found)
