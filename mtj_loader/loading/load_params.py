@@ -13,7 +13,7 @@ from mtj_loader.distributed.hosts import SINGLE_HOST, Hosts
 from mtj_loader.errors import MeshError
 from mtj_loader.loading.buffers import Buffers
 from mtj_loader.loading.compare_copies import compare_carried, compare_tied
-from mtj_loader.loading.load_failure import clean_load_failure
+from mtj_loader.loading.load_failure import release_on_failure, translate_errors
 from mtj_loader.loading.load_report import LoadReport, make_report, with_totals
 from mtj_loader.loading.memory_check import check_memory
 from mtj_loader.loading.placement import Params
@@ -29,7 +29,7 @@ from mtj_loader.storage.base import check_unchanged
 _CHECK_SECONDS = 0.5  # between checks of the files, which take well under 1 ms per file
 
 
-@clean_load_failure()
+@translate_errors()
 @no_garbage_collection()
 def load_params(
     plan: LoadPlan,
@@ -57,35 +57,37 @@ def load_params(
       MachineError: memory, storage or a device failed.
       HostError: another host failed.
     """
-    with hosts.phase("read"):
-        _check_ready(plan, mesh)
-        base = plan.base
-        started = time.perf_counter()
-        streamer = Streamer(base, mesh, _with_checks(progress, plan, hosts), buffers)
-        with precompile(base, mesh):
-            params = streamer.run()
-        stats, threads, device_seconds = streamer.stats, streamer.threads, streamer.device_seconds
-        del streamer  # frees the staging memory
-    read = time.perf_counter()
-    with hosts.phase("exchange"):
-        reshard(params, base, mesh, hosts)
-    exchanged = time.perf_counter()
-    with hosts.phase("finish"):
-        params, adapter_bytes = _merge_adapters(params, plan, mesh, donate=True)
-        params = hosts.wait_until_ready(params)
-        stats.bytes_read += adapter_bytes + _compare(plan)
-        _check_files(plan)
+    params: Params = {}
+    with release_on_failure(params):
+        with hosts.phase("read"):
+            _check_ready(plan, mesh)
+            base = plan.base
+            started = time.perf_counter()
+            streamer = Streamer(base, mesh, _with_checks(progress, plan, hosts), buffers)
+            with precompile(base, mesh):
+                params |= streamer.run()
+            stats, threads, placing = streamer.stats, streamer.threads, streamer.device_seconds
+            del streamer  # frees the staging memory
+        read = time.perf_counter()
+        with hosts.phase("exchange"):
+            reshard(params, base, mesh, hosts)
+        exchanged = time.perf_counter()
+        with hosts.phase("finish"):
+            stats.bytes_read += _merge_adapters(params, plan, mesh, donate=True)
+            hosts.wait_until_ready(params)
+            stats.bytes_read += _compare(plan)
+            _check_files(plan)
     seconds = {
         "plan": plan_seconds,
         "load": time.perf_counter() - started,
-        "device": device_seconds,
+        "device": placing,
         "exchange": exchanged - read,
     }
     report = make_report(plan, jax.process_index(), stats, seconds, threads)
     return params, with_totals(report, hosts)
 
 
-@clean_load_failure()
+@translate_errors()
 def adapt_params(params: Params, old: LoadPlan, new: LoadPlan, mesh: Mesh) -> Params:
     """Merges more adapters into loaded parameters; does not change these, but returns new ones.
 
@@ -110,15 +112,14 @@ def adapt_params(params: Params, old: LoadPlan, new: LoadPlan, mesh: Mesh) -> Pa
         _check_base(new)
         _compare(new)
         _check_base(new)
-    merged, _ = _merge_adapters(params, new, mesh, donate=False)
+    merged = {module: dict(arrays) for module, arrays in params.items()}
+    _merge_adapters(merged, new, mesh, donate=False)
     _check_adapters(new.adapters[len(old.adapters) :])
     return merged
 
 
-def _merge_adapters(
-    params: Params, plan: LoadPlan, mesh: Mesh, *, donate: bool
-) -> tuple[Params, int]:
-    """Adds the plan's low-rank terms; returns the parameters and the bytes read."""
+def _merge_adapters(params: Params, plan: LoadPlan, mesh: Mesh, *, donate: bool) -> int:
+    """Adds the plan's low-rank terms to the parameters in the tree; returns the bytes read."""
     adapted = [
         AdaptedParam(param.spec, param.terms, param.dtype, param.view.records[0].name)
         for param in plan.adapted

@@ -84,6 +84,11 @@ class Placer:
             tree.setdefault(param.spec.path, {})[param.spec.param] = array
         return tree
 
+    def clear(self) -> None:
+        """Drops all arrays."""
+        self._arrays.clear()
+        self._shards.clear()
+
     def _make_array(self, target: Target, buffer: np.ndarray) -> jax.Array:
         """A whole parameter in one call; one call per device takes four times as long."""
         by_number = _split_by_number(target, buffer)

@@ -100,12 +100,16 @@ class Streamer:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="mtj_loader")
         try:
             self._stream(pool)
+            self._check_finite()
+            return self._placer.params()
+        except BaseException:
+            self._placer.clear()  # see `release_on_failure`
+            raise
         finally:
             self._stop.set()
             self._reader.stop()
             pool.shutdown(wait=True, cancel_futures=True)
-        self._check_finite()
-        return self._placer.params()
+            self._error = None  # its traceback refers to this object
 
     @property
     def stats(self) -> ReadStats:

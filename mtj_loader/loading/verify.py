@@ -15,7 +15,7 @@ import numpy as np
 
 from mtj_loader.dtypes import FLOAT32
 from mtj_loader.errors import NonFiniteError, VerifyError
-from mtj_loader.loading.load_failure import clean_load_failure
+from mtj_loader.loading.load_failure import translate_errors
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan
 from mtj_loader.storage.base import Storage
@@ -25,7 +25,7 @@ from mtj_loader.weights.view import ZEROS
 _FLOAT32_TOLERANCE = 1e-6  # of the largest element; for sums of a few products in float32
 
 
-@clean_load_failure()
+@translate_errors()
 def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]]) -> int:
     """Compares every local shard with the checkpoint; returns the bytes compared.
 

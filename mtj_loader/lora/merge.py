@@ -39,37 +39,33 @@ class AdaptedParam:
 
 
 def merge_all(
-    params: Mapping[str, Mapping[str, jax.Array]],
+    params: Mapping[str, dict[str, jax.Array]],
     adapted: Sequence[AdaptedParam],
     mesh: Mesh,
     shard_numbers: Sequence[int],
     host_memory_bytes: int,
     *,
     donate: bool,
-) -> tuple[dict[str, dict[str, jax.Array]], int]:
-    """Adds low-rank terms to some parameters; the other parameters are shared.
+) -> int:
+    """Adds low-rank terms to some parameters; returns the adapter bytes that this host read.
 
     Args:
-      params: the parameters without terms, in any float dtype.
+      params: the parameters without terms, in any float dtype; the sums replace them.
       adapted: those that have terms.
       mesh: the devices they are on; axes dp and mp, Auto.
       shard_numbers: the shards that this host's devices hold.
       host_memory_bytes: the limit on bytes in flight.
       donate: the arrays that are added to are no longer needed.
 
-    Returns:
-      The parameters, and the number of adapter bytes that this host read.
-
     Raises:
       NonFiniteError: a sum overflows in the parameter's dtype.
     """
-    tree = {module: dict(arrays) for module, arrays in params.items()}
     terms = [term for param in adapted for term in param.terms]
     with closing(_FactorReader(terms, mesh, shard_numbers, host_memory_bytes)) as reader:
         for param in adapted:
-            module = tree[param.spec.path]
+            module = params[param.spec.path]
             module[param.spec.param] = _merge(param, module[param.spec.param], reader, donate)
-    return tree, reader.bytes_read
+    return reader.bytes_read
 
 
 class _FactorReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import mmap
 import os
 import pty
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -23,7 +26,7 @@ from typer.testing import CliRunner
 import mtj_loader
 from mtj_loader.cli.app import app
 from mtj_loader.errors import MachineError, MemoryLimitError, StorageError
-from mtj_loader.loading import buffers
+from mtj_loader.loading import buffers, load_params
 from mtj_loader.loading.stream import Streamer
 from mtj_loader.planning.load_plan import LoadPlan
 from tests.support import neox
@@ -246,7 +249,14 @@ def owners(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
     return found
 
 
-def test_ctrl_c_frees_threads_and_memory(monkeypatch: pytest.MonkeyPatch, owners: list):
+def release(owners: list[weakref.ref]) -> None:
+    """Checks that no buffer is in memory any longer."""
+    gc.collect()  # JAX releases adopted memory during garbage collection
+    assert owners
+    assert all(owner() is None for owner in owners)
+
+
+def test_ctrl_c_ends_threads_and_frees_memory(monkeypatch: pytest.MonkeyPatch, owners: list):
     plan = mtj_loader.plan(FIXTURE, "mp=8")
     read, calls = plan.checkpoint.storage.read_into, []
 
@@ -259,25 +269,49 @@ def test_ctrl_c_frees_threads_and_memory(monkeypatch: pytest.MonkeyPatch, owners
 
     monkeypatch.setattr(plan.checkpoint.storage, "read_into", interrupted)
     before = set(threading.enumerate())
-    with pytest.raises(KeyboardInterrupt) as kept:  # kept, as in a notebook
+    with pytest.raises(KeyboardInterrupt) as kept:
         mtj_loader.load(plan=plan)
     assert len(calls) < 60  # of hundreds
     assert set(threading.enumerate()) <= before
-    assert owners
-    assert all(owner() is None for owner in owners)
     del kept
+    release(owners)
 
 
-def test_an_error_frees_memory(monkeypatch: pytest.MonkeyPatch, owners: list):
-    def refuse(self: Streamer) -> None:
-        raise StorageError("at the very end")
-
+def fail_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Streamer, "_check_finite", refuse)
+
+
+def fail_comparing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_params, "_compare", refuse)
+
+
+def refuse(_: object) -> int:
+    raise StorageError("at the very end")
+
+
+@pytest.mark.parametrize("fail", [fail_reading, fail_comparing])
+def test_a_kept_error_has_its_variables_but_not_the_parameters(
+    fail: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, owners: list
+):
+    """A debugger sees the variables of every function; at most a few batches stay in memory."""
+    monkeypatch.setattr(buffers.AdoptedBuffers, "batch_bytes", 100_000)
+    fail(monkeypatch)
+    before = live_bytes()
     with pytest.raises(StorageError, match="at the very end") as kept:
         mtj_loader.load(FIXTURE, "mp=8")
-    assert owners
-    assert all(owner() is None for owner in owners)
-    del kept
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(kept.value.__traceback__)]
+    assert all(frames)
+    assert any("streamer" in variables or "stats" in variables for variables in frames)
+    assert live_bytes() - before < 1_000_000  # of 7.6 MB
+    assert sum(owner() is not None for owner in owners) < len(owners) / 4
+    del kept, frames
+    release(owners)
+
+
+def live_bytes() -> int:
+    """The size of all arrays in this process."""
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
 
 
 # A lack of resources.
