@@ -6,7 +6,7 @@ Every setting that would change the result and is not supported is refused by na
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +17,8 @@ from mtj_loader.formats.file_names import SUFFIX
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.formats.strict_json import read_object
 from mtj_loader.formats.typed_reader import TypedReader
-from mtj_loader.lora import patterns
+from mtj_loader.lora.pattern_table import PatternTable
+from mtj_loader.lora.patterns import UnsupportedPatternError
 from mtj_loader.options import PathLike
 from mtj_loader.storage.base import FileVersion, Storage
 from mtj_loader.storage.local import LocalStorage
@@ -59,18 +60,18 @@ class AdapterConfig:
 
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: PatternTable[int]
+    alpha_pattern: PatternTable[float]
     rslora: bool
     target_parameters: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
         """The rank of a module, by its name in the adapter."""
-        return _first_match(self.rank_pattern, module, self.rank)
+        return self.rank_pattern.first_match(module, self.rank)
 
     def scale_of(self, module: str) -> float:
         """The factor that a module's product is multiplied by."""
-        rank, alpha = self.rank_of(module), _first_match(self.alpha_pattern, module, self.alpha)
+        rank, alpha = self.rank_of(module), self.alpha_pattern.first_match(module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
@@ -134,13 +135,11 @@ def read_config(config: Mapping[str, object], *, file: str) -> AdapterConfig:
     given = {k: v for k, v in config.items() if v is not None or k not in _NULLABLE}
     reader = _AdapterReader(given, file)
     reader.refuse_other_methods()
-    ranks = reader.patterns("rank_pattern")
-    alphas = reader.patterns("alpha_pattern")
     checked = AdapterConfig(
         rank=reader.integer("r", 8),
         alpha=reader.alpha("lora_alpha", 8),
-        rank_pattern={pattern: ranks.integer(pattern) for pattern in ranks.all_keys},
-        alpha_pattern={pattern: alphas.alpha(pattern) for pattern in alphas.all_keys},
+        rank_pattern=reader.patterns("rank_pattern", _AdapterReader.integer),
+        alpha_pattern=reader.patterns("alpha_pattern", _AdapterReader.alpha),
         rslora=reader.flag("use_rslora", False),
         target_parameters=reader.names("target_parameters"),
     )
@@ -169,31 +168,17 @@ class _AdapterReader(TypedReader):
     def alpha(self, key: str, default: float | None = None) -> float:
         return self.number(key, default, low=-_MAX_ALPHA, high=_MAX_ALPHA)
 
-    def patterns(self, key: str) -> _AdapterReader:
-        """A table whose keys are regular expressions."""
+    def patterns(self, key: str, read: Callable[[_AdapterReader, str], T]) -> PatternTable[T]:
+        """A table whose keys are regular expressions; `read` reads one of its values."""
         table = self.section(key)
-        for pattern in table.all_keys:
-            try:
-                patterns.compile_pattern(pattern)  # so that messages count its own characters
-                patterns.compile_pattern(_module_pattern(pattern))
-            except patterns.UnsupportedPatternError as error:
-                raise self.error(f"not a supported regular expression: {error}", key) from error
-        return table
+        values = {pattern: read(table, pattern) for pattern in table.all_keys}
+        try:
+            return PatternTable(values)
+        except UnsupportedPatternError as error:
+            raise self.error(f"not a supported regular expression: {error}", key) from error
 
     def refuse_rest(self) -> None:
         """Refuses the keys that were not read, unless they are ignored or not set."""
         for key in sorted(self._values.keys() - self._read - _IGNORED):
             if self._values[key] not in (None, False, {}, []):
                 raise self.error("this adapter setting is not supported", key, "null")
-
-
-def _first_match(table: Mapping[str, T], module: str, default: T) -> T:
-    for pattern, value in table.items():
-        if patterns.matches(_module_pattern(pattern), module):
-            return value
-    return default
-
-
-def _module_pattern(pattern: str) -> str:
-    """The pattern that PEFT's get_pattern_key matches with whole module names."""
-    return rf"(.*\.)?({pattern})"

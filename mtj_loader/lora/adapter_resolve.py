@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mtj_loader import dtypes
-from mtj_loader.errors import AdapterMismatchError, Problem
+from mtj_loader.errors import AdapterError, AdapterMismatchError, Problem
 from mtj_loader.formats.records import TensorIndex, TensorRecord
-from mtj_loader.lora.adapter import Adapter
+from mtj_loader.lora.adapter import CONFIG_FILE, Adapter
 from mtj_loader.lora.low_rank import (
     AdapterTerms,
     CarriedCopy,
@@ -25,6 +25,7 @@ from mtj_loader.lora.low_rank import (
     LowRank,
     merge_factors,
 )
+from mtj_loader.lora.patterns import UnsupportedPatternError
 from mtj_loader.parameters import ParamSpec
 from mtj_loader.weights.merging import Conversions, Merge, spellings
 from mtj_loader.weights.resolve import match_name
@@ -64,14 +65,19 @@ def resolve_adapter(
     Raises:
       AdapterMismatchError: tensors that fit no parameter, incomplete pairs, wrong ranks or shapes;
         lists every problem.
+      AdapterError: its patterns take too long to match.
     """
     resolver = _AdapterResolver(adapter, weight, weight_map, index, context)
     resolver.entries = weight_map.expand(layers)
     resolver.specs = {(spec.module, spec.param): spec for spec in specs}
     for record in adapter.records.values():
         resolver.sort(record)
-    for module, pair in resolver.pairs.items():
-        resolver.place(module, pair)
+    try:
+        for module, pair in resolver.pairs.items():
+            resolver.place(module, pair)
+    except UnsupportedPatternError as error:
+        file = f"{adapter.location}/{CONFIG_FILE}"
+        raise AdapterError(str(error), file=file, key="rank_pattern or alpha_pattern") from error
     resolver.merge()
     if not resolver.terms and not resolver.problems:
         what = "the adapter has no LoRA tensor"

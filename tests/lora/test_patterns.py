@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from random import Random
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mtj_loader.lora.patterns import UnsupportedPatternError, compile_pattern, matches
+from mtj_loader.lora.pattern_table import PatternTable
+from mtj_loader.lora.patterns import MAX_WORK, UnsupportedPatternError, matches
 
 ATOMS = st.sampled_from(
     ["a", "b", "_", ".", r"\.", r"\d", r"\W", "[ab]", "[^a]", "[]a-]", "^", "$"]
@@ -100,4 +102,66 @@ def test_no_pattern_takes_forever(pattern: str):
 )
 def test_unsupported_patterns_are_refused_with_the_reason(pattern: str, words: str):
     with pytest.raises(UnsupportedPatternError, match=words):
-        compile_pattern(pattern)
+        matches(pattern, "")
+
+
+NAMES = st.text("ab", min_size=1, max_size=2)
+MODULES = st.lists(NAMES, min_size=1, max_size=3).map(".".join)
+PARTS = st.sampled_from(["a", "b", ".", r"\.", "a|b", "(", ")", "*", "^", "$"])
+PATTERNS = st.lists(PARTS, max_size=5).map("".join) | MODULES
+
+
+@given(st.lists(PATTERNS, max_size=4, unique=True), MODULES)
+def test_the_first_match_is_that_of_peft(patterns: list[str], module: str):
+    try:
+        compiled = [re.compile(pattern) for pattern in patterns]
+        table = PatternTable({pattern: i for i, pattern in enumerate(patterns)})
+    except (re.error, UnsupportedPatternError):
+        assume(False)
+    # peft/utils/other.py: get_pattern_key
+    found = (i for i, p in enumerate(compiled) if re.match(rf"(.*\.)?({p.pattern})$", module))
+    assert table.first_match(module, -1) == next(found, -1)
+
+
+def names(count: int) -> list[str]:
+    return [f"model.layers.{i // 1000}.mlp.experts.{i % 1000}.down_proj" for i in range(count)]
+
+
+def test_a_pattern_for_each_of_many_modules_takes_little_work():
+    """As after an initialization that chooses ranks (EVA)."""
+    modules = names(2000)
+    table = PatternTable({name: rank for rank, name in enumerate(modules)})
+    assert [table.first_match(name, -1) for name in modules] == list(range(2000))
+    assert table.work.left > MAX_WORK * 0.9
+
+
+def test_a_few_patterns_for_very_many_modules_take_little_work():
+    patterns = {r".*\.experts\..*\.(down|up)_proj": 1, r"layers\.[0-9]+\.mlp\..*": 2}
+    table = PatternTable(patterns)
+    assert {table.first_match(name, -1) for name in names(18_000)} == {1}
+    assert table.work.left > MAX_WORK * 0.5
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        [f"{i}[ab]{{9}}" for i in range(6_000)],  # steps
+        [f"[{chr(i)}x]" for i in range(256, 6_000)],  # classes
+        [f"({i}|a.*b)*c" for i in range(6_000)],  # reached positions
+        [f"(a|b)*a(a|b){{{i}}}c" for i in range(20, 30)],  # a set for each end of a name
+    ],
+    ids=["steps", "classes", "positions", "sets"],
+)
+def test_patterns_that_take_too_long_are_refused(
+    patterns: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mtj_loader.lora.patterns.MAX_WORK", 100_000)
+    random = Random(0)
+    modules = ["".join(random.choices("ab", k=200)) for _ in range(99)]
+
+    def match_all() -> list[int]:
+        table = PatternTable(dict.fromkeys(patterns, 1))
+        return [table.first_match(module, 0) for module in modules]
+
+    with pytest.raises(UnsupportedPatternError, match="the patterns take too long"):
+        match_all()
