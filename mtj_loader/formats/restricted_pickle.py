@@ -7,8 +7,8 @@ describes the opcodes.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
+from struct import Struct
 from typing import NoReturn
 
 from mtj_loader.errors import FormatError
@@ -22,7 +22,10 @@ from mtj_loader.formats.torch_objects import (
     find_storage,
 )
 
+_U8, _U16, _U32, _I32 = Struct("<B"), Struct("<H"), Struct("<I"), Struct("<i")
 _PROTOCOL = 2  # the default of torch.save
+_MAX_WORK = 1_000_000  # opcodes, and items of tuples in tuples; 20,000 tensors take 800,000
+_MAX_MEMO = 250_000  # entries; 20,000 tensors take 160,000
 _MAX_STACK = 10_000  # pickle writes dicts in batches of 1,000 items
 _MAX_TUPLE = MAX_RANK  # shapes are the longest tuples
 _MAX_NAME = 200  # characters of a global
@@ -58,6 +61,7 @@ class _Machine:
         self.stack: list[object] = []
         self.marks: list[int] = []  # heights of the stack
         self.memo: dict[int, object] = {}
+        self.work = 0
 
     def run(self) -> object:
         if not self.data.startswith(bytes([0x80, _PROTOCOL])):
@@ -65,6 +69,7 @@ class _Machine:
             _reject("not a pickle written by torch.save", f"protocol {_PROTOCOL}", found)
         self.position = 2
         while True:
+            self.work += 1
             self.at = self.position
             code = self.take(1)
             if code == b".":
@@ -76,6 +81,8 @@ class _Machine:
             step(self)
             if len(self.stack) > _MAX_STACK:
                 _reject("the pickle's stack is too high", f"at most {_MAX_STACK:,}")
+            if self.work > _MAX_WORK:
+                _reject("the pickle is too long", f"at most {_MAX_WORK:,} opcodes")
 
     def stop(self) -> object:
         self.opcode = "STOP"
@@ -94,8 +101,8 @@ class _Machine:
         self.position += count
         return taken
 
-    def number(self, form: str) -> int:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    def number(self, form: Struct) -> int:
+        return form.unpack(self.take(form.size))[0]
 
     def push(self, value: object) -> None:
         self.stack.append(value)
@@ -119,14 +126,14 @@ class _Machine:
             _reject("the pickle's marks are nested too deeply", f"at most {_MAX_TUPLE}")
 
     def text(self) -> None:
-        raw = self.take(self.number("<I"))
+        raw = self.take(self.number(_U32))
         try:
             self.push(raw.decode())
         except UnicodeDecodeError as error:
             _reject("a string in the pickle is not UTF-8", None, error)
 
     def long(self) -> None:
-        length = self.number("<B")
+        length = self.number(_U8)
         if length > _MAX_LONG_BYTES:
             what = "a number in the pickle is too long"
             _reject(what, f"at most {_MAX_LONG_BYTES} bytes", length)
@@ -136,6 +143,8 @@ class _Machine:
         value = self.pop()
         self.push(value)
         self.memo[index] = value
+        if len(self.memo) > _MAX_MEMO:
+            _reject("the pickle's memo is too large", f"at most {_MAX_MEMO:,}")
 
     def get(self, index: int) -> None:
         if index not in self.memo:
@@ -156,7 +165,8 @@ class _Machine:
 
     def make_tuple(self, items: list[object]) -> None:
         """Rejects more than two levels of tuples: the deepest are shapes inside of arguments."""
-        nested = (item for value in items if type(value) is tuple for item in value)
+        nested = [item for value in items if type(value) is tuple for item in value]
+        self.work += len(nested)
         if len(items) > _MAX_TUPLE or any(type(item) is tuple for item in nested):
             _reject("a tuple in the pickle is too long or too deep", f"at most {_MAX_TUPLE} items")
         self.push(tuple(items))
@@ -201,15 +211,15 @@ _OPCODES: dict[bytes, tuple[str, Callable[[_Machine], None]]] = {
     b"N": ("NONE", lambda m: m.push(None)),
     b"\x88": ("NEWTRUE", lambda m: m.push(True)),
     b"\x89": ("NEWFALSE", lambda m: m.push(False)),
-    b"J": ("BININT", lambda m: m.push(m.number("<i"))),
-    b"K": ("BININT1", lambda m: m.push(m.number("<B"))),
-    b"M": ("BININT2", lambda m: m.push(m.number("<H"))),
+    b"J": ("BININT", lambda m: m.push(m.number(_I32))),
+    b"K": ("BININT1", lambda m: m.push(m.number(_U8))),
+    b"M": ("BININT2", lambda m: m.push(m.number(_U16))),
     b"\x8a": ("LONG1", _Machine.long),
     b"X": ("BINUNICODE", _Machine.text),
-    b"q": ("BINPUT", lambda m: m.put(m.number("<B"))),
-    b"r": ("LONG_BINPUT", lambda m: m.put(m.number("<I"))),
-    b"h": ("BINGET", lambda m: m.get(m.number("<B"))),
-    b"j": ("LONG_BINGET", lambda m: m.get(m.number("<I"))),
+    b"q": ("BINPUT", lambda m: m.put(m.number(_U8))),
+    b"r": ("LONG_BINPUT", lambda m: m.put(m.number(_U32))),
+    b"h": ("BINGET", lambda m: m.get(m.number(_U8))),
+    b"j": ("LONG_BINGET", lambda m: m.get(m.number(_U32))),
     b"c": ("GLOBAL", _Machine.find),
     b"Q": ("BINPERSID", lambda m: m.push(find_storage(m.pop()))),
     b")": ("EMPTY_TUPLE", lambda m: m.make_tuple([])),

@@ -1,4 +1,4 @@
-"""Reads the headers of files by torch.save (`.bin`, `.pt`): a zip archive of a pickle and storages.
+"""Reads files by torch.save (`.bin`, `.pt`): a zip archive of a pickle and storages.
 
     <name>/data.pkl   a dict, tensor name → storage, offset, shape, strides
     <name>/data/<n>   one storage, uncompressed, as in memory
@@ -19,13 +19,14 @@ from mtj_loader.formats.torch_objects import StorageRef, TensorRef, describe_val
 from mtj_loader.formats.zip_archive import (
     Directory,
     Member,
+    check_sums,
     find_members,
     read_directory,
     read_member,
 )
 from mtj_loader.storage.base import FileVersion, Storage
 
-_MAX_PICKLE_BYTES = 32 << 20  # a dict of 100,000 tensors takes 20,000,000
+_MAX_PICKLE_BYTES = 4 << 20  # a dict of 20,000 tensors takes 3,100,000
 _MAX_WORD_BYTES = 16  # of a member that contains one word
 _MAX_ELEMENTS = 2**59  # numpy counts bytes with 63 bits, even if another dimension is 0
 
@@ -40,7 +41,7 @@ _TORCHSCRIPT = ("code/", "constants.pkl")  # only in saved programs
 
 
 def read_records(storage: Storage, version: FileVersion) -> list[TensorRecord]:
-    """Reads the directory and the pickle of one file, but none of its tensors' data.
+    """Finds the tensors of one file. Reads all of it once, to check its checksums.
 
     Args:
       storage: where the file is.
@@ -65,6 +66,7 @@ def read_records(storage: Storage, version: FileVersion) -> list[TensorRecord]:
         expected, found = "a dict, tensor name → tensor", describe_value(tensors)
         raise FormatError("not a dict", file=version.path, expected=expected, found=found)
     records = [_record(name, value, version.path, members) for name, value in tensors.items()]
+    check_sums(storage, version.path, found.values())
     return sorted(records, key=lambda record: (record.offset_bytes, record.size_bytes))
 
 

@@ -10,7 +10,7 @@ other reader can find a different archive in the same file.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from struct import Struct
 
@@ -27,10 +27,13 @@ _DESCRIPTOR = Struct("<4sL2L")  # …, crc, packed, size: known only after the d
 _DESCRIPTOR64 = Struct("<4sL2Q")
 _TAG = Struct("<2H")  # of a field in `extra`: kind and length
 
+_DAMAGED_END = "the end of the archive is damaged"
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # mean: see the zip64 field
 _ZIP64_EXTRA = 1
 _ENCRYPTED, _HAS_DESCRIPTOR, _UTF8 = 0x1, 0x8, 0x800  # flags; torch sets the last two
-_MAX_DIRECTORY_BYTES = 32 << 20  # 100,000 tensors take 10,000,000
+_MAX_MEMBERS = 25_000  # one per tensor; each takes two short reads
+_MAX_DIRECTORY_BYTES = 4 << 20  # 25,000 members take 2,500,000
+_CHUNK_BYTES = 1 << 20  # of a member whose checksum is computed
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,13 @@ def find_members(storage: Storage, version: FileVersion, directory: Directory) -
         if entry.header_bytes != position:
             gap = entry.header_bytes > position
             what = "bytes that belong to no member" if gap else "two members overlap"
-            raise _bad(version.path, what, entry.name, position, entry.header_bytes)
+            expected = f"a header at byte {position:,}"
+            raise _bad(version.path, what, entry.name, expected, f"{entry.header_bytes:,}")
         members[entry.name] = _check_local(storage, version, entry, start)
         position = _end(storage, version, entry, members[entry.name], start)
     if position != start:
-        raise _bad(version.path, "bytes that belong to no member", None, position, start)
+        what, expected = "bytes that belong to no member", f"the directory at byte {position:,}"
+        raise _bad(version.path, what, None, expected, f"{start:,}")
     return members
 
 
@@ -109,12 +114,31 @@ def read_member(storage: Storage, file: str, member: Member, max_bytes: int) -> 
       FormatError: it has more than `max_bytes`, or a wrong checksum.
     """
     if member.size_bytes > max_bytes:
-        raise _bad(file, "a member is too large", member.name, max_bytes, member.size_bytes)
+        expected, found = f"at most {max_bytes:,} bytes", f"{member.size_bytes:,} bytes"
+        raise _bad(file, "a member is too large", member.name, expected, found)
     data = storage.read(file, member.offset_bytes, member.size_bytes)
-    if (crc := zlib.crc32(data)) != member.crc:
+    _check_sum(file, member, zlib.crc32(data))
+    return data
+
+
+def check_sums(storage: Storage, file: str, members: Iterable[Member]) -> None:
+    """Reads all data of all members, to compare it with their checksums.
+
+    Raises:
+      FormatError: a member is damaged.
+    """
+    for member in members:
+        crc, end = 0, member.offset_bytes + member.size_bytes
+        for start in range(member.offset_bytes, end, _CHUNK_BYTES):
+            chunk = storage.read(file, start, min(_CHUNK_BYTES, end - start))
+            crc = zlib.crc32(chunk, crc)
+        _check_sum(file, member, crc)
+
+
+def _check_sum(file: str, member: Member, crc: int) -> None:
+    if crc != member.crc:
         what = "a member is damaged: wrong checksum"
         raise _bad(file, what, member.name, f"{member.crc:#010x}", f"{crc:#010x}")
-    return data
 
 
 def _find_directory(storage: Storage, version: FileVersion) -> tuple[int, int, bytes]:
@@ -127,12 +151,24 @@ def _find_directory(storage: Storage, version: FileVersion) -> tuple[int, int, b
         after -= _LOCATOR.size + _END64.size
         short = (entries, count, size, start)
         entries, count, size, start = _zip64_end(tail, after, short, version.path)
-    if any(disks) or comment or entries != count or start + size != after:
-        raise _bad(version.path, "the end of the archive is damaged", None, after, start + size)
-    if size > _MAX_DIRECTORY_BYTES:
-        what = "the archive's directory is too large"
-        raise _bad(version.path, what, None, _MAX_DIRECTORY_BYTES, size)
+    if any(disks) or entries != count:
+        raise _bad(version.path, _DAMAGED_END, None, "an archive in one part", "several")
+    if comment:
+        raise _bad(version.path, _DAMAGED_END, None, "no comment", f"one of {comment:,} bytes")
+    if start + size != after:
+        expected = f"a directory that ends at byte {after:,}"
+        raise _bad(version.path, _DAMAGED_END, None, expected, f"{start + size:,}")
+    _check_directory_size(count, size, version.path)
     return start, count, storage.read(version.path, start, size)
+
+
+def _check_directory_size(count: int, size_bytes: int, file: str) -> None:
+    if count > _MAX_MEMBERS:
+        expected, found = f"at most {_MAX_MEMBERS:,}", f"{count:,}"
+        raise _bad(file, "the archive has too many members", None, expected, found)
+    if size_bytes > _MAX_DIRECTORY_BYTES:
+        expected, found = f"at most {_MAX_DIRECTORY_BYTES:,} bytes", f"{size_bytes:,} bytes"
+        raise _bad(file, "the archive's directory is too large", None, expected, found)
 
 
 def _unpack_end(tail: bytes, file: str) -> tuple[int, ...]:
@@ -146,7 +182,7 @@ def _zip64_end(
     tail: bytes, offset_bytes: int, short: tuple[int, ...], file: str
 ) -> tuple[int, int, int, int]:
     """Entries on this disk, all entries, size and start; `short` has the same in fewer bits."""
-    damaged = _bad(file, "the end of the archive is damaged", None, "one zip64 directory")
+    damaged = _bad(file, _DAMAGED_END, None, "one zip64 directory")
     if len(tail) < _TAIL_BYTES or not tail.startswith(b"PK\x06\x06"):
         raise damaged
     _, disk, claimed, disks = _LOCATOR.unpack(tail[_END64.size : -_END.size])
@@ -156,7 +192,7 @@ def _zip64_end(
     long = (entries, count, size, start)
     for one, other, full in zip(short, long, (_FULL16, _FULL16, _FULL32, _FULL32), strict=True):
         if one not in (other, full):
-            raise _bad(file, "the archive has two directories", None, other, one)
+            raise _bad(file, "the archive has two directories", None, f"{other:,}", f"{one:,}")
     return long
 
 
@@ -176,7 +212,8 @@ def _entries(raw: bytes, count: int, file: str) -> Iterator[Entry]:
         size, packed, offset = _widen(raw[extra_start:comment_start], narrow, name, file)
         yield Entry(name, offset, size, packed, fields[4], fields[3], fields[7])
     if position != len(raw):
-        raise _bad(file, "the archive's directory is damaged", None, len(raw), position)
+        expected, found = f"{position:,} bytes, from its entries", f"{len(raw):,} bytes"
+        raise _bad(file, "the archive's directory is damaged", None, expected, found)
 
 
 def _widen(extra: bytes, narrow: list[int], name: str, file: str) -> list[int]:
@@ -230,7 +267,8 @@ def _end(storage: Storage, version: FileVersion, entry: Entry, member: Member, s
     end = member.offset_bytes + member.size_bytes
     length = _DESCRIPTOR64.size if entry.flags & _HAS_DESCRIPTOR else 0
     if end + (length and _DESCRIPTOR.size) > start:
-        raise _bad(version.path, "a member overlaps the directory", entry.name, start, end)
+        expected, found = f"an end before byte {start:,}", f"{end:,}"
+        raise _bad(version.path, "a member overlaps the directory", entry.name, expected, found)
     if not length:
         return end
     raw = storage.read(version.path, end, length)  # may extend into the directory

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 import mtj_loader.formats
 from mtj_loader.dtypes import WEIGHT_DTYPES
 from mtj_loader.errors import FormatError
-from mtj_loader.formats import zip_archive
+from mtj_loader.formats import restricted_pickle, zip_archive
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.formats.torch_zip import read_records
 from mtj_loader.storage.local import LocalStorage
@@ -271,8 +273,28 @@ def test_rejected(case, tmp_path, monkeypatch):
 
 def test_an_oversized_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(zip_archive, "_MAX_DIRECTORY_BYTES", 100)
-    with pytest.raises(FormatError, match=r"directory is too large(.|\n)*expected: 100\n"):
+    with pytest.raises(FormatError, match=r"directory is too large(.|\n)*at most 100 bytes\n"):
         records_of(tmp_path, GOOD)
+    monkeypatch.setattr(zip_archive, "_MAX_MEMBERS", 3)
+    with pytest.raises(FormatError, match=r"too many members(.|\n)*at most 3\n(.|\n)*found: 4"):
+        records_of(tmp_path, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"K\1q\0" + b"h\0" * 99 + b".", "the pickle is too long"),
+        (b"K\1q\0" + b"(" + b"h\0" * 9 + b"t" + (b"q\1h\1h\1\x86") * 5, "the pickle is too long"),
+        (b"}" + b"".join(b"q%c" % i for i in range(9)), "memo is too large"),
+        (b"(" * 70, "marks are nested too deeply"),
+    ],
+    ids=["opcodes", "tuples-of-tuples", "memo", "marks"],
+)
+def test_pickles_that_take_too_long(body, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(restricted_pickle, "_MAX_WORK", 100)
+    monkeypatch.setattr(restricted_pickle, "_MAX_MEMO", 8)
+    with pytest.raises(FormatError, match=words):
+        records_of(tmp_path, whole(body))
 
 
 def test_every_case_of_the_list_is_here():
@@ -422,14 +444,12 @@ def test_a_state_dict_with_its_metadata():
     assert i == 3
 
 
-def test_only_headers_and_the_pickle_are_read(tmp_path):
-    """A storage of ten million bytes takes no more reads than a small one."""
-
+def test_data_is_read_once_and_in_chunks(tmp_path):
     class Counting(LocalStorage):
-        total = 0
+        lengths: ClassVar[list[int]] = []
 
         def read(self, path, offset_bytes, length_bytes):
-            self.total += length_bytes
+            self.lengths.append(length_bytes)
             return super().read(path, offset_bytes, length_bytes)
 
     where = storage(elements=2_500_000)
@@ -438,8 +458,32 @@ def test_only_headers_and_the_pickle_are_read(tmp_path):
     (tmp_path / "a.bin").write_bytes(raw)
     with Counting(tmp_path) as files:
         [record] = read_records(files, files.version("a.bin"))
-        assert files.total < 3000
     assert record.size_bytes == 10_000_000
+    assert sum(Counting.lengths) < 10_003_000
+    assert max(Counting.lengths) == 1 << 20
+
+
+def test_51_every_bit_of_every_member_is_checked(tmp_path):
+    start = GOOD.index(b"pad", GOOD.index(b"m/data/0")) + len("pad")
+    for at in [*range(8 * start, 8 * (start + 16)), 8 * (GOOD.index(b"3\n") + 1)]:
+        damaged = bytearray(GOOD)
+        damaged[at // 8] ^= 1 << at % 8
+        with pytest.raises(FormatError, match=r"wrong checksum(.|\n)*key: m/(data/0|version)\n"):
+            records_of(tmp_path, bytes(damaged))
+
+
+def test_messages_name_two_different_values(tmp_path):
+    """For every byte of an archive changed, and for every length."""
+    files = [GOOD[:at] + bytes([GOOD[at] ^ 0x55]) + GOOD[at + 1 :] for at in range(len(GOOD))]
+    files += [GOOD[:length] for length in range(len(GOOD))]
+    for raw in files:
+        with contextlib.suppress(FormatError):
+            records_of(tmp_path, raw)
+            continue
+        with pytest.raises(FormatError) as caught:
+            records_of(tmp_path, raw)
+        error = caught.value
+        assert error.found is None or str(error.expected) != str(error.found)
 
 
 def test_ten_thousand_tensors(tmp_path):
