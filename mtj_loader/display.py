@@ -1,9 +1,13 @@
-"""Output for people: sizes with units, and tables as plain text or in color."""
+"""Output for people: sizes with units, and tables as plain text or in color.
+
+Text in tables is escaped, because names and values in files are untrusted input.
+"""
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -11,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtj_loader.errors import UsageError
+from mtj_loader.names import escape
 
 _UNITS = {
     "": 1,
@@ -58,11 +63,22 @@ def table(*headers: str) -> Table:
     return empty
 
 
+def add_row(table: Table, *cells: str | Sequence[str], style: str | None = None) -> None:
+    """Adds a row to a table; each cell is a line or several."""
+    lines = ([cell] if isinstance(cell, str) else cell for cell in cells)
+    table.add_row(*(Text("\n").join(map(line, each)) for each in lines), style=style)
+
+
+def line(text: str, style: str = "") -> Text:
+    """One line of text."""
+    return Text(escape(text), style=style, overflow="fold")
+
+
 def facts(named: dict[str, str]) -> Table:
     """Names and their values, one per line."""
     grid = Table.grid(padding=(0, 2))
     for name, value in named.items():
-        grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+        grid.add_row(line(name, "bold"), line(value))
     return grid
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mtj_loader.names import blank_indices, fold_names, group_by
+from mtj_loader.names import blank_indices, escape, escape_lines, fold_names, group_by
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 UNEXPECTED = 1  # exit code for any other exception, as in Python
+
+_MAX_FACT_CHARS = 1_000  # of a file, a value, …: a file may contain megabytes of either
 
 
 class MtjLoaderError(Exception):
@@ -47,16 +49,19 @@ class MtjLoaderError(Exception):
     def _message(self) -> str:
         facts = [("file", self.file), ("tensor", self.tensor), ("key", self.key)]
         facts += [("expected", self.expected), ("found", self.found), ("hint", self.hint)]
-        lines = [f"  {name}: {_printable(value)}" for name, value in facts if value is not None]
-        return "\n".join([self.what, *lines])
+        lines = [f"  {name}: {_shorten(value)}" for name, value in facts if value is not None]
+        return "\n".join([self._headline(), *lines])
+
+    def _headline(self) -> str:
+        """What comes before the facts."""
+        return escape(self.what)
 
 
-def _printable(value: object) -> str:
-    """Text from untrusted input with its control characters escaped."""
+def _shorten(value: object) -> str:
     text = str(value)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    if len(text) > _MAX_FACT_CHARS:
+        return f"{escape(text[:_MAX_FACT_CHARS])}… ({len(text):,} characters)"
+    return escape(text)
 
 
 class UsageError(MtjLoaderError, ValueError):
@@ -143,6 +148,9 @@ class HostError(MachineError):
         self.host, self.exit_code = host, exit_code
         super().__init__(what, found=found, hint=hint)
 
+    def _headline(self) -> str:
+        return escape_lines(self.what)  # may be the message of another host's error
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -157,8 +165,8 @@ class Problem:
 
     def __str__(self) -> str:
         names = ("file", "tensor", "target", "expected", "found")
-        facts = [f"{n} {v}" for n in names if (v := getattr(self, n)) is not None]
-        return f"{self.what}: {', '.join(facts)}" if facts else self.what
+        facts = [f"{n} {_shorten(v)}" for n in names if (v := getattr(self, n)) is not None]
+        return f"{escape(self.what)}: {', '.join(facts)}" if facts else escape(self.what)
 
 
 class CheckpointMismatchError(CheckpointError):
@@ -166,7 +174,10 @@ class CheckpointMismatchError(CheckpointError):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        super().__init__(_listing(problems, "between checkpoint, map and model"))
+        super().__init__(_count(problems, "between checkpoint, map and model"))
+
+    def _headline(self) -> str:
+        return _listing(self.what, self.problems)
 
 
 class AdapterMismatchError(AdapterError):
@@ -174,16 +185,23 @@ class AdapterMismatchError(AdapterError):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        super().__init__(_listing(problems, "between adapter and model"))
+        super().__init__(_count(problems, "between adapter and model"))
+
+    def _headline(self) -> str:
+        return _listing(self.what, self.problems)
 
 
-def _listing(problems: Sequence[Problem], where: str) -> str:
+def _count(problems: Sequence[Problem], where: str) -> str:
+    noun = "problem" if len(problems) == 1 else "problems"
+    return f"{len(problems)} {noun} {where}"
+
+
+def _listing(what: str, problems: Sequence[Problem]) -> str:
     folded = fold_layers(problems)
     shown = [f"- {problem}" for problem in folded[:_MAX_PROBLEMS_SHOWN]]
     if len(folded) > _MAX_PROBLEMS_SHOWN:
         shown.append(f"- … and {len(folded) - _MAX_PROBLEMS_SHOWN} more (see .problems)")
-    noun = "problem" if len(problems) == 1 else "problems"
-    return "\n".join([f"{len(problems)} {noun} {where}", *shown])
+    return "\n".join([what, *shown])
 
 
 _MAX_PROBLEMS_SHOWN = 30  # about one screen; the attribute has all

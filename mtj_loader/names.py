@@ -1,4 +1,4 @@
-"""Names of tensors and modules: sorted by number, grouped and folded where layers repeat."""
+"""Names of tensors and modules: sorted by number, grouped, folded, escaped for printing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,23 @@ _INDEX = re.compile(rf"(?<=\.){_NUMBER}(?=\.|$)|(?<=\blayer_){_NUMBER}(?=/)")
 
 
 _T = TypeVar("_T")
+
+
+def escape(value: object) -> str:
+    """The text of a value, with everything but printable characters escaped, also line breaks.
+
+    Names and values in files are untrusted input: printed as they are, they could control the
+    terminal, reverse the order of what follows, or forge lines of our messages.
+    """
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def escape_lines(text: object) -> str:
+    """Like `escape`, for text whose line breaks are ours."""
+    return "\n".join(map(escape, str(text).split("\n")))
 
 
 def group_by(items: Iterable[_T], key: Callable[[_T], Hashable]) -> list[list[_T]]:

@@ -12,6 +12,7 @@ from mtj_loader.cli.digests_command import digests
 from mtj_loader.cli.generate_command import generate
 from mtj_loader.cli.inspect_command import inspect
 from mtj_loader.cli.load_command import load
+from mtj_loader.cli.output import print_lines
 from mtj_loader.cli.plan_command import plan
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ for _command in (inspect, plan, load, generate, convert, digests):
 
 def _print_version(requested: bool) -> None:
     if requested:
-        print(f"mtj-loader {mtj_loader.__version__}")
+        print_lines(f"mtj-loader {mtj_loader.__version__}")
         raise typer.Exit
 
 
@@ -46,5 +47,5 @@ def describe(
     """Load Hugging Face checkpoints onto a JAX mesh as Mesh Transformer JAX parameters.
 
     Exit codes: 0 success, 2 usage error, 3 bad checkpoint, map or adapter, 4 machine error (memory,
-    disk, network, devices), 130 interrupted, 143 terminated.
+    disk, network, devices), 130 interrupted, 141 output no longer read, 143 terminated.
     """

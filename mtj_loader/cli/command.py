@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import io
-import os
-import select
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +13,9 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from mtj_loader.cli.shared_options import option_hints
+from mtj_loader.cli.streams import print_to_stderr
 from mtj_loader.errors import UNEXPECTED, MachineError, MtjLoaderError
+from mtj_loader.names import escape, escape_lines
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -73,7 +71,6 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
     """
     try:
         yield
-        sys.stdout.flush()
     except MtjLoaderError as error:
         raise _fail(f"error: {error}", error.exit_code, debug) from error
     except MemoryError as error:
@@ -82,32 +79,13 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
     except (typer.Exit, ImportError):  # a broken installation, or a memory limit (see supervise)
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_closed():
-            return
         hint = "" if debug else "\n  hint: --debug shows the traceback"
-        message = f"error: unexpected {type(error).__name__}: {error}{hint}"
+        message = f"error: unexpected {type(error).__name__}: {escape(error)}{hint}"
         raise _fail(message, UNEXPECTED, debug) from error
 
 
 def _fail(message: str, code: int, debug: bool) -> typer.Exit:
     if debug:
-        traceback.print_exc()
-    print(message, file=sys.stderr)
+        print_to_stderr(escape_lines(traceback.format_exc().rstrip("\n")))
+    print_to_stderr(message)
     return typer.Exit(code)
-
-
-def _reader_closed() -> bool:
-    """Whether the reader of our output, such as `head`, has closed the pipe.
-
-    Remaining output is then discarded, so that Python does not report an error at exit.
-    """
-    try:
-        stdout = sys.stdout.fileno()
-    except io.UnsupportedOperation:  # not a file
-        return False
-    poll = select.poll()
-    poll.register(stdout, 0)  # 0: only errors, such as a pipe without a reader
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
-    return True

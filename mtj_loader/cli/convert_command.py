@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from mtj_loader import display
 from mtj_loader.cli import signals
 from mtj_loader.cli.command import command
-from mtj_loader.cli.output import print_json, print_table, warn
+from mtj_loader.cli.output import print_json, print_lines, print_table, warn
 from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.conversion.convert_checkpoint import (
     ConvertReport,
@@ -22,7 +21,7 @@ from mtj_loader.conversion.convert_checkpoint import (
     TensorReport,
 )
 from mtj_loader.conversion.convert_checkpoint import convert as convert_checkpoint
-from mtj_loader.names import blank_indices, fold_names
+from mtj_loader.names import blank_indices, escape, fold_names
 from mtj_loader.options import Source
 
 
@@ -88,7 +87,7 @@ def convert(
         print_json(report.to_dict())
         return
     warn(report.warnings)
-    print(report)
+    print_lines(report)
     print_lists(report)
     if any(map(_has_losses, report.tensors)):
         print_table(losses_table(report.tensors))
@@ -98,7 +97,7 @@ def print_lists(report: ConvertReport) -> None:
     """Prints which other files were copied, and which were left out."""
     for verb, names in (("copied", report.copied), ("left out", report.left_out)):
         if names:
-            print(f"{verb}: {', '.join(names)}")
+            print_lines(f"{verb}: {', '.join(map(escape, names))}")
 
 
 def losses_table(tensors: Iterable[TensorReport]) -> Table:
@@ -112,7 +111,7 @@ def losses_table(tensors: Iterable[TensorReport]) -> Table:
         name = fold_names([tensor.name for tensor in group])
         sums = map(sum, zip(*map(_counts, group), strict=True))
         changed = f"{group[0].source_dtype} → {group[0].dtype}"
-        table.add_row(Text(name), changed, *(f"{count:,}" for count in sums))
+        display.add_row(table, name, changed, *(f"{count:,}" for count in sums))
     return table
 
 

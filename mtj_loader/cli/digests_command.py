@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mtj_loader.cli.command import command
-from mtj_loader.cli.output import print_json
+from mtj_loader.cli.output import print_json, print_lines
 from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.display import counted
 
@@ -44,8 +44,8 @@ def digests(
         print_json({"parameters": len(found.of), "shards": found.shards, "sha256": found.sha256})
         return
     parameters, shards = counted(len(found.of), "parameter"), counted(found.shards, "shard")
-    print(f"{counted(len(files), 'file')}: complete, {parameters} with {shards} each")
-    print(f"SHA-256 {found.sha256}")
+    print_lines(f"{counted(len(files), 'file')}: complete, {parameters} with {shards} each")
+    print_lines(f"SHA-256 {found.sha256}")
 
 
 def digests_of_all_hosts(model: Model, cluster: Cluster) -> dict[str, object]:

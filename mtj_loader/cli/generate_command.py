@@ -14,7 +14,7 @@ import typer
 from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.command import command
 from mtj_loader.cli.load_command import describe, load_model
-from mtj_loader.cli.output import note, print_json
+from mtj_loader.cli.output import note, print_generated, print_json
 from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
 from mtj_loader.cli.start_up import PendingPrompts, StartUp
 from mtj_loader.errors import UsageError
@@ -188,16 +188,16 @@ def to_dict(
 def _print_stream(prompt: Prompt, pieces: Iterator[str] | Iterator[list[int]]) -> None:
     """Prints pieces as they come; a terminal shows the prompt before them, a pipe does not."""
     if sys.stdout.isatty():
-        print(_to_text(prompt), end=" " if isinstance(prompt, list) else "")
+        print_generated(_to_text(prompt), end=" " if isinstance(prompt, list) else "")
     for piece in pieces:
-        print(_to_text(piece), end=" " if isinstance(piece, list) else "", flush=True)
-    print()
+        print_generated(_to_text(piece), end=" " if isinstance(piece, list) else "")
+    print_generated("\n")
 
 
 def _print_all(prompts: Sequence[Prompt], completions: Sequence[Prompt]) -> None:
     for i, (prompt, text) in enumerate(zip(prompts, completions, strict=True), start=1):
         space = " " if isinstance(prompt, list) else ""
-        print(f"[{i}] {_to_text(prompt)}{space}{_to_text(text)}\n")
+        print_generated(f"[{i}] {_to_text(prompt)}{space}{_to_text(text)}\n\n")
 
 
 def _to_text(piece: Prompt) -> str:

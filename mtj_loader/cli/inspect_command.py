@@ -9,11 +9,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from mtj_loader import display
 from mtj_loader.cli.command import command
-from mtj_loader.cli.output import print_json, print_table, warn
+from mtj_loader.cli.output import print_json, print_lines, print_table, warn
 from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.errors import MtjLoaderError, UsageError
@@ -57,7 +56,7 @@ def inspect(
         return
     warn(checkpoint.index.warnings)
     if topology:
-        print("\n".join(topology_lines(records)))
+        print_lines("\n".join(topology_lines(records)))
     else:
         print_table(tables(checkpoint, records))
 
@@ -79,7 +78,7 @@ def tables(checkpoint: Checkpoint, records: Sequence[TensorRecord]) -> Renderabl
 
     table = display.table("tensor", "dtype", "shape", "file", "bytes")
     for group in group_by(records, key):
-        table.add_row(*map(Text, _cells(group)))
+        display.add_row(table, *_cells(group))
     return Group(display.facts(_facts(checkpoint, records)), table)
 
 

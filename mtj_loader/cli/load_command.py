@@ -15,12 +15,12 @@ import mtj_loader
 from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.command import command
 from mtj_loader.cli.digests_command import digests_of_all_hosts
-from mtj_loader.cli.output import is_muted, note, print_json, warn
+from mtj_loader.cli.output import is_muted, note, print_json, print_lines, warn
 from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
 from mtj_loader.cli.start_up import StartUp
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.errors import StorageError, UsageError
-from mtj_loader.names import number_set
+from mtj_loader.names import escape, number_set
 from mtj_loader.options import LoadOptions, Source
 from mtj_loader.storage.base import closing_all
 
@@ -91,7 +91,7 @@ def load(
     if as_json:
         print_json(document)
     else:
-        print(text)
+        print_lines(text)
 
 
 def load_model(
@@ -111,7 +111,7 @@ def describe(model: Model) -> str:
     where = counted(devices.size, f"{devices.flat[0].platform} device")
     plan = model.plan
     return (
-        f"{plan.model_type} from {plan.checkpoint.location} on {plan.topology} ({where})\n"
+        f"{plan.model_type} from {escape(plan.checkpoint.location)} on {plan.topology} ({where})\n"
         f"{model.report}"
     )
 
@@ -154,7 +154,7 @@ def simulate(
     document["simulated_host"] = {"number": number, "hosts": hosts, "shards": list(shards)}
     document["digests"] = found.to_dict()
     return document, (
-        f"{plan.model_type} from {plan.checkpoint.location}: host {number} of {hosts} "
+        f"{plan.model_type} from {escape(plan.checkpoint.location)}: host {number} of {hosts} "
         f"({counted(devices, 'virtual device')}), shards {number_set(shards)} of {pod}\n"
         f"{report}\nSHA-256 of its shards: {found.sha256}"
     )

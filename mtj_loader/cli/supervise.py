@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import signal
 import sys
@@ -18,14 +19,26 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from mtj_loader.cli.tpu import on_cloud_tpu
-from mtj_loader.errors import INTERRUPTED, UNEXPECTED, HostError, MemoryLimitError
+from mtj_loader.errors import (
+    INTERRUPTED,
+    UNEXPECTED,
+    HostError,
+    MachineError,
+    MemoryLimitError,
+    MtjLoaderError,
+)
 
 _COORDINATOR, _PROCESS_ID = "--coordinator", "--process-id"
 _COMMANDS = ("load", "generate")  # those that use devices
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# Exit codes of Python after a traceback, and of the dynamic linker if it cannot map a library.
-_ABNORMAL_EXIT_CODES = (UNEXPECTED, 127)
+# What native libraries, the dynamic linker and Python say if they get no memory or no thread,
+# whose stack takes memory. After the first two, OpenBLAS exits, or sends itself SIGINT.
+_NO_MEMORY = re.compile(
+    "memory allocation|pthread_create|allocate memory|out of memory|MemoryError|bad_alloc"
+    "|failed to map|start new thread|RESOURCE_EXHAUSTED",
+    re.IGNORECASE,
+)
 
 _CAUSES = {
     signal.SIGABRT: "JAX aborts every host when host 0 dies or another host does not answer",
@@ -60,7 +73,8 @@ def supervise_memory_limit() -> None:
     """Under a limit of the address space, continues in a child; its parent exits with it.
 
     Raises:
-      MemoryLimitError: in the parent: the child crashed.
+      MemoryLimitError: in the parent: the child ended because it got no memory.
+      MachineError: in the parent: a signal killed the child for another reason.
     """
     limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit_bytes == resource.RLIM_INFINITY:
@@ -75,10 +89,38 @@ def supervise_memory_limit() -> None:
     with open(reader, "rb") as pipe:  # noqa: PTH123 -- a pipe has no path
         stderr = pipe.read().decode(errors="replace")
     code = _wait(child)
-    if code < 0 or (code in _ABNORMAL_EXIT_CODES and not stderr.startswith("error:")):
-        raise _memory_limit_error(limit_bytes, code, stderr)
+    if (error := explain_exit(code, stderr, limit_bytes)) is not None:
+        raise error
     sys.stderr.write(stderr)
     sys.exit(code)
+
+
+def explain_exit(code: int, stderr: str, limit_bytes: int) -> MtjLoaderError | None:
+    """The error of a parent whose child ended under a limit, unless the child said why it ended.
+
+    Args:
+      code: the child's exit code, or minus the signal that killed it.
+      stderr: what it printed.
+      limit_bytes: of its address space.
+    """
+    if code == 0 or any(line.startswith("error: ") for line in stderr.splitlines()):
+        return None
+    lines = [line for line in stderr.splitlines() if not line.startswith(("Traceback", " "))]
+    how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+    if reason := next(filter(_NO_MEMORY.search, lines), None):
+        return MemoryLimitError(
+            "the process exceeded the limit of its address space",
+            expected="1 to 2 GB for JAX alone, more with many cores, plus the parameters",
+            found=f"{limit_bytes:,} bytes ({how}: {reason})",
+            hint="ulimit -v sets the limit",
+        )
+    if code > 0:
+        return None
+    return MachineError(
+        f"the process was killed by {how}",
+        found=lines[-1] if lines else None,
+        hint=f"try it without the limit of the address space, {limit_bytes:,} bytes (ulimit -v)",
+    )
 
 
 def joins_other_hosts(arguments: Sequence[str]) -> bool:
@@ -169,15 +211,4 @@ def _die_with(parent: int) -> None:
 def _redirect_stderr(pipe: int) -> None:
     """Redirects stderr, for libraries too. A new file object: the old one may assume a file."""
     os.dup2(pipe, 2)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 -- until the process ends
-
-
-def _memory_limit_error(limit_bytes: int, code: int, stderr: str) -> MemoryLimitError:
-    how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-    lines = (line for line in stderr.splitlines() if not line.startswith(("Traceback", " ")))
-    return MemoryLimitError(
-        "the process exceeded the limit of its address space",
-        expected="1 to 2 GB for JAX alone, more with many cores, plus the parameters",
-        found=f"{limit_bytes:,} bytes ({how}: {next(lines, 'no message')})",
-        hint="ulimit -v sets the limit",
-    )
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115

@@ -27,6 +27,7 @@ from mtj_loader.formats.checkpoint import CONFIG_FILE
 from mtj_loader.formats.file_names import INDEX_FILE
 from mtj_loader.loading.load_failure import translate_errors
 from mtj_loader.loading.progress import progress_bar
+from mtj_loader.names import escape
 from mtj_loader.options import PathLike, Source
 from mtj_loader.storage.base import Storage, check_unchanged
 
@@ -98,7 +99,7 @@ class ConvertReport:
         return (
             f"{counted(len(self.tensors), 'tensor')} to {self.dtype}: {show_bytes(self.bytes_read)}"
             f" read, {show_bytes(self.bytes_written)} written in {self.seconds:.2f} s,"
-            f" {counted(len(self.files), 'file')} in {self.out}\n"
+            f" {counted(len(self.files), 'file')} in {escape(self.out)}\n"
             f"{losses.overflow:,} overflowed, {losses.underflow:,} became zero, "
             f"{losses.nonfinite:,} are NaN or infinite"
         )

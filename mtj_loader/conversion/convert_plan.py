@@ -23,7 +23,7 @@ from mtj_loader.formats.checkpoint import (
 from mtj_loader.formats.file_names import INDEX_FILE, OTHER_WEIGHTS, SINGLE_FILE, SUFFIX
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.options import PathLike, Source
-from mtj_loader.storage.base import Storage
+from mtj_loader.storage.base import Storage, is_relative_name
 from mtj_loader.storage.local import LocalStorage
 
 _KEPT_DTYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
@@ -214,8 +214,9 @@ def _sort_other_files(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[lis
     """The files to copy, and those to leave out; config, index and weights are written anew."""
     storage = checkpoint.storage
     written = {CONFIG_FILE, INDEX_FILE, *checkpoint.index.files}
-    stored = [name for name in storage.names() if name not in written]
-    copied = [name for name in stored if _is_copied(name, storage.version(name).size_bytes)]
+    stored = storage.names()
+    sizes = {n: storage.version(n).size_bytes for n in stored if is_relative_name(n)}
+    copied = [n for n, size in sizes.items() if n not in written and _is_copied(n, size)]
     return copied, sorted({*stored, *names} - written - set(copied))
 
 

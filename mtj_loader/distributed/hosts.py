@@ -15,6 +15,7 @@ from typing import TypeVar
 import jax
 
 from mtj_loader.errors import INTERRUPTED, UNEXPECTED, HostError, MachineError, MtjLoaderError
+from mtj_loader.names import escape
 
 T = TypeVar("T")  # a pytree of arrays
 
@@ -44,7 +45,7 @@ class Failure:
             code = error.code if isinstance(error.code, int) else UNEXPECTED
             return cls(f"host {host} exited in {phase!r}", host, code)
         code = MachineError.exit_code if isinstance(error, MemoryError) else UNEXPECTED
-        message = f"host {host} failed in {phase!r}: {type(error).__name__}: {error}"
+        message = f"host {host} failed in {phase!r}: {type(error).__name__}: {escape(error)}"
         return cls(message, host, code)
 
     @classmethod

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from mtj_loader import display
 from mtj_loader.display import counted, show_bytes
@@ -97,8 +96,8 @@ def _parameter_table(plan: PlanData) -> Table:
     table = display.table(*headers)
     groups = group_by(plan.params, _likeness)
     for group in sorted(groups, key=lambda group: natural_key(_name(group[0]))):
-        table.add_row(*map(Text, _on_device(group, plan.shards)))
-        table.add_row(*map(Text, _in_file(group)), style="dim")
+        display.add_row(table, *_on_device(group, plan.shards))
+        display.add_row(table, *_in_file(group), style="dim")
     return table
 
 
@@ -112,12 +111,12 @@ def _on_device(group: Sequence[ParamPlan], shards: int) -> tuple[str, str, str, 
     )
 
 
-def _in_file(group: Sequence[ParamPlan]) -> tuple[str, str, str, str]:
+def _in_file(group: Sequence[ParamPlan]) -> tuple[Sequence[str], Sequence[str], str, str]:
     records = [record for param in group for record in param.view.records]
     names = fold_all([record.name for record in records]) or ["no tensor"]
     return (
-        "\n".join(f"← {name}" for name in names),
-        "\n".join(dict.fromkeys(f"{list(r.shape)} {r.dtype}" for r in group[0].view.records)),
+        [f"← {name}" for name in names],
+        list(dict.fromkeys(f"{list(r.shape)} {r.dtype}" for r in group[0].view.records)),
         str(group[0].changes) if records else "zeros",
         show_bytes(sum(record.size_bytes for record in records)),
     )
@@ -136,7 +135,7 @@ def _fit_table(plan: PlanData) -> Table:
         held, memory = show_bytes(fit.device_bytes), show_bytes(fit.slice.hbm_bytes)
         mesh = f"dp={fit.dp}, mp={fit.mp}"
         tokens = f"{fit.cache_tokens:,}"
-        table.add_row(fit.slice.name, mesh, f"{held} of {memory}", _verdict(fit), tokens)
+        display.add_row(table, fit.slice.name, mesh, f"{held} of {memory}", _verdict(fit), tokens)
     return table
 
 
@@ -148,11 +147,11 @@ def _verdict(fit: Fit) -> str:
     return f"no, less than {fit.min_tokens:,} tokens"
 
 
-def _notes(plan: PlanData) -> Iterator[Text]:
+def _notes(plan: PlanData) -> Iterator[RenderableType]:
     for pair in plan.comparisons:
         copy, original = pair.copy.name, pair.original.name
-        yield Text(f"tied: {copy} must equal {original}; compared while loading")
+        yield display.line(f"tied: {copy} must equal {original}; compared while loading")
     for name in fold_all(plan.skipped):
-        yield Text(f"not needed: {name}")
+        yield display.line(f"not needed: {name}")
     for warning in plan.warnings:
-        yield Text(f"warning: {warning}", style="yellow")
+        yield display.line(f"warning: {warning}", "yellow")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_debug_shows_the_traceback():
     assert "Traceback (most recent call last)" in result.stderr
 
 
-def test_closed_pipe_is_not_an_error(tmp_path: Path):
+def test_closed_pipe_ends_the_process_as_it_ends_other_tools(tmp_path: Path):
     names = [f"h.{i}.{'x' * 100}" for i in range(5000)]  # more than fits into a pipe
     tensors = {name: np.zeros((1,), np.float32) for name in names}
     folder = write_checkpoint(tmp_path, {"m.safetensors": tensors}, {"model_type": "none"})
@@ -130,4 +131,4 @@ def test_closed_pipe_is_not_an_error(tmp_path: Path):
     process.stdout.close()
     with process.stderr:
         assert process.stderr.read() == ""
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE

@@ -219,7 +219,7 @@ def test_help_for_a_closed_pipe():
     process = start("load", "--help", stdout=writer)
     os.close(writer)
     assert process.communicate(timeout=60) == (None, b"")
-    assert process.returncode == 0
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_help_on_a_full_disk():
