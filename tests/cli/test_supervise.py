@@ -280,7 +280,7 @@ def test_not_all_come() -> None:
         (1, "error: unexpected XlaRuntimeError: RESOURCE_EXHAUSTED\n", None, ""),
         (1, "thread '<unnamed>' panicked at src/lib.rs:1\nTraceback\n  x\nPanic: y\n", None, ""),
         (130, "interrupted\n", None, ""),
-        (130, "OpenBLAS: pthread_create failed\ninterrupted\n", MemoryLimitError, "code 130: Open"),
+        (130, "BLAS: pthread_create failed\ninterrupted\n", MemoryLimitError, "code 130: BLAS"),
         (1, "Traceback …\n  x\nMemoryError\n", MemoryLimitError, "exit code 1: MemoryError"),
         (127, "x.so: failed to map segment\n", MemoryLimitError, "exit code 127: x.so"),
         (-signal.SIGABRT, "F1 pthread_create() failed.\n", MemoryLimitError, "SIGABRT: F1"),
