@@ -94,6 +94,35 @@ class ConfigError(CheckpointError):
     """A setting in config.json is malformed, contradictory or not supported."""
 
 
+class ConfigMismatchError(ConfigError):
+    """Several settings in config.json are at fault; `problems` has an error for each."""
+
+    def __init__(self, problems: Sequence[ConfigError]) -> None:
+        self.problems = tuple(problems)
+        files = {problem.file for problem in problems}
+        file = problems[0].file if len(files) == 1 else None
+        lines = [_in_one_line(p, with_file=file is None) for p in problems[:_MAX_PROBLEMS_SHOWN]]
+        if len(problems) > _MAX_PROBLEMS_SHOWN:
+            lines.append(f"and {len(problems) - _MAX_PROBLEMS_SHOWN} more (see .problems)")
+        hints = list(dict.fromkeys(problem.hint for problem in problems if problem.hint))
+        listing = "\n".join(
+            [f"{len(problems)} settings cannot be used", *(f"- {x}" for x in lines)]
+        )
+        super().__init__(listing, file=file, hint=hints[0] if hints else None)
+
+
+def _in_one_line(error: ConfigError, *, with_file: bool) -> str:
+    names = ("file", "key", "expected", "found") if with_file else ("key", "expected", "found")
+    facts = [f"{name} {v}" for name in names if (v := getattr(error, name)) is not None]
+    return f"{error.what}: {', '.join(facts)}"
+
+
+def raise_all(problems: Sequence[ConfigError]) -> None:
+    """Raises the problems as one error, if there are any."""
+    if problems:
+        raise problems[0] if len(problems) == 1 else ConfigMismatchError(problems)
+
+
 class MapError(MtjLoaderError):
     """The weight map (`configs/*.json` or `--map`) is malformed or does not fit the model."""
 

@@ -4,77 +4,48 @@ transformers 5 writes `rope_parameters` and `dtype`; older files write `rotary_p
 `rotary_emb_base`, `rope_theta`, `rope_scaling` and `torch_dtype`. `normalize` returns a config with
 both, so that weight maps can look up either. `canonicalize` gives every setting of a family its
 standard name (`hidden_size`, not `n_embd`). `Reader` returns typed values and finally refuses every
-key that was not read, unless it is known not to change what the model computes.
+key that may change what the model computes and was not read.
+
+Everything here adds its errors to a list of `problems`, or raises the first one without a list.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 from mtj_loader.errors import ConfigError
+from mtj_loader.formats.known_settings import HARMLESS, SUPPORTED_AT, reads
 from mtj_loader.formats.typed_reader import TypedReader, format_value
 
+Problems = list[ConfigError] | None  # None raises the first
+
 # Rotary settings, as `rope_parameters` names them, that older configs keep at the top level, and
-# their names there.
+# their names there. transformers reads only some of the names, depending on the family.
 _TOP_LEVEL_ROPE = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
     "original_max_position_embeddings": ("original_max_position_embeddings",),
 }
 _ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
-_ROPE_KEYS = {*_ROPE_SECTIONS, *(name for names in _TOP_LEVEL_ROPE.values() for name in names)}
 _DTYPE_NAMES = ("dtype", "torch_dtype")
-
-# Keys of PretrainedConfig, of generation and of training that do not change the logits.
-# `auto_map` and `custom_pipelines` name code to import; they are ignored, never followed.
-_IGNORED_WORDS = """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
-    auto_map custom_pipelines dtype finetuning_task model_type name_or_path num_steps
-    output_attentions output_hidden_states output_past problem_type return_dict tf_legacy_loss
-    tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
-    attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout
-    classifier_dropout_prob dropout embd_pdrop embed_dropout hidden_dropout hidden_dropout_prob
-    layerdrop resid_pdrop summary_first_dropout
-    bias_dropout_fusion bias_gelu_fusion gradient_checkpointing init_std initializer_range
-    masked_softmax_fusion pretraining_tp scaled_upper_triang_masked_softmax_fusion
-    chunk_size_feed_forward is_decoder
-    id2label label2id num_labels prefix task_specific_params
-    begin_suppress_tokens bos_token_id cls_token_id decoder_start_token_id eos_token_id
-    forced_bos_token_id forced_eos_token_id mask_token_id pad_token_id sep_token_id
-    suppress_tokens unk_token_id
-    bad_words_ids diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
-    remove_invalid_values repetition_penalty return_dict_in_generate temperature top_k top_p
-    typical_p
-"""
-IGNORED_KEYS = frozenset(_IGNORED_WORDS.split())
-
-# Keys that would change the model, and the value (transformers' default) at which they do not.
-_IGNORED_AT: dict[str, object] = {
-    "add_cross_attention": False,
-    "cross_attention_hidden_size": None,
-    "is_encoder_decoder": False,
-    "per_layer_config": None,
-    "pruned_heads": {},
-    "quantization_config": None,
-    "tie_encoder_decoder": False,
-}
 
 # Settings whose null differs from their absence. Mistral's `sliding_window` is 4096 if absent, and
 # null is no window; null `num_key_value_heads` are one per query head; null `head_dim` is derived.
 NULLABLE = frozenset({"head_dim", "num_key_value_heads", "sliding_window"})
 
 
-def normalize(config: Mapping[str, object], *, file: str) -> dict[str, object]:
+def normalize(
+    config: Mapping[str, object], *, file: str, problems: Problems = None
+) -> dict[str, object]:
     """Returns the config with the dtype and the rotary settings under both old and new names.
 
     Args:
-      config: config.json as parsed.
+      config: config.json as parsed. Its `model_type` decides which rotary settings count.
       file: its name, for messages.
+      problems: collects errors.
 
     Raises:
       ConfigError: two spellings of one setting disagree; both are named.
@@ -82,37 +53,50 @@ def normalize(config: Mapping[str, object], *, file: str) -> dict[str, object]:
     result = dict(config)
     dtypes = [(name, config[name]) for name in _DTYPE_NAMES if config.get(name) is not None]
     if dtypes:
-        result.update(dict.fromkeys(_DTYPE_NAMES, _agreed_value(dtypes, file)))
-    result.update(_both_rope_spellings(config, file))
+        result.update(dict.fromkeys(_DTYPE_NAMES, _agreed_value(dtypes, file, problems)))
+    result.update(_both_rope_spellings(config, file, problems))
     return result
 
 
-def _both_rope_spellings(config: Mapping[str, object], file: str) -> dict[str, object]:
+def _both_rope_spellings(
+    config: Mapping[str, object], file: str, problems: Problems
+) -> dict[str, object]:
     """The new spelling (`rope_parameters`) and the old ones; empty for a config without rope."""
-    rope = _rope_settings(config, file)
+    rope = _rope_settings(config, file, problems)
     if not rope:
         return {}
     rope.setdefault("rope_type", "default")
     plain = rope["rope_type"] == "default"
     result: dict[str, object] = {"rope_parameters": rope}
     result["rope_scaling"] = None if plain else {**rope, "type": rope["rope_type"]}
-    for setting, names in _TOP_LEVEL_ROPE.items():
+    for setting, names in _top_level_rope(config).items():
         if setting in rope:
             result.update(dict.fromkeys(names, rope[setting]))
     return result
 
 
-def _rope_settings(config: Mapping[str, object], file: str) -> dict[str, object]:
+def _rope_settings(
+    config: Mapping[str, object], file: str, problems: Problems
+) -> dict[str, object]:
     """The rotary settings under their new names; null counts as absent."""
     found: dict[str, list[tuple[str, object]]] = {}
-    for section in _ROPE_SECTIONS:
-        for key, value in _section(config, section, file).items():
+    for section in _ROPE_SECTIONS if reads(config.get("model_type"), "rope_parameters") else ():
+        for key, value in _section(config, section, file, problems).items():
             setting = "rope_type" if key == "type" else key
             found.setdefault(setting, []).append((f"{section}.{key}", value))
-    for setting, names in _TOP_LEVEL_ROPE.items():
+    for setting, names in _top_level_rope(config).items():
         found.setdefault(setting, []).extend((name, config.get(name)) for name in names)
     given = {key: [s for s in spellings if s[1] is not None] for key, spellings in found.items()}
-    return {key: _agreed_value(spellings, file) for key, spellings in given.items() if spellings}
+    return {key: _agreed_value(values, file, problems) for key, values in given.items() if values}
+
+
+def _top_level_rope(config: Mapping[str, object]) -> dict[str, list[str]]:
+    """The names in _TOP_LEVEL_ROPE that transformers reads in this family."""
+    model_type = config.get("model_type")
+    return {
+        setting: [name for name in names if reads(model_type, name)]
+        for setting, names in _TOP_LEVEL_ROPE.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -122,10 +106,13 @@ class CanonicalConfig:
     Attributes:
       settings: every setting under its standard name, absent ones at the family's default.
       spellings: the standard names whose name in the file differs, and that name.
+      others: standard names in the file that the family spells differently; transformers does not
+        read them.
     """
 
     settings: dict[str, object]
     spellings: dict[str, str]
+    others: tuple[str, ...] = ()
 
 
 def canonicalize(
@@ -134,6 +121,7 @@ def canonicalize(
     spellings: Mapping[str, tuple[str, ...]],
     defaults: Mapping[str, object],
     file: str,
+    problems: Problems = None,
 ) -> CanonicalConfig:
     """Renames one family's settings to Hugging Face's standard names and fills in defaults.
 
@@ -146,25 +134,26 @@ def canonicalize(
         that is not listed here is accepted as it is.
       defaults: the values of absent settings, by standard name.
       file: its name, for messages.
+      problems: collects errors.
 
     Raises:
-      ConfigError: two spellings of one setting disagree (both are named), or the file uses a
-        standard name that the family does not accept.
+      ConfigError: two spellings of one setting disagree; both are named.
     """
     standard = {spelling: name for name, names in spellings.items() for spelling in names}
     found: dict[str, list[tuple[str, object]]] = {}
+    others: list[str] = []
     for key, value in config.items():
         name = standard.get(key, key)
         if value is None and name not in NULLABLE:
             continue
         if name in spellings and key not in standard:
-            what = "an unknown setting, which this family spells differently"
-            raise ConfigError(what, file=file, key=key, found=format_value(value))
-        found.setdefault(name, []).append((key, value))
-    settings = {name: _agreed_value(values, file) for name, values in found.items()}
+            others.append(key)
+        else:
+            found.setdefault(name, []).append((key, value))
+    settings = {name: _agreed_value(values, file, problems) for name, values in found.items()}
     given = {name: values[0][0] for name, values in found.items()}
     own = {name: names[0] for name, names in spellings.items() if names}
-    return CanonicalConfig({**defaults, **settings}, own | given)
+    return CanonicalConfig({**defaults, **settings}, own | given, tuple(others))
 
 
 def add_spellings(
@@ -184,55 +173,93 @@ def add_spellings(
     return result
 
 
-def _section(config: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:
+def _section(
+    config: Mapping[str, object], name: str, file: str, problems: Problems
+) -> Mapping[str, object]:
     section = config.get(name)
-    if section is None:
-        return {}
-    if not isinstance(section, Mapping):
-        raise ConfigError(
-            "not an object", file=file, key=name, expected="{…}", found=format_value(section)
-        )
-    return section
+    if section is None or isinstance(section, Mapping):
+        return section or {}
+    found = format_value(section)
+    _report(
+        ConfigError("not an object", file=file, key=name, expected="{…}", found=found), problems
+    )
+    return {}
 
 
-def _agreed_value(spellings: list[tuple[str, object]], file: str) -> object:
+def _agreed_value(spellings: list[tuple[str, object]], file: str, problems: Problems) -> object:
     """The one value of a setting, given as (name, value) pairs."""
     name, value = spellings[0]
     for other_name, other in spellings[1:]:
         if other != value or isinstance(other, bool) != isinstance(value, bool):
-            raise ConfigError(
+            error = ConfigError(
                 "two spellings of one setting disagree",
                 file=file,
                 key=f"{name} and {other_name}",
                 found=f"{format_value(value)} and {format_value(other)}",
             )
+            _report(error, problems)
     return value
 
 
+def _report(error: ConfigError, problems: Problems) -> None:
+    if problems is None:
+        raise error
+    problems.append(error)
+
+
 class Reader(TypedReader):
-    """Typed access to a normalized config.json; null means absent. Raises ConfigError."""
+    """Typed access to a normalized config.json; null means absent. Raises ConfigError.
+
+    Attributes:
+      ignored: paths of keys that `refuse_unsupported` let in although nothing reads them.
+    """
 
     error_class = ConfigError
 
+    def __init__(
+        self,
+        values: Mapping[str, object],
+        file: str,
+        prefix: str = "",
+        problems: Problems = None,
+    ) -> None:
+        super().__init__(values, file, prefix, problems)
+        self.ignored: list[str] = []
+
     def rope(self) -> Self:
         """The settings of the rotary embedding under their new names; empty if there are none."""
-        self._read |= _ROPE_KEYS
+        self._read.update(_ROPE_SECTIONS, *_top_level_rope(self._values).values())
         return self.section("rope_parameters")
 
-    def refuse_rest(
-        self, harmless: Collection[str] = (), harmless_at: Mapping[str, object] | None = None
+    def refuse_unsupported(
+        self,
+        matters: Callable[[str], bool],
+        harmless: Collection[str] = (),
+        supported: Mapping[str, object] | None = None,
     ) -> None:
-        """Refuses the keys that were not read, except those that cannot change the logits.
+        """Refuses the keys that were not read and may change the logits; the rest are ignored.
 
         Args:
-          harmless: keys of this family that never change them.
-          harmless_at: keys of this family that do, and the value at which they do not.
+          matters: whether transformers reads a key.
+          harmless: keys of this family that never change the logits.
+          supported: keys of this family that do, and the value at which they do not.
         """
-        supported = {**_IGNORED_AT, **(harmless_at or {})}
-        for key in sorted(self._values.keys() - self._read - IGNORED_KEYS - set(harmless)):
-            if key not in supported:
-                what = "an unknown setting, which may change what the model computes"
-                raise self.error(what, key, hint="if it does not, remove it from the file")
-            if self._values[key] not in (None, supported[key]):
-                what = "a setting that is not supported"
-                raise self.error(what, key, json.dumps(supported[key]))
+        supported = {**SUPPORTED_AT, **(supported or {})}
+        for key in sorted(self._values.keys() - self._read - HARMLESS - set(harmless)):
+            value, neutral = self._values[key], supported.get(key)
+            if value is None or (key in supported and value == neutral):
+                continue
+            if key in supported or matters(key):
+                self._refuse_setting(key, neutral)
+            else:
+                self.ignored.append(self._prefix + self.spelling(key))
+
+    def _refuse_setting(self, key: str, neutral: object) -> None:
+        expected = "no such key" if neutral is None else json.dumps(neutral)
+        hint = "--ignore-setting KEY, or ignore_settings=[KEY], loads the model without a setting"
+        self.refuse("a setting that is not supported", key, expected, hint)
+
+    def _child(self, value: object, name: str) -> Self:
+        child = super()._child(value, name)
+        child.ignored = self.ignored
+        return child

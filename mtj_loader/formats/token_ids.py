@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtj_loader.errors import ConfigError
+from mtj_loader.formats.typed_reader import format_value
 
 # What happens if the vocabulary lacks an id. The padding token is not checked: it is not used
 # here, and published configs set it to -1 or just past the vocabulary.
@@ -59,18 +60,42 @@ def outside_vocabulary(
     return found
 
 
+def token_id_problems(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any], *, folder: str
+) -> list[ConfigError]:
+    """The settings that are not an id, a list of ids, or null.
+
+    Args:
+      config: config.json, parsed.
+      generation_config: generation_config.json, parsed; empty if there is none.
+      folder: where the files are, for messages.
+    """
+    problems = []
+    for key in _CONSEQUENCES:
+        try:
+            _token_ids(key, config, generation_config, f"{folder}/")
+        except ConfigError as error:
+            problems.append(error)
+    return problems
+
+
 def _token_ids(
-    key: str, config: Mapping[str, Any], generation_config: Mapping[str, Any]
+    key: str, config: Mapping[str, Any], generation_config: Mapping[str, Any], folder: str = ""
 ) -> tuple[str, list[int]]:
     """The file of a setting, and its ids."""
     sources = {"generation_config.json": generation_config, "config.json": config}
     for file, source in sources.items():
-        value = source.get(key)
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if not all(type(i) is int and i >= 0 for i in ids):  # True is an int for isinstance
-            expected = "a token id, or a list of them"
-            raise ConfigError("not a token id", file=file, key=key, expected=expected, found=value)
-        return file, ids
+        ids = _read_ids(source.get(key), key, folder + file)
+        if ids is not None:
+            return file, ids
     return "", []
+
+
+def _read_ids(value: object, key: str, file: str) -> list[int] | None:
+    if value is None:
+        return None
+    ids: list[Any] = value if isinstance(value, list) else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):  # True is an int for isinstance
+        expected, found = "a token id, or a list of them", format_value(value)
+        raise ConfigError("not a token id", file=file, key=key, expected=expected, found=found)
+    return ids

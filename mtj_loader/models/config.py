@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
-from mtj_loader.formats.hf_config import Reader, canonicalize
+from mtj_loader.errors import ConfigError, raise_all
+from mtj_loader.formats.hf_config import Problems, Reader, canonicalize
+from mtj_loader.formats.known_settings import reads
 from mtj_loader.models.layers.feed_forward import ACTIVATIONS
 from mtj_loader.models.layers.rope import Rope, read_rope
 
@@ -25,9 +28,10 @@ class ConfigReader(Reader):
         config: Mapping[str, object],
         file: str,
         prefix: str = "",
+        problems: Problems = None,
         spellings: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(config, file, prefix)
+        super().__init__(config, file, prefix, problems)
         self._spellings = spellings or {}
 
     def spelling(self, key: str) -> str:
@@ -49,7 +53,8 @@ class ModelConfig:
         num_attention_heads, `intermediate_size` is 4 · hidden_size. A standard setting that is
         missing here is required; `head_dim` and `num_key_value_heads` are not read then.
       rotary: options of `rope.read_rope`; None for a family without rotary embedding.
-      ignored_keys: settings of this family that never change the logits.
+      ignored_keys: settings that transformers reads for this family and that never change the
+        logits.
       d_model: width of the residual stream, d.
       layers: number of layers.
       n_heads: query heads, h.
@@ -58,11 +63,12 @@ class ModelConfig:
       d_embed: width of the token embedding, e.
       d_ff: width of the feed-forward layer, f.
       vocab_size: tokens, without the padding that sharding adds.
-      max_positions: the longest context that the config promises.
+      max_positions: the longest context, with the stretching of the rotary embedding.
       norm_eps: epsilon of the norms.
       activation: a key of `feed_forward.ACTIVATIONS`.
       tie_word_embeddings: whether the projection uses the embedding's table.
       rope: the rotary embedding; None without one.
+      ignored_settings: keys of config.json that neither transformers nor this package reads.
     """
 
     model_type: ClassVar[str]
@@ -84,20 +90,35 @@ class ModelConfig:
     activation: str
     tie_word_embeddings: bool
     rope: Rope | None
+    ignored_settings: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
-    def read(cls, hf: Mapping[str, object], *, file: str) -> Self:
+    def read(
+        cls, hf: Mapping[str, object], *, file: str, problems: Sequence[ConfigError] = ()
+    ) -> Self:
         """Reads a normalized config.json.
 
+        Args:
+          hf: normalized.
+          file: its name, for messages.
+          problems: errors that were found in it before.
+
         Raises:
-          ConfigError: a setting that is malformed, contradictory, unknown or not supported.
+          ConfigError: settings that are malformed, contradictory or not supported; lists all.
         """
-        canonical = canonicalize(hf, spellings=cls.spellings, defaults=cls.defaults, file=file)
-        reader = ConfigReader(canonical.settings, file, spellings=canonical.spellings)
+        found = list(problems)
+        canonical = canonicalize(
+            hf, spellings=cls.spellings, defaults=cls.defaults, file=file, problems=found
+        )
+        spellings = canonical.spellings
+        reader = ConfigReader(canonical.settings, file, problems=found, spellings=spellings)
         shared = cls._read_shared(reader)
         config = cls(**{**shared, **cls.read_own(reader, shared)})
-        reader.refuse_rest(cls.ignored_keys, config.supported_values())
-        return config
+        supported = {"head_dim": config.head_dim, **config.supported_values()}
+        reader.refuse_unsupported(partial(reads, cls.model_type), cls.ignored_keys, supported)
+        raise_all(found)
+        ignored = sorted([*reader.ignored, *canonical.others])
+        return replace(config, ignored_settings=tuple(ignored))
 
     @classmethod
     def read_own(cls, reader: ConfigReader, shared: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,6 +138,7 @@ class ModelConfig:
         width = reader.integer("hidden_size", high=MAX_WIDTH)
         derived_ff = 4 * width if "intermediate_size" in cls.defaults else None
         positions = reader.integer("max_position_embeddings")
+        rope = cls.read_rope(reader, head_dim=head_dim, max_positions=positions)
         return {
             "d_model": width,
             "layers": reader.integer("num_hidden_layers", high=MAX_LAYERS),
@@ -126,11 +148,11 @@ class ModelConfig:
             "d_embed": width,
             "d_ff": reader.integer("intermediate_size", derived_ff, high=MAX_WIDTH),
             "vocab_size": reader.integer("vocab_size", high=MAX_VOCABULARY),
-            "max_positions": positions,
+            "max_positions": rope.longest_context(positions) if rope else positions,
             "norm_eps": reader.number("norm_eps"),
             "activation": reader.choice("hidden_act", ACTIVATIONS),
             "tie_word_embeddings": reader.flag("tie_word_embeddings"),
-            "rope": cls.read_rope(reader, head_dim=head_dim, max_positions=positions),
+            "rope": rope,
         }
 
     def supported_values(self) -> Mapping[str, object]:
@@ -162,12 +184,16 @@ def _read_heads(reader: ConfigReader, defaults: Mapping[str, object]) -> tuple[i
         kv_heads = reader.integer("num_key_value_heads", heads)
     if heads % kv_heads:
         what = "query heads cannot share key-value heads evenly"
-        raise reader.error(what, "num_key_value_heads", f"a divisor of {heads}")
+        expected = f"a divisor of {heads}"
+        reader.refuse(what, "num_key_value_heads", expected, given=["num_attention_heads"])
     if "head_dim" in defaults and reader.has("head_dim"):
         return heads, kv_heads, reader.integer("head_dim", high=MAX_WIDTH)
     width = reader.integer("hidden_size", high=MAX_WIDTH)
     if width % heads:
         width_key, heads_key = map(reader.spelling, ("hidden_size", "num_attention_heads"))
         what = f"{width_key} is not a multiple of {heads_key}"
-        raise reader.error(what, "hidden_size", f"a multiple of {heads}")
+        expected = f"a multiple of {heads}"
+        reader.refuse(what, "hidden_size", expected, given=["num_attention_heads"])
+    if reader.has_problems:  # any size that makes no other setting wrong
+        return heads, kv_heads, MAX_WIDTH
     return heads, kv_heads, width // heads

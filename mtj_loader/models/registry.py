@@ -13,6 +13,7 @@ import haiku as hk
 import numpy as np
 
 from mtj_loader.errors import ConfigError, MapError
+from mtj_loader.formats.typed_reader import shorten
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.models.decoder import CausalTransformer
 from mtj_loader.models.parameter_table import ParameterBuilder
@@ -46,8 +47,12 @@ class Family(Protocol):
         ...
 
 
-def family(model_type: str) -> Family:
+def family(model_type: str, *, file: str | None = None) -> Family:
     """The module of a family, by the `model_type` of config.json.
+
+    Args:
+      model_type: its name.
+      file: where the name was read, for messages.
 
     Raises:
       ConfigError: no such family; the known ones are named.
@@ -55,7 +60,11 @@ def family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ConfigError(
-            "unknown model family", key="model_type", expected=f"one of {known}", found=model_type
+            "unknown model family",
+            file=file,
+            key="model_type",
+            expected=f"one of {known}",
+            found=shorten(model_type),
         )
     return cast(Family, importlib.import_module(f"mtj_loader.models.families.{model_type}"))
 

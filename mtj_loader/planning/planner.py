@@ -13,7 +13,7 @@ from mtj_loader.errors import AdapterError, ConfigError, MapError, UsageError
 from mtj_loader.formats import hf_config
 from mtj_loader.formats.checkpoint import Checkpoint
 from mtj_loader.formats.records import TensorRecord
-from mtj_loader.formats.token_ids import outside_vocabulary
+from mtj_loader.formats.token_ids import outside_vocabulary, token_id_problems
 from mtj_loader.lora.adapter import Adapter, open_adapter
 from mtj_loader.lora.adapter_resolve import resolve_adapter
 from mtj_loader.lora.low_rank import AdapterTerms, LowRank
@@ -56,11 +56,10 @@ def read_model(checkpoint: Checkpoint, map_path: PathLike | None = None) -> Mode
       MapError: the map is malformed or belongs to another family.
     """
     file = f"{checkpoint.location}/config.json"
-    hf = hf_config.normalize(checkpoint.config, file=file)
-    model_type = hf.get("model_type")
+    model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError("config.json names no model family", file=file, key="model_type")
-    family = models.family(model_type)
+    family = models.family(model_type, file=file)
     weight_map = find_map(model_type, None if map_path is None else Path(map_path))
     if models.family_of_compat(weight_map.compat) is not family:
         raise MapError(
@@ -70,7 +69,12 @@ def read_model(checkpoint: Checkpoint, map_path: PathLike | None = None) -> Mode
             expected=models.FAMILIES[model_type],
             found=weight_map.compat,
         )
-    return ModelSource(weight_map, hf, family.Config.read(hf, file=file))
+    problems = token_id_problems(
+        checkpoint.config, checkpoint.generation_config, folder=checkpoint.location
+    )
+    hf = hf_config.normalize(checkpoint.config, file=file, problems=problems)
+    config = family.Config.read(hf, file=file, problems=problems)
+    return ModelSource(weight_map, hf, config)
 
 
 def make_plan(

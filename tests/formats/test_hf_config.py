@@ -6,12 +6,12 @@ import pytest
 
 from mtj_loader.errors import ConfigError
 from mtj_loader.formats.hf_config import (
-    IGNORED_KEYS,
     Reader,
     add_spellings,
     canonicalize,
     normalize,
 )
+from mtj_loader.formats.known_settings import HARMLESS, reads
 
 
 def normal(**config):
@@ -136,11 +136,10 @@ def test_null_means_absent_except_for_a_few_settings():
 
 
 @pytest.mark.parametrize("key", ["hidden_act", "norm_eps"])
-def test_a_standard_name_that_the_family_does_not_use_is_refused(key):
-    """transformers would ignore it, so that it must not be taken for the family's own name."""
-    with pytest.raises(ConfigError, match="an unknown setting") as caught:
-        canonical(**{key: "silu"})
-    assert caught.value.key == key
+def test_a_standard_name_that_the_family_does_not_use_is_no_setting(key):
+    """transformers ignores it, so that it must not be taken for the family's own name."""
+    found = canonical(**{key: "silu"})
+    assert (found.settings, found.others) == (DEFAULTS, (key,))
 
 
 def test_canonical_settings_that_disagree_are_refused():
@@ -225,39 +224,53 @@ def test_without_a_default_a_setting_is_required(config):
     assert caught.value.key == "a"
 
 
-def test_a_key_that_was_not_read_is_refused():
-    config = reader(hidden_size=8, logit_softcap=30.0, use_cache=True)
+def refuse_unsupported(config, **options):
+    config.refuse_unsupported(lambda key: reads("llama", key), **options)
+
+
+def test_a_key_that_transformers_reads_and_we_do_not_is_refused():
+    config = reader(hidden_size=8, sliding_window=30, use_cache=True)
     config.integer("hidden_size")
-    with pytest.raises(ConfigError, match="may change what the model computes") as caught:
-        config.refuse_rest()
-    assert (caught.value.key, caught.value.found) == ("logit_softcap", "30.0")
-    config.refuse_rest(harmless=["logit_softcap"])
+    with pytest.raises(ConfigError, match="a setting that is not supported") as caught:
+        refuse_unsupported(config)
+    assert (caught.value.key, caught.value.found) == ("sliding_window", "30")
+    assert "--ignore-setting" in caught.value.hint
+    refuse_unsupported(config, harmless=["sliding_window"])
 
 
-def test_ignored_keys_may_have_any_value():
-    reader(**dict.fromkeys(IGNORED_KEYS, "anything")).refuse_rest()
+def test_a_key_that_transformers_does_not_read_is_ignored():
+    config = reader(welcome="hello", rep_pen=1.1, use_cache=True, sliding_window=None)
+    refuse_unsupported(config)
+    assert config.ignored == ["rep_pen", "welcome"]  # neither null nor what is known
+
+
+def test_harmless_keys_may_have_any_value():
+    config = reader(**dict.fromkeys(HARMLESS, "anything"))
+    refuse_unsupported(config)
+    assert config.ignored == []
 
 
 def test_import_names_are_ignored():
-    reader(auto_map={"AutoConfig": "os.system"}).refuse_rest()
+    refuse_unsupported(reader(auto_map={"AutoConfig": "os.system"}))
 
 
 @pytest.mark.parametrize(
     ("key", "value", "neutral"),
     [
-        ("quantization_config", {"quant_method": "gptq"}, "null"),
+        ("quantization_config", {"quant_method": "gptq"}, "no such key"),
         ("is_encoder_decoder", True, "false"),
+        ("is_causal", False, "true"),
         ("pruned_heads", {"0": [1]}, "{}"),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(key, value, neutral):
     with pytest.raises(ConfigError, match="a setting that is not supported") as caught:
-        reader(**{key: value}).refuse_rest()
+        refuse_unsupported(reader(**{key: value}))
     assert (caught.value.key, caught.value.expected) == (key, neutral)
 
 
 def test_unsupported_settings_pass_at_the_default_of_transformers():
-    reader(quantization_config=None, is_encoder_decoder=False, pruned_heads={}).refuse_rest()
+    refuse_unsupported(reader(quantization_config=None, is_encoder_decoder=False, pruned_heads={}))
 
 
 def test_errors_in_rope_parameters_name_the_path():
@@ -265,7 +278,7 @@ def test_errors_in_rope_parameters_name_the_path():
     with pytest.raises(ConfigError) as caught:
         config.rope().number("factor")
     assert caught.value.key == "rope_parameters.factor"
-    config.refuse_rest()
+    refuse_unsupported(config)
 
 
 def test_a_long_value_is_shortened():

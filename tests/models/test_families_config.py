@@ -231,14 +231,15 @@ REFUSALS = [
     ("gptj", {"rotary_dim": 63}, "rotary_dim", "an even number"),
     ("gptj", {"rotary_dim": 258}, "rotary_dim", "a whole number from 1 to 256"),
     ("gptj", {"rotary_dim": 0}, "rotary_dim", "a whole number from 1"),
-    ("gptj", {"rope_theta": 5000.0}, "rope_", "an unknown setting"),
     ("gptj", {"n_embd": 4100}, "n_embd", "not a multiple of n_head"),
     ("gptj", {"activation_function": "mish"}, "activation_function", "one of gelu"),
     ("gpt_neo", {"num_layers": 4}, "attention_types", "types for 24 layers, and there are 4"),
     ("gpt_neo", {"attention_types": [[["global"], 3]]}, "attention_types", "for 3 layers"),
     ("gpt_neo", {"attention_types": [[["random"], 24]]}, "attention_types", "not supported"),
     ("gpt_neo", {"attention_types": [["global", 24]]}, "attention_types", "not a legal value"),
-    ("gpt_neo", {"attention_types": [[["global"], 10**9]]}, "attention_types", "not a legal value"),
+    ("gpt_neo", {"attention_types": [[["global"], 10**9]]}, "attention_types", "for 1000000000 l"),
+    ("gpt_neo", {"attention_types": [[["global"], -1]]}, "attention_types", "not a legal value"),
+    ("gpt_neo", {"rotary": True}, "rotary", "not supported"),
     ("gpt_neo", {"attention_types": "global"}, "attention_types", "not a legal value"),
     ("gpt_neo", {"attention_layers": "local"}, "attention_types", "for 1 layers|not a legal value"),
     (
@@ -257,7 +258,6 @@ REFUSALS = [
     ("xglm", {"add_cross_attention": True}, "add_cross_attention", "not supported"),
     ("bloom", {"n_inner": 100}, "n_inner", "expected: 256"),
     ("bloom", {"slow_but_exact": True}, "slow_but_exact", "not supported"),
-    ("bloom", {"alibi": False}, "alibi", "an unknown setting"),
 ]
 
 

@@ -122,7 +122,7 @@ def test_configs_are_hashable_values():
         ({"hidden_act": "gelu_10"}, "hidden_act", "one of gelu, gelu_new"),
         ({"use_parallel_residual": 1}, "use_parallel_residual", "true or false"),
         ({"quantization_config": {"bits": 4}}, "quantization_config", "not supported"),
-        ({"alibi": True}, "alibi", "an unknown setting, which may change what the model computes"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types", "not supported"),
         ({"intermediate_size": None}, "intermediate_size", "is missing"),
     ],
 )

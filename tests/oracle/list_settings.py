@@ -16,7 +16,7 @@ import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -46,7 +46,10 @@ _SHARED = {
 _CONFIG_NAMES = {"config", "decoder_config", "effective_config", "layer_config", "text_config"}
 # In the rope mixin, these are attributes only if `convert_rope_params_to_dict` leaves them there.
 _OLD_ROPE_KEYS = {"rope_theta", "partial_rotary_factor"}
-_ROPE_SECTIONS = {"rope_parameters", "rope_scaling"}  # PreTrainedConfig looks for them in any config
+_ROPE_SECTIONS = {
+    "rope_parameters",
+    "rope_scaling",
+}  # PreTrainedConfig looks for them in any config
 # Methods of a config that load, save or check it, and those that `dataclass` makes.
 _UNUSED_METHODS = ("_upload", "dict_", "from_", "get_config", "push_", "save_", "to_", "validate")
 
@@ -169,7 +172,7 @@ def _keys_from_self(node: ast.AST) -> Iterator[str]:
                 yield key
 
 
-def _attributes(node: ast.AST, is_config: Any) -> Iterator[str]:  # noqa: ANN401
+def _attributes(node: ast.AST, is_config: Any) -> Iterator[str]:
     for part in ast.walk(node):
         match part:
             case ast.Attribute(value=value, attr=key, ctx=ast.Load()) if is_config(value):
@@ -219,7 +222,7 @@ def _rope_keys(node: ast.AST) -> set[str]:
     return keys
 
 
-def _parse(function: Any) -> ast.AST:  # noqa: ANN401
+def _parse(function: Any) -> ast.AST:
     return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
 
 
@@ -228,7 +231,9 @@ def as_text(found: dict[str, Any]) -> str:
     version = json.dumps(found["transformers_version"])
     parts = [f'  "transformers_version": {version}']
     for part in ("families", "rope"):
-        lists = [f"    {json.dumps(name)}: {json.dumps(keys)}" for name, keys in found[part].items()]
+        lists = [
+            f"    {json.dumps(name)}: {json.dumps(keys)}" for name, keys in found[part].items()
+        ]
         parts.append(f'  "{part}": {{\n' + ",\n".join(lists) + "\n  }")
     return "{\n" + ",\n".join(parts) + "\n}\n"
 

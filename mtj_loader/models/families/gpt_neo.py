@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from mtj_loader.models.config import MAX_LAYERS, ConfigReader, ModelConfig
+from mtj_loader.models.config import ConfigReader, ModelConfig
 from mtj_loader.models.decoder import CausalTransformer
 from mtj_loader.models.layers.attention import Attention
 from mtj_loader.models.layers.embeddings import PositionedEmbedding
@@ -58,44 +58,49 @@ class Config(ModelConfig):
     @classmethod
     def read_own(cls, reader: ConfigReader, shared: Mapping[str, Any]) -> dict[str, Any]:
         """Reads the window of every local layer."""
-        window, layers = reader.integer("window_size"), shared["layers"]
-        kinds = _layer_kinds(reader)
-        if len(kinds) != layers:
-            found = f"attention types for {len(kinds)} layers, and there are {layers}"
-            raise reader.error(found, "attention_types", f"types for {layers} layers")
+        window = reader.integer("window_size")
+        kinds = _layer_kinds(reader, shared["layers"])
         return {"windows": tuple(window if kind == "local" else None for kind in kinds)}
 
+    def supported_values(self) -> Mapping[str, object]:
+        """The first conversions of GPT-J call themselves GPT-Neo and set `rotary`."""
+        return {"rotary": False}
 
-def _layer_kinds(reader: ConfigReader) -> list[str]:
+
+def _layer_kinds(reader: ConfigReader, layers: int) -> list[str]:
     """Every layer's kind, from `attention_types`, from the list that it expands to, or from both.
 
-    Raises:
-      ConfigError: they are malformed, or disagree.
+    Refuses them if they are malformed or disagree.
     """
     types, listed = reader.raw("attention_types"), reader.raw("attention_layers")
     if types in (None, _DEFAULT_TYPES):  # transformers saves the default beside any list
         types = _DEFAULT_TYPES if listed is None else [[listed, 1]]
-    kinds = _expand_types(reader, types)
+    kinds = _expand_types(reader, types, layers)
     if listed not in (None, kinds):
-        what = "two spellings of one setting disagree"
-        raise reader.error(what, "attention_layers", "what attention_types expands to")
+        what, expected = "two spellings of one setting disagree", "what attention_types expands to"
+        reader.refuse(what, "attention_layers", expected, given=["attention_types"])
     return kinds
 
 
-def _expand_types(reader: ConfigReader, types: object) -> list[str]:
-    """Expands `[[["global", "local"], 12]]` into 24 names."""
-    kinds: list[str] = []
-    for item in types if isinstance(types, list) else [types]:
+def _expand_types(reader: ConfigReader, types: object, layers: int) -> list[str]:
+    """Expands `[[["global", "local"], 12]]` into 24 names, which are counted first."""
+    items: list[Any] = types if isinstance(types, list) else [types]
+    count, wrong = 0, None
+    for item in items:
         match item:
-            case [list(names), int(times)] if times <= MAX_LAYERS:
-                kinds += names * times
+            case [list(names), int(times)] if times >= 0:
+                count += len(names) * times
+                if not all(name in ("global", "local") for name in names):
+                    wrong = "an attention type that is not supported", '"global" or "local"'
             case _:
-                expected = "a list of [[kind, …], times]"
-                raise reader.error("not a legal value", "attention_types", expected)
-    if not set(map(str, kinds)) <= {"global", "local"}:
-        what = "an attention type that is not supported"
-        raise reader.error(what, "attention_types", '"global" or "local"')
-    return kinds
+                wrong = wrong or ("not a legal value", "a list of [[kind, …], times]")
+    if wrong is None and count != layers:
+        found = f"attention types for {count} layers, and there are {layers}"
+        wrong = found, f"types for {layers} layers"
+    if wrong is not None:
+        reader.refuse(wrong[0], "attention_types", wrong[1], given=["num_hidden_layers"])
+        return []
+    return [name for names, times in items for _ in range(times) for name in names]
 
 
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:

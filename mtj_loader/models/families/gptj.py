@@ -62,7 +62,7 @@ class Config(ModelConfig):
         dims = reader.integer("rotary_dim", high=head_dim)
         if dims % 2:
             what = "rotary embedding rotates pairs of dimensions"
-            raise reader.error(what, "rotary_dim", "an even number")
+            reader.refuse(what, "rotary_dim", "an even number")
         return Rope(
             theta=DEFAULT_THETA, head_dim=dims, fraction=1.0, trained_positions=max_positions
         )

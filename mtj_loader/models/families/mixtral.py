@@ -64,7 +64,9 @@ class Config(LlamaLikeConfig):
         return {
             **super().read_own(reader, shared),
             "n_experts": experts,
-            "experts_per_token": reader.integer("num_experts_per_tok", high=experts),
+            "experts_per_token": reader.integer(
+                "num_experts_per_tok", high=experts, given=["num_local_experts"]
+            ),
         }
 
     def axis_sizes(self, shards: int) -> dict[str, int]:

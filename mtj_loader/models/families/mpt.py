@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+from mtj_loader.formats.known_settings import reads
 from mtj_loader.models.config import MAX_WIDTH, ConfigReader, ModelConfig
 from mtj_loader.models.decoder import CausalTransformer
 from mtj_loader.models.layers.alibi import alibi, mpt_slopes
@@ -94,6 +95,7 @@ class Config(ModelConfig):
         width = shared["d_model"]
         attention = _read_attention(reader, shared)
         reader.choice("norm_type", _NORMS)
+        _check_feed_forward(reader.section("ffn_config"))
         learned = reader.flag("learned_pos_emb") and attention["alibi_bias_max"] is None
         return {
             "d_ff": _read_d_ff(reader, width),
@@ -105,7 +107,7 @@ class Config(ModelConfig):
 
     def supported_values(self) -> Mapping[str, object]:
         """Options of llm-foundry that only other models use."""
-        return {"fc_type": "torch", "ffn_config": {"ffn_type": "mptmlp"}, "verbose": 0}
+        return {"fc_type": "torch", "verbose": 0}
 
 
 def _read_attention(reader: ConfigReader, shared: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,15 +121,28 @@ def _read_attention(reader: ConfigReader, shared: Mapping[str, Any]) -> dict[str
         "softmax_scale": attention.number("softmax_scale", shared["head_dim"] ** -0.5),
     }
     kv_heads: dict[str, object] = {"kv_n_heads": shared["n_heads"]}
-    attention.refuse_rest(_ATTENTION_IGNORED, _ATTENTION_SUPPORTED | kv_heads)
+    attention.refuse_unsupported(
+        lambda key: reads("mpt", f"attn_config.{key}"),
+        _ATTENTION_IGNORED,
+        _ATTENTION_SUPPORTED | kv_heads,
+    )
     return own
+
+
+def _check_feed_forward(options: ConfigReader) -> None:
+    """Refuses llm-foundry's options of the feed-forward layer, which transformers does not have."""
+    options.choice("ffn_type", ["mptmlp"], "mptmlp")
+    options.choice("fc_type", ["torch"], "torch")
+    options.refuse_unsupported(matters=lambda key: True)
 
 
 def _read_d_ff(reader: ConfigReader, width: int) -> int:
     ratio = reader.number("expansion_ratio")
     if not 1 <= ratio * width <= MAX_WIDTH or ratio * width % 1:
         what = "not the width of a feed-forward layer"
-        raise reader.error(what, "expansion_ratio", f"a whole number when multiplied by {width}")
+        expected = f"a whole number when multiplied by {width}"
+        reader.refuse(what, "expansion_ratio", expected, given=["hidden_size"])
+        return width
     return int(ratio * width)
 
 

@@ -17,12 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mtj_loader.formats.hf_config import Reader
+from mtj_loader.formats.known_settings import reads_rope
+from mtj_loader.formats.typed_reader import MAX_INT
 
+HEAD_SIZES = ("head_dim", "hidden_size", "num_attention_heads")  # settings that give head_dim
 DEFAULT_THETA = 10_000.0  # Su et al., and the default of every transformers family
 
 
@@ -61,6 +65,10 @@ class Rope:
         """Inverse frequencies, float32 [r/2], of a row of `total` tokens."""
         return self._powers(self.theta)
 
+    def longest_context(self, stated: int) -> int:
+        """The longest context in tokens, given max_position_embeddings."""
+        return stated
+
     def _exponents(self) -> np.ndarray:  # float32 [r/2]
         return np.arange(0, self.exponent_dim, 2, dtype=np.float32) / np.float32(self.exponent_dim)
 
@@ -82,6 +90,10 @@ class Linear(Rope):
     def frequencies(self, total: int) -> np.ndarray:
         """Inverse frequencies, float32 [r/2]."""
         return super().frequencies(total) / np.float32(self.factor)
+
+    def longest_context(self, stated: int) -> int:
+        """At least the trained length times the factor."""
+        return _stretch(self, stated)
 
     @classmethod
     def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
@@ -129,12 +141,17 @@ class Dynamic(Linear):
         stretch = self.factor * max(total, trained) / trained - (self.factor - 1)
         return self._powers(self.theta * stretch ** (dim / (dim - 2)))
 
+    def longest_context(self, stated: int) -> int:
+        """Any length: the frequencies are computed for it."""
+        return MAX_INT
+
     @classmethod
     def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
         """Reads `factor`; needs at least two pairs, because r − 2 is a divisor."""
         rope = cls(**shared, factor=_factor(config))
         if rope.exponent_dim <= 2:
-            raise config.error("dynamic rope needs more than two rotated dimensions", "rope_type")
+            what = "dynamic rope needs more than two rotated dimensions"
+            config.refuse(what, "rope_type", given=HEAD_SIZES)
         return rope
 
 
@@ -160,7 +177,7 @@ class Llama3(Linear):
         high = config.number("high_freq_factor")
         if high <= low:
             what = "the ramp's ends are in the wrong order"
-            raise config.error(what, "high_freq_factor", f"more than low_freq_factor, {low}")
+            config.refuse(what, "high_freq_factor", f"more than low_freq_factor, {low}")
         shared = _original_positions(config, shared)
         return cls(**shared, factor=_factor(config), low_freq_factor=low, high_freq_factor=high)
 
@@ -216,7 +233,8 @@ class Yarn(Linear):
             attention_factor=_yarn_attention_factor(config, factor),
         )
         if rope.exponent_dim % 2:
-            raise config.error("yarn needs an even number of rotated dimensions", "rope_type")
+            what = "yarn needs an even number of rotated dimensions"
+            config.refuse(what, "rope_type", given=HEAD_SIZES)
         return rope
 
 
@@ -226,6 +244,7 @@ class LongRope(Rope):
 
     short_factor: tuple[float, ...]  # for rows within the trained context
     long_factor: tuple[float, ...]  # for longer rows
+    factor: float  # how much longer than the trained context rows may be
     attention_factor: float
 
     @property
@@ -240,6 +259,10 @@ class LongRope(Rope):
             np.asarray(divisors, np.float32) * _power(self.theta, self._exponents())
         )
 
+    def longest_context(self, stated: int) -> int:
+        """At least the trained length times the factor."""
+        return _stretch(self, stated)
+
     @classmethod
     def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
         """Reads the two lists of divisors and the settings of the attention factor."""
@@ -252,6 +275,7 @@ class LongRope(Rope):
             **shared,
             short_factor=config.numbers("short_factor"),
             long_factor=config.numbers("long_factor"),
+            factor=factor,
             attention_factor=config.number("attention_factor", grown),
         )
         for key in ("short_factor", "long_factor"):
@@ -294,7 +318,8 @@ def read_rope(
         belong to the type, or an invalid value.
     """
     rope = config.rope()
-    kind = TYPES[rope.choice("rope_type", TYPES, "default")]
+    rope_type = rope.choice("rope_type", TYPES, "default")
+    kind = TYPES[rope_type]
     shared: dict[str, Any] = {
         "theta": rope.number("rope_theta", theta),
         "head_dim": head_dim,
@@ -304,10 +329,11 @@ def read_rope(
     _check_shared(rope, shared)
     if whole_heads and shared["fraction"] != 1 and kind is not Proportional:
         what = "this family rotates whole heads"
-        raise config.error(what, "partial_rotary_factor", "1")
+        config.refuse(what, "partial_rotary_factor", "1")
     result = kind.read(rope, shared)
-    rope.refuse_rest()
-    _check_usable(rope, result)
+    rope.refuse_unsupported(partial(reads_rope, rope_type))
+    if not rope.has_problems:
+        _check_usable(rope, result)
     return result
 
 
@@ -315,6 +341,10 @@ def frequency_table(rope: Rope, totals: Sequence[int] | np.ndarray) -> np.ndarra
     """Inverse frequencies of a batch, float32 [b, r/2]; row i is for `totals[i]` tokens."""
     rows = {total: rope.frequencies(total) for total in {int(total) for total in totals}}
     return np.stack([rows[int(total)] for total in totals])
+
+
+def _stretch(rope: Linear | LongRope, stated: int) -> int:
+    return int(min(max(stated, rope.trained_positions * rope.factor), MAX_INT))
 
 
 def _power(theta: float, exponents: np.ndarray) -> np.ndarray:
@@ -331,7 +361,7 @@ def _check_usable(config: Reader, rope: Rope) -> None:
         usable = False
     if not usable:
         what = "settings of the rotary embedding give angles that are zero or not finite"
-        raise config.error(what, "rope_type", "settings of the usual size")
+        config.refuse(what, "rope_type", "settings of the usual size")
 
 
 def _is_distinct(rope: Rope, total: int) -> bool:
@@ -345,18 +375,19 @@ def _is_distinct(rope: Rope, total: int) -> bool:
 
 def _check_shared(config: Reader, shared: Mapping[str, Any]) -> None:
     if shared["theta"] <= 1:
-        raise config.error("not a legal value", "rope_theta", "a number above 1")
+        config.refuse("not a legal value", "rope_theta", "a number above 1")
     share = min(shared["fraction"], 2.0)  # anything above 1 is refused, however large
     pairs = math.ceil(int(shared["head_dim"] * share) / 2)
     if not 2 <= 2 * pairs <= shared["head_dim"]:
         what = f"the rotated dimensions are not pairs within a head of {shared['head_dim']}"
-        raise config.error(what, "partial_rotary_factor", "a share from 0 to 1")
+        config.refuse(what, "partial_rotary_factor", "a share from 0 to 1", given=HEAD_SIZES)
 
 
 def _factor(config: Reader, default: float | None = None) -> float:
     factor = config.number("factor", default)
     if factor <= 0:
-        raise config.error("not a legal value", "factor", "a number above 0")
+        config.refuse("not a legal value", "factor", "a number above 0")
+        return 1.0
     return factor
 
 
@@ -380,4 +411,5 @@ def _yarn_attention_factor(config: Reader, factor: float) -> float:
 
 def _check_length(config: Reader, key: str, values: Sequence[float], pairs: int) -> None:
     if len(values) != pairs or not all(values):
-        raise config.error("not a divisor for every pair", key, f"{pairs} numbers above 0")
+        expected = f"{pairs} numbers above 0"
+        config.refuse("not a divisor for every pair", key, expected, given=HEAD_SIZES)
