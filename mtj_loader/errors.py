@@ -100,21 +100,19 @@ class ConfigMismatchError(ConfigError):
     def __init__(self, problems: Sequence[ConfigError]) -> None:
         self.problems = tuple(problems)
         files = {problem.file for problem in problems}
+        hints = [problem.hint for problem in problems if problem.hint]
+        what = f"{len(problems)} settings cannot be used"
         file = problems[0].file if len(files) == 1 else None
-        lines = [_in_one_line(p, with_file=file is None) for p in problems[:_MAX_PROBLEMS_SHOWN]]
-        if len(problems) > _MAX_PROBLEMS_SHOWN:
-            lines.append(f"and {len(problems) - _MAX_PROBLEMS_SHOWN} more (see .problems)")
-        hints = list(dict.fromkeys(problem.hint for problem in problems if problem.hint))
-        listing = "\n".join(
-            [f"{len(problems)} settings cannot be used", *(f"- {x}" for x in lines)]
-        )
-        super().__init__(listing, file=file, hint=hints[0] if hints else None)
+        super().__init__(what, file=file, hint=hints[0] if hints else None)
+
+    def _headline(self) -> str:
+        names = ["key", "expected", "found"] if self.file else ["file", "key", "expected", "found"]
+        return _bullets(self.what, [_in_one_line(error, names) for error in self.problems])
 
 
-def _in_one_line(error: ConfigError, *, with_file: bool) -> str:
-    names = ("file", "key", "expected", "found") if with_file else ("key", "expected", "found")
-    facts = [f"{name} {v}" for name in names if (v := getattr(error, name)) is not None]
-    return f"{error.what}: {', '.join(facts)}"
+def _in_one_line(error: MtjLoaderError, names: Iterable[str]) -> str:
+    facts = [f"{n} {_shorten(v)}" for n in names if (v := getattr(error, n)) is not None]
+    return f"{escape(error.what)}: {', '.join(facts)}"
 
 
 def raise_all(problems: Sequence[ConfigError]) -> None:
@@ -226,10 +224,13 @@ def _count(problems: Sequence[Problem], where: str) -> str:
 
 
 def _listing(what: str, problems: Sequence[Problem]) -> str:
-    folded = fold_layers(problems)
-    shown = [f"- {problem}" for problem in folded[:_MAX_PROBLEMS_SHOWN]]
-    if len(folded) > _MAX_PROBLEMS_SHOWN:
-        shown.append(f"- … and {len(folded) - _MAX_PROBLEMS_SHOWN} more (see .problems)")
+    return _bullets(what, [str(problem) for problem in fold_layers(problems)])
+
+
+def _bullets(what: str, problems: Sequence[str]) -> str:
+    shown = [f"- {problem}" for problem in problems[:_MAX_PROBLEMS_SHOWN]]
+    if len(problems) > _MAX_PROBLEMS_SHOWN:
+        shown.append(f"- … and {len(problems) - _MAX_PROBLEMS_SHOWN} more (see .problems)")
     return "\n".join([what, *shown])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtj_loader.errors import ConfigError
+from mtj_loader.errors import ConfigError, ConfigMismatchError
 from mtj_loader.formats.hf_config import (
     Reader,
     add_spellings,
@@ -12,6 +12,7 @@ from mtj_loader.formats.hf_config import (
     normalize,
 )
 from mtj_loader.formats.known_settings import HARMLESS, reads
+from mtj_loader.models import family
 
 
 def normal(**config):
@@ -285,3 +286,45 @@ def test_a_long_value_is_shortened():
     with pytest.raises(ConfigError) as caught:
         reader(a="x" * 1000).flag("a")
     assert len(str(caught.value.found)) < 100
+
+
+def test_one_error_lists_every_complaint():
+    config = {
+        "model_type": "llama",
+        "hidden_size": "wide\n",  # the checks of heads and rope that follow from it are left out
+        "num_attention_heads": 7,
+        "hidden_act": "swish",
+        "rope_scaling": {"type": "linear", "factor": 0},
+        "rope_parameters": {"type": "linear", "factor": 2},
+        "sliding_window": 8,
+        "quantization_config": {"bits": 4},
+        "welcome": "hello",
+    }
+    problems = []
+    hf = normalize(config, file="f.json", problems=problems)
+    with pytest.raises(ConfigMismatchError) as caught:
+        family("llama").Config.read(hf, file="f.json", problems=problems)
+    assert [(error.key, error.what) for error in caught.value.problems] == [
+        (
+            "rope_parameters.factor and rope_scaling.factor",
+            "two spellings of one setting disagree",
+        ),
+        ("hidden_size", "not a legal value"),
+        ("hidden_act", "not a legal value"),
+        ("quantization_config", "a setting that is not supported"),
+        ("sliding_window", "a setting that is not supported"),
+    ]
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "5 settings cannot be used"
+    expected = 'expected a whole number from 1 to 1048576, found "wide\\n"'
+    assert lines[2] == f"- not a legal value: key hidden_size, {expected}"
+    assert lines[-2] == "  file: f.json"
+    assert lines[-1].startswith("  hint: --ignore-setting KEY")
+
+
+def test_complaints_are_capped_and_one_line_each():
+    problems = [ConfigError("bad", key=f"k{i}", found="x\n" * 10_000) for i in range(40)]
+    error = ConfigMismatchError(problems)
+    assert len(str(error).splitlines()) == 1 + 30 + 1
+    assert len(str(error)) < 100_000
+    assert len(error.problems) == 40
