@@ -15,7 +15,7 @@ from mtj_loader.distributed.host_group import DEFAULT_TIMEOUT_SECONDS, connect_h
 from mtj_loader.distributed.hosts import SINGLE_HOST, Hosts
 from mtj_loader.distributed.shared_headers import open_on_all_hosts
 from mtj_loader.dtypes import parameter_dtype
-from mtj_loader.errors import MeshError, UsageError
+from mtj_loader.errors import MeshError, TokenizerMissingError, UsageError
 from mtj_loader.formats.checkpoint import Checkpoint, Headers, open_checkpoint
 from mtj_loader.formats.token_ids import bos_id
 from mtj_loader.generation.compile_ahead import (
@@ -183,10 +183,10 @@ def _execute(plan: LoadPlan, mesh: Mesh, hosts: Hosts, run: RunOptions, begun: f
     """Loads what is planned, and meanwhile compiles for generation."""
     plan_seconds = time.perf_counter() - begun
     with hosts.phase("prepare"), plan.checkpoint.storage:
-        tokenizer = load_tokenizer(plan.checkpoint.tokenizer_files, plan.model_type)
+        tokenizer, missing = _load_tokenizer(plan.checkpoint, plan.model_type)
         dtype = parameter_dtype(plan.options.dtype)
         forward = Forward(plan.config, mesh, plan.options.transposed_linear, dtype)
-        shapes = read_shapes(run.warm_up, _rules(plan, tokenizer), mesh.shape["dp"])
+        shapes = read_shapes(run.warm_up, _rules(plan, tokenizer, missing), mesh.shape["dp"])
     needed = plan.host_bytes(jax.process_index())
     with compile_in_background(forward, plan, shapes) as first_compiled:
         with closing_all(*plan.storages), progress_bar(needed, shown=run.progress) as advance:
@@ -196,14 +196,29 @@ def _execute(plan: LoadPlan, mesh: Mesh, hosts: Hosts, run: RunOptions, begun: f
         loaded = time.perf_counter()
         compiled = keep_common_shapes(first_compiled(), hosts)
     report = add_compile_times(report, compiled, loaded)
+    if missing is not None:
+        report = replace(report, warnings=(*report.warnings, f"there is no tokenizer: {missing}"))
     return Model(params, plan.config, mesh, tokenizer, report, plan, forward, compiled, begun)
 
 
-def _rules(plan: LoadPlan, tokenizer: Tokenizer | None) -> PromptRules:
+def _load_tokenizer(
+    checkpoint: Checkpoint, model_type: str
+) -> tuple[Tokenizer | None, TokenizerMissingError | None]:
+    """The tokenizer, or why it cannot be used: the model can still be used with token ids."""
+    class_name = checkpoint.config.get("tokenizer_class")
+    try:
+        return load_tokenizer(checkpoint.tokenizer_files, model_type, class_name), None
+    except TokenizerMissingError as error:
+        return None, error
+
+
+def _rules(
+    plan: LoadPlan, tokenizer: Tokenizer | None, missing: TokenizerMissingError | None
+) -> PromptRules:
     """Which prompts the model accepts."""
     config, checkpoint = plan.config, plan.checkpoint
     bos = bos_id(checkpoint.config, checkpoint.generation_config)
-    return PromptRules(config.vocab_size, config.max_positions, tokenizer, bos)
+    return PromptRules(config.vocab_size, config.max_positions, tokenizer, bos, missing)
 
 
 def _topology(mesh: MeshLike | None, config: ModelConfig) -> Topology:

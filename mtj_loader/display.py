@@ -22,6 +22,7 @@ _UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9,
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30,
 }  # fmt: skip
+_MAX_SHOWN_CHARS = 200  # of a value in a message
 _MAX_WIDTH = 100_000  # columns; no line is longer, so nothing is wrapped
 
 
@@ -44,6 +45,15 @@ def parse_bytes(text: str | int) -> int:
     if found is None or found[2].upper() not in _UNITS:
         raise UsageError("cannot read a size", expected='like "1GiB" or "500MB"', found=repr(text))
     return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def show_value(value: object) -> str:
+    """An argument of the caller for a message: its repr, shortened."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer with too many digits, or deep nesting
+        text = f"a value of type {type(value).__name__} that is too long to print"
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "…"
 
 
 def counted(count: int, noun: str) -> str:

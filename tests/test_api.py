@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 import mtj_loader
 from mtj_loader.errors import PromptError, TokenizerMissingError
+from mtj_loader.generation.prompts import read_prompts
 from tests.support import neox
 
 FIXTURE = Path(__file__).parent / "data/shakespeare-neox"
@@ -74,6 +75,17 @@ def test_without_a_tokenizer_ids_still_work(tmp_path: Path) -> None:
     assert len(found) == 4
     with pytest.raises(TokenizerMissingError, match="no tokenizer"):
         model.generate("text")
+
+
+def test_a_tokenizer_of_an_unknown_class_leaves_the_weights_usable(tmp_path: Path) -> None:
+    folder = neox.write(tmp_path, tokenizer_class="RobertaTokenizer")
+    (folder / "vocab.json").write_text('{"a": 0}')
+    (folder / "merges.txt").write_text("")
+    model = mtj_loader.load(folder, "mp=2")
+    assert model.tokenizer is None
+    assert any("no tokenizer" in one and "RobertaTokenizer" in one for one in model.report.warnings)
+    with pytest.raises(TokenizerMissingError, match=r"RobertaTokenizer, vocab\.json, merges\.txt"):
+        mtj_loader.load(folder, "mp=2", warm_up=lambda rules: read_prompts("a", rules, 1))
 
 
 def test_the_state_is_that_of_mesh_transformer_jax(model: mtj_loader.Model) -> None:

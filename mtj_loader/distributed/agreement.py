@@ -12,9 +12,10 @@ import jax
 from jax.sharding import Mesh
 
 from mtj_loader.distributed.hosts import Hosts
-from mtj_loader.errors import HostError, StorageError, UsageError
+from mtj_loader.errors import HostError, UsageError
+from mtj_loader.formats.file_names import MAX_TOKENIZER_BYTES
 from mtj_loader.planning.load_plan import LoadPlan
-from mtj_loader.storage.base import FileVersion, Storage, StoredFile
+from mtj_loader.storage.base import FileVersion, Storage, StoredFile, read_small
 from mtj_loader.version import version
 
 _SAMPLES = 64  # over all files; training changes nearly every weight
@@ -113,10 +114,7 @@ def _content(paths: Iterable[Path | StoredFile]) -> str:
     """SHA-256 over the SHA-256 of each file."""
     total = hashlib.sha256()
     for path in paths:
-        try:
-            total.update(hashlib.sha256(path.read_bytes()).digest())
-        except OSError as error:
-            raise StorageError("cannot read the file", file=path, found=error.strerror) from error
+        total.update(hashlib.sha256(read_small(path, MAX_TOKENIZER_BYTES)).digest())
     return total.hexdigest()
 
 

@@ -16,9 +16,12 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
 )
+MAX_TOKENIZER_BYTES = 100_000_000  # of a file; three times the largest published ones
 # Requested together from a storage where each request takes a round trip.
 USUAL_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, SINGLE_FILE, *TOKENIZER_FILES)
 

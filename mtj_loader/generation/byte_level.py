@@ -1,96 +1,124 @@
-"""GPT-2's byte-level BPE tokenizer from vocab.json and merges.txt.
+"""Byte-level BPE tokenizers from vocab.json and merges.txt.
 
-The rules are those of transformers' GPT2Tokenizer and GPTNeoXTokenizer. They differ in one point:
-GPT-NeoX first normalizes the text to Unicode form C.
+The rules are those of the tokenizer classes of transformers 5.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mtj_loader.errors import FormatError
 from mtj_loader.formats import strict_json
-from mtj_loader.storage.base import StoredFile
+from mtj_loader.formats.file_names import MAX_TOKENIZER_BYTES
+from mtj_loader.formats.typed_reader import format_value
+from mtj_loader.generation.backend_errors import backend_errors
+from mtj_loader.storage.base import StoredFile, read_small
 
-CLASSES = ("GPT2Tokenizer", "GPTNeoXTokenizer")
+File = Path | StoredFile
 
-_END_OF_TEXT = "<|endoftext|>"  # both classes' default for bos_token, eos_token and unk_token
-_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
-_SETTINGS = "tokenizer_config.json or special_tokens_map.json"
-_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 _MAX_ID = 2**32 - 1  # the library's ids are unsigned 32-bit integers
 
+# How Qwen2 splits a text into words (Qwen2Tokenizer in transformers).
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
-def build(
-    vocab: Path | StoredFile, merges: Path | StoredFile, kind: str, settings: Mapping[str, Any]
-) -> Tokenizer:
-    """Builds the tokenizer.
+
+@dataclass(frozen=True)
+class ByteLevelClass:
+    """A tokenizer class of transformers.
+
+    Attributes:
+      special_tokens: its special tokens by role, unless the checkpoint has others.
+      composes: it normalizes a text to Unicode form C.
+      words: the regular expression that splits a text into words; None for GPT-2's.
+    """
+
+    special_tokens: Mapping[str, str]
+    composes: bool = False
+    words: str | None = None
+
+
+_GPT2_TOKENS: dict[str, str] = dict.fromkeys(
+    ("unk_token", "bos_token", "eos_token"), "<|endoftext|>"
+)
+_NEOX_TOKENS: dict[str, str] = _GPT2_TOKENS | {"pad_token": "<|padding|>"}
+_QWEN2_TOKENS: dict[str, str] = dict.fromkeys(
+    ("unk_token", "eos_token", "pad_token"), "<|endoftext|>"
+)
+
+CLASSES: Mapping[str, ByteLevelClass] = {
+    "GPT2Tokenizer": ByteLevelClass(_GPT2_TOKENS),
+    "CodeGenTokenizer": ByteLevelClass(_GPT2_TOKENS),
+    "GPTNeoXTokenizer": ByteLevelClass(_NEOX_TOKENS, composes=True),
+    "Qwen2Tokenizer": ByteLevelClass(_QWEN2_TOKENS, composes=True, words=_QWEN2_WORDS),
+}
+
+
+def build(vocab: File, merges: File, rules: ByteLevelClass, *, add_space: bool) -> Tokenizer:
+    """Builds the tokenizer, without its added tokens.
 
     Args:
       vocab: vocab.json: token → id.
       merges: merges.txt: two tokens per line, in merge order.
-      kind: transformers' class, one of `CLASSES`; any other is treated as GPT-2's.
-      settings: special_tokens_map.json updated by tokenizer_config.json.
+      rules: of the tokenizer's class.
+      add_space: insert a space before a text that begins without one.
 
     Raises:
       FormatError: a file is damaged, or the files do not match.
     """
     tokenizer = Tokenizer(_model(vocab, merges))
-    if kind == "GPTNeoXTokenizer":
+    if rules.composes:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space(settings))
+    words = pre_tokenizers.ByteLevel(add_prefix_space=add_space, use_regex=rules.words is None)
+    if rules.words is not None:
+        split = pre_tokenizers.Split(Regex(rules.words), behavior="isolated")
+        words = pre_tokenizers.Sequence([split, words])
+    tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(tokenizer, settings)
-    _add_bos(tokenizer, settings)
     return tokenizer
 
 
-def prefix_space(settings: Mapping[str, Any]) -> bool:
+def adds_space(settings: Mapping[str, object]) -> bool:
     """Whether a space is inserted before a text that begins without one."""
     return settings.get("add_prefix_space") is True
 
 
-def _model(vocab: Path | StoredFile, merges: Path | StoredFile) -> models.BPE:
-    try:
-        return models.BPE(vocab=_read_vocab(vocab), merges=_read_merges(merges))
-    except FormatError:
-        raise
-    except Exception as error:  # the library raises nothing more specific
-        raise FormatError(
-            "merges.txt does not match vocab.json", file=merges, found=error
-        ) from error
+def _model(vocab: File, merges: File) -> models.BPE:
+    tokens, pairs = _read_vocab(vocab), _read_merges(merges)
+    for first, second in pairs:
+        missing = [token for token in (first, second, first + second) if token not in tokens]
+        if missing:
+            what = "vocab.json lacks a token that a merge needs"
+            found = f"no {missing[0]!r} for the merge of {first!r} and {second!r} in merges.txt"
+            raise FormatError(what, file=vocab, found=found)
+    with backend_errors("merges.txt does not match vocab.json", file=merges):
+        return models.BPE(vocab=tokens, merges=pairs)
 
 
-def _read_vocab(path: Path | StoredFile) -> dict[str, int]:
-    vocab: dict[str, Any] = strict_json.parse_object(path.read_bytes(), file=str(path))
+def _read_vocab(file: File) -> dict[str, int]:
+    vocab = strict_json.parse_object(read_small(file, MAX_TOKENIZER_BYTES), file=str(file))
     token_of: dict[int, str] = {}
     for token, number in vocab.items():
         if type(number) is not int or not 0 <= number <= _MAX_ID:
-            raise FormatError("not a token id", file=path, key=token, found=repr(number))
+            raise FormatError("not a token id", file=file, key=token, found=format_value(number))
         if number in token_of:
             found = f"{token_of[number]!r} and {token!r}"
-            raise FormatError(f"two tokens have the id {number}", file=path, found=found)
+            raise FormatError(f"two tokens have the id {number}", file=file, found=found)
         token_of[number] = token
-    return vocab
+    return {token: number for number, token in token_of.items()}
 
 
-def _read_merges(path: Path | StoredFile) -> list[tuple[str, str]]:
+def _read_merges(file: File) -> list[tuple[str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_small(file, MAX_TOKENIZER_BYTES).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise FormatError("not UTF-8", file=path, found=f"byte {error.start}") from error
+        raise FormatError("not UTF-8", file=file, found=f"byte {error.start}") from error
     merges = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
@@ -98,62 +126,6 @@ def _read_merges(path: Path | StoredFile) -> list[tuple[str, str]]:
         parts = line.rstrip("\r").split(" ")
         if len(parts) != 2:
             where = f"line {number}: {line[:60]!r}"  # only the beginning: the file is untrusted
-            raise FormatError("not a merge", file=path, expected="two tokens", found=where)
+            raise FormatError("not a merge", file=file, expected="two tokens", found=where)
         merges.append((parts[0], parts[1]))
     return merges
-
-
-def _add_tokens(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Adds the tokens that are never split."""
-    for number, value in _numbered_tokens(settings):
-        token = _added_token(value, "added_tokens_decoder")
-        tokenizer.add_tokens([token])
-        found = tokenizer.token_to_id(token.content)
-        if found != number:
-            what = "an added token does not get its specified id"
-            key = f"added_tokens_decoder.{number}"
-            raise FormatError(what, file=_SETTINGS, key=key, expected=number, found=found)
-    tokenizer.add_special_tokens(_named_tokens(settings))
-    if tokenizer.token_to_id(_END_OF_TEXT) is not None:
-        tokenizer.add_special_tokens([_END_OF_TEXT])
-
-
-def _numbered_tokens(settings: Mapping[str, Any]) -> list[tuple[int, object]]:
-    """`added_tokens_decoder` by id, the order in which the library assigns ids."""
-    entries = settings.get("added_tokens_decoder") or {}
-    if not isinstance(entries, dict) or not all(key.isdecimal() for key in entries):
-        key, expected = "added_tokens_decoder", "an object whose keys are ids"
-        raise FormatError("not added tokens", file=_SETTINGS, key=key, expected=expected)
-    return sorted(((int(key), value) for key, value in entries.items()), key=lambda item: item[0])
-
-
-def _named_tokens(settings: Mapping[str, Any]) -> list[AddedToken]:
-    named = [(key, settings[key]) for key in _NAMED if settings.get(key)]
-    key = "additional_special_tokens"
-    more = settings.get(key) or []
-    if not isinstance(more, list):
-        raise FormatError("not a list of tokens", file=_SETTINGS, key=key, found=repr(more))
-    named += [(key, value) for value in more]
-    return [_added_token(value, key) for key, value in named]
-
-
-def _added_token(value: object, key: str) -> AddedToken:
-    """Reads a token: its text, or an object with `content` and flags."""
-    fields = {"content": value, "special": True} if isinstance(value, str) else value
-    if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
-        raise FormatError("not a token", file=_SETTINGS, key=key, found=repr(value))
-    flags = {name: bool(fields[name]) for name in _FLAGS if name in fields}
-    return AddedToken(fields["content"], **flags)
-
-
-def _add_bos(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
-    if settings.get("add_bos_token") is not True:
-        return
-    bos = _added_token(settings.get("bos_token") or _END_OF_TEXT, "bos_token").content
-    number = tokenizer.token_to_id(bos)
-    if number is None:
-        what = "the beginning-of-text token is not in the vocabulary"
-        raise FormatError(what, file=_SETTINGS, key="bos_token", found=repr(bos))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[bos, "$A"], special_tokens=[(bos, number)]
-    )

@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 from jax.stages import Lowered
 
+from mtj_loader.display import show_value
 from mtj_loader.distributed.hosts import Hosts
 from mtj_loader.errors import UsageError
 from mtj_loader.generation.decode import Programs
@@ -230,7 +231,7 @@ def _invalid_shape(found: object) -> UsageError:
         "cannot compile ahead for this",
         key="warm_up",
         expected="a list of (batch, prompt_length) or (batch, prompt_length, max_new_tokens)",
-        found=repr(found),
+        found=show_value(found),
     )
 
 

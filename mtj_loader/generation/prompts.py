@@ -12,10 +12,13 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mtj_loader.display import show_value
 from mtj_loader.errors import PromptError, TokenizerMissingError
 from mtj_loader.generation.tokenizer import Tokenizer
 
 _FORMS = "a string, a list of token ids, or a list of these"
+_MARGIN_TOKENS = 1_000  # more than the last word of a text can have, in published vocabularies
+_CHARS_PER_TOKEN = 6  # of text in few tokens: English has four to five
 _MIN_BUCKET = 16  # shorter passes save less time than their compilation takes
 
 
@@ -44,12 +47,14 @@ class PromptRules:
       max_positions: the limit for the prompt plus the generated tokens.
       tokenizer: None allows only token ids.
       bos_id: replaces an empty text; None rejects it.
+      missing: why there is no tokenizer, if the checkpoint has the files of one.
     """
 
     vocab_size: int
     max_positions: int
     tokenizer: Tokenizer | None = None
     bos_id: int | None = None
+    missing: TokenizerMissingError | None = None
 
 
 def read_prompts(
@@ -74,7 +79,8 @@ def read_prompts(
     plain = _to_lists(prompts)
     items = _split_prompts(plain)
     named = {"prompt": plain} if items is None else {f"prompts[{i}]": p for i, p in items}
-    read = [_read(item, name, rules) for name, item in named.items()]
+    room = rules.max_positions - max_new_tokens
+    read = [_read(item, name, rules, room) for name, item in named.items()]
     for name, prompt in zip(named, read, strict=True):
         _check_length(name, len(prompt.ids), max_new_tokens, rules.max_positions)
     return read, items is not None
@@ -101,12 +107,15 @@ def check_batch(ids: ArrayLike, rules: PromptRules) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def _to_lists(value: object) -> object:
-    """Converts tuples and arrays to lists; returns anything else unchanged."""
+def _to_lists(value: object, levels: int = 2) -> object:
+    """Converts tuples and arrays to lists; returns anything else unchanged.
+
+    A list of prompts has two levels; what a list of ids contains is checked as an id.
+    """
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_to_lists(item) for item in value]
+    if levels and isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_to_lists(item, levels - 1) for item in value]
     return value
 
 
@@ -122,13 +131,13 @@ def _split_prompts(plain: object) -> list[tuple[int, object]] | None:
     nested = [isinstance(item, str | list | Prompt) for item in plain]
     if any(nested) and not all(nested):
         what = "a list of prompts contains something else"
-        raise PromptError(what, expected=_FORMS, found=repr(plain[nested.index(False)]))
+        raise PromptError(what, expected=_FORMS, found=show_value(plain[nested.index(False)]))
     return list(enumerate(plain)) if nested[0] else None
 
 
-def _read(item: object, name: str, rules: PromptRules) -> Prompt:
+def _read(item: object, name: str, rules: PromptRules, room: int) -> Prompt:
     if isinstance(item, str):
-        return Prompt(tuple(_encode(item, name, rules)), is_text=True)
+        return Prompt(tuple(_encode(item, name, rules, room)), is_text=True)
     is_text = isinstance(item, Prompt) and item.is_text
     ids = list(item.ids) if isinstance(item, Prompt) else item
     if not isinstance(ids, list) or not ids:
@@ -137,15 +146,43 @@ def _read(item: object, name: str, rules: PromptRules) -> Prompt:
     return Prompt(tuple(_check_ids(ids, name, rules)), is_text)
 
 
-def _encode(text: str, name: str, rules: PromptRules) -> list[int]:
+def _encode(text: str, name: str, rules: PromptRules, room: int) -> list[int]:
     if rules.tokenizer is None:
         what = "the prompt is text, but the checkpoint has no tokenizer"
-        raise TokenizerMissingError(what, key=name, hint="pass token ids")
+        raise rules.missing or TokenizerMissingError(what, key=name, hint="pass token ids")
+    if is_too_long(text, room, rules.tokenizer):
+        raise PromptError(
+            "the prompt exceeds the model's context",
+            key=name,
+            expected=f"at most {room:,} tokens",
+            found=f"a text of {len(text):,} characters",
+        )
     ids = rules.tokenizer.encode(text)
     if not ids and rules.bos_id is None:
         what = "the prompt is empty, and the checkpoint has no bos_token_id to start with"
         raise PromptError(what, key=name, expected="at least one token")
     return _check_ids(ids or [rules.bos_id], name, rules)
+
+
+def is_too_long(text: str, room: int, tokenizer: Tokenizer) -> bool:
+    """Whether the beginning of a text shows that the text has too many tokens.
+
+    Tokenizing a megabyte takes two seconds. A longer text gives the tokens of its beginning
+    again, except for the last word of the beginning, so a beginning with more than twice the
+    allowed tokens settles it. False does not mean that the text fits.
+
+    Args:
+      text: of any length.
+      room: the most tokens that it may have.
+      tokenizer: of the model.
+    """
+    enough = 2 * max(room, 0) + _MARGIN_TOKENS
+    length = _CHARS_PER_TOKEN * enough
+    while 2 * length < len(text):
+        if len(tokenizer.encode(text[:length])) > enough:
+            return True
+        length *= 4
+    return False
 
 
 def _check_ids(ids: Sequence[object], name: str, rules: PromptRules) -> list[int]:
@@ -160,7 +197,7 @@ def _check_ids(ids: Sequence[object], name: str, rules: PromptRules) -> list[int
 def _invalid_id(key: str, found: object, rules: PromptRules) -> PromptError:
     expected = f"an integer, 0 to {rules.vocab_size - 1}"
     what = "not a token id of this model"
-    return PromptError(what, key=key, expected=expected, found=repr(found))
+    return PromptError(what, key=key, expected=expected, found=show_value(found))
 
 
 def _check_length(name: str, prompt: int, max_new_tokens: int, max_positions: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mtj_loader.display import show_value
 from mtj_loader.errors import UsageError
 from mtj_loader.generation.tokenizer import Tokenizer
 
@@ -135,7 +136,9 @@ def read_stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     for string in stop if isinstance(stop, list | tuple) else [stop]:
         if not isinstance(string, str) or not string:
             expected = "a string of at least one character, or a list of them"
-            raise UsageError("not a stop string", key="stop", expected=expected, found=repr(string))
+            raise UsageError(
+                "not a stop string", key="stop", expected=expected, found=show_value(string)
+            )
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
@@ -196,6 +199,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Adds a token; returns the text that has become final, which may be empty."""
+        if self._tokenizer.is_skipped(token):  # it does not end a run of byte tokens either
+            return ""
         self._window.append(token)
         self._text = self._tokenizer.decode(self._window)
         if self._tokenizer.is_byte(token):  # final only at the end of a run of byte tokens

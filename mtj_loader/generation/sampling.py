@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -17,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtj_loader.display import show_value
 from mtj_loader.errors import UsageError
 
 NOT_FINITE = -1  # in place of a token: the row's logits were NaN or infinite
+_MAX_TOKENS = 2**31 - 1  # positions are int32
 _MAX_SEED = 2**64 - 1  # two uint32 words make a threefry key
 _FLOAT32 = np.finfo(np.float32)
 
@@ -46,7 +49,7 @@ class SamplingParams:
     seed: int | Sequence[int] = 0
 
     def __post_init__(self) -> None:
-        _check_integer("max_new_tokens", self.max_new_tokens, low=1)
+        _check_integer("max_new_tokens", self.max_new_tokens, low=1, high=_MAX_TOKENS)
         _check_real("temperature", self.temperature, "a finite number, 0 or more", lambda t: t >= 0)
         _check_integer("top_k", self.top_k, low=0)
         _check_real("top_p", self.top_p, "a number over 0, at most 1", lambda p: 0 < p <= 1)
@@ -194,11 +197,13 @@ def _check_integer(name: str, value: object, low: int, high: int | None = None) 
 
 def _check_real(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
     if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
-        if math.isfinite(number) and fits(number):
-            return
+        with suppress(OverflowError):  # an integer beyond any float
+            if math.isfinite(number := float(value)) and fits(number):
+                return
     raise _out_of_range(name, expected, value)
 
 
 def _out_of_range(name: str, expected: str, value: object) -> UsageError:
-    return UsageError(f"{name} is out of range", key=name, expected=expected, found=repr(value))
+    return UsageError(
+        f"{name} is out of range", key=name, expected=expected, found=show_value(value)
+    )

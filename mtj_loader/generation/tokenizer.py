@@ -5,20 +5,52 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 import tokenizers
-from tokenizers import pre_tokenizers
 
-from mtj_loader.errors import FormatError, PromptError
+from mtj_loader.errors import PromptError, TokenizerMissingError
 from mtj_loader.formats import strict_json
-from mtj_loader.generation import byte_level
-from mtj_loader.storage.base import StoredFile
+from mtj_loader.formats.file_names import MAX_TOKENIZER_BYTES
+from mtj_loader.formats.sentencepiece import parse_model
+from mtj_loader.generation import byte_level, from_sentencepiece
+from mtj_loader.generation.added_tokens import add_tokens, read_token_settings
+from mtj_loader.generation.backend_errors import backend_errors
+from mtj_loader.generation.byte_level import File
+from mtj_loader.generation.tokenizer_json import read_tokenizer_json
+from mtj_loader.storage.base import read_small
 
-# The class that transformers uses if tokenizer_config.json names none.
-_DEFAULT_CLASS = {"gpt_neox": "GPTNeoXTokenizer"}
+Files = Mapping[str, File]
 
+# The class that transformers 5 uses for a family; for others it is the plain one. It uses the class
+# that the checkpoint names instead, unless the class here is the plain one or the family is in
+# `_OVERRULED`, whose checkpoints name wrong ones.
+_CLASSES = {
+    "gemma": "GemmaTokenizer",
+    "gemma2": "GemmaTokenizer",
+    "gemma3": "GemmaTokenizer",
+    "gemma3_text": "GemmaTokenizer",
+    "gpt_neo": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "gptj": "GPT2Tokenizer",
+    "mistral": "TokenizersBackend",
+    "mixtral": "TokenizersBackend",
+    "mpt": "GPTNeoXTokenizer",
+    "opt": "GPT2Tokenizer",
+    "phi3": "TokenizersBackend",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "stablelm": "TokenizersBackend",
+    "xglm": "XGLMTokenizer",
+}
+_OVERRULED = ("phi3", "qwen2")
+_PLAIN = "TokenizersBackend"
+_RENAMED = {
+    "PreTrainedTokenizer": _PLAIN,
+    "LLaMATokenizer": "LlamaTokenizer",  # in the first conversions, before transformers had it
+}
+
+_MAX_MODEL_BYTES = 20_000_000  # of a tokenizer.model; four times the largest published ones
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a single byte
 
 
@@ -36,74 +68,122 @@ class Tokenizer:
 
         Raises:
           PromptError: the text contains half a surrogate pair.
+          FormatError: the tokenizer is damaged, so that it fails for this text.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             found = ascii(error.object[error.start])
             raise PromptError("the text is not valid Unicode", found=found) from error
-        return self.backend.encode(text).ids
+        with backend_errors("the checkpoint's tokenizer fails for this text"):
+            return self.backend.encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens such as end of text and padding.
 
         Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are skipped.
+
+        Raises:
+          FormatError: the tokenizer is damaged, so that it fails for these ids.
         """
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        with backend_errors("the checkpoint's tokenizer fails to decode"):
+            return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def is_byte(self, token: int) -> bool:
         """Whether the token is a single byte of SentencePiece, such as `<0xE4>`."""
         name = self.backend.id_to_token(token)
         return name is not None and _BYTE_TOKEN.fullmatch(name) is not None
 
+    def is_skipped(self, token: int) -> bool:
+        """Whether `decode` skips the token: it is special, or outside the vocabulary."""
+        name = self.backend.id_to_token(token)
+        return name is None or name in self._special
+
+    @cached_property
+    def _special(self) -> frozenset[str]:
+        added = self.backend.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
 
 def load_tokenizer(
-    files: Mapping[str, Path | StoredFile], model_type: str | None = None
+    files: Files, model_type: str | None = None, class_name: object = None
 ) -> Tokenizer | None:
-    """Reads a checkpoint's tokenizer: tokenizer.json, or else vocab.json with merges.txt.
+    """Reads a checkpoint's tokenizer.
+
+    It is in tokenizer.json; or else, depending on the tokenizer's class, in vocab.json with
+    merges.txt or in tokenizer.model.
 
     Args:
-      files: by file name; tokenizer_config.json and special_tokens_map.json are read too if
-        present.
-      model_type: of config.json; chooses between GPT-2's and GPT-NeoX's rules if
-        tokenizer_config.json does not.
+      files: by file name, those of `TOKENIZER_FILES` that exist.
+      model_type: of config.json; tells the class if the checkpoint does not name it.
+      class_name: `tokenizer_class` of config.json; used if tokenizer_config.json has none.
 
     Returns:
       None if the files contain no tokenizer; token ids still work then.
 
     Raises:
       FormatError: a file is damaged.
+      TokenizerMissingError: the rules of the tokenizer's class are not known here.
     """
-    settings = _optional_json(files, "tokenizer_config.json")
-    name = settings.get("tokenizer_class") or _DEFAULT_CLASS.get(model_type or "", "")
-    kind = str(name).removesuffix("Fast")
+    config = _optional_json(files, "tokenizer_config.json")
+    kind = choose_class(model_type, config.get("tokenizer_class") or class_name)
+    add_space = byte_level.adds_space(config)
+    rules = byte_level.CLASSES.get(kind)
     if "tokenizer.json" in files:
-        return Tokenizer(_from_json(files["tokenizer.json"], kind, settings))
-    if "vocab.json" in files and "merges.txt" in files:
-        special = _optional_json(files, "special_tokens_map.json")
-        settings = special | settings
-        return Tokenizer(byte_level.build(files["vocab.json"], files["merges.txt"], kind, settings))
-    return None
+        space = None if rules is None else add_space
+        return Tokenizer(read_tokenizer_json(files["tokenizer.json"], add_space=space))
+    has_merges = "vocab.json" in files and "merges.txt" in files
+    if not has_merges and "tokenizer.model" not in files:
+        return None
+    others = (
+        _optional_json(files, f"{name}.json") for name in ("special_tokens_map", "added_tokens")
+    )
+    settings = read_token_settings(config, *others)
+    if has_merges and rules is not None:
+        built = byte_level.build(
+            files["vocab.json"], files["merges.txt"], rules, add_space=add_space
+        )
+        defaults, own = rules.special_tokens, ()
+    elif "tokenizer.model" in files and kind in from_sentencepiece.CLASSES:
+        file = files["tokenizer.model"]
+        model = parse_model(read_small(file, _MAX_MODEL_BYTES), file=str(file))
+        built = from_sentencepiece.build(model, kind, config, settings, file=file)
+        defaults = from_sentencepiece.CLASSES[kind] or model.special_tokens
+        own = from_sentencepiece.own_tokens(model)
+    else:
+        raise _unsupported(files, kind)
+    with backend_errors("the tokens of the checkpoint cannot be added"):
+        add_tokens(built, settings, defaults, own)
+    return Tokenizer(built)
 
 
-def _optional_json(files: Mapping[str, Path | StoredFile], name: str) -> dict[str, Any]:
-    path = files.get(name)
-    return strict_json.parse_object(path.read_bytes(), file=str(path)) if path else {}
+def choose_class(model_type: str | None, named: object) -> str:
+    """The tokenizer's class, as transformers' AutoTokenizer chooses it.
+
+    Args:
+      model_type: of config.json.
+      named: the class that the checkpoint names; None for none.
+    """
+    usual = _CLASSES.get(model_type or "")
+    name = named.removesuffix("Fast") if isinstance(named, str) and named else usual or _PLAIN
+    if usual == _PLAIN or model_type in _OVERRULED:
+        return usual or _PLAIN
+    return _RENAMED.get(name, name)
 
 
-def _from_json(
-    path: Path | StoredFile, kind: str, settings: Mapping[str, Any]
-) -> tokenizers.Tokenizer:
-    """Reads tokenizer.json; as in transformers, the class decides about the prefix space."""
-    data = path.read_bytes()
-    try:
-        backend = tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises nothing more specific
-        raise FormatError("not a tokenizer", file=path, found=error) from error
-    backend.no_padding()
-    backend.no_truncation()  # a prompt that is too long is rejected later, not truncated
-    current = backend.pre_tokenizer
-    if kind in byte_level.CLASSES and isinstance(current, pre_tokenizers.ByteLevel):
-        current.add_prefix_space = byte_level.prefix_space(settings)
-        backend.pre_tokenizer = current
-    return backend
+def _optional_json(files: Files, name: str) -> dict[str, object]:
+    if name not in files:
+        return {}
+    file = files[name]
+    return strict_json.parse_object(read_small(file, MAX_TOKENIZER_BYTES), file=str(file))
+
+
+def _unsupported(files: Files, kind: str) -> TokenizerMissingError:
+    merges, model = " or ".join(byte_level.CLASSES), " or ".join(from_sentencepiece.CLASSES)
+    return TokenizerMissingError(
+        "there is no tokenizer.json, and the tokenizer's class has no rules for the other files",
+        key="tokenizer_class",
+        expected=f"{merges} for vocab.json with merges.txt; {model} for tokenizer.model",
+        found=f"{kind}, {', '.join(files)}",
+        hint="save tokenizer.json with transformers' AutoTokenizer, or pass token ids",
+    )

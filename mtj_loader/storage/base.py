@@ -8,9 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
-from mtj_loader.errors import CheckpointError
+from mtj_loader.errors import CheckpointError, FormatError, MtjLoaderError, StorageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,22 +146,41 @@ class Storage(ABC):
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One small file of a storage, with the methods of `pathlib.Path` that its readers use."""
+    """One small file of a storage, for code that also reads files by their path."""
 
     storage: Storage
     name: str
 
+    @property
+    def size_bytes(self) -> int:
+        """The current size."""
+        return prepare_file(self.storage, self.name).size_bytes
+
     def read_bytes(self) -> bytes:
         """Reads the whole file; raises the same errors as `Storage.read`."""
-        size_bytes = prepare_file(self.storage, self.name).size_bytes
-        return self.storage.read(self.name, 0, size_bytes)
-
-    def read_text(self, encoding: str) -> str:
-        """Reads and decodes the whole file."""
-        return self.read_bytes().decode(encoding)
+        return self.storage.read(self.name, 0, self.size_bytes)
 
     def __str__(self) -> str:
         return self.name
+
+
+def read_small(file: Path | StoredFile, max_bytes: int) -> bytes:
+    """Reads a whole file that may not be large.
+
+    Raises:
+      FormatError: it has more than `max_bytes`.
+      CheckpointError, StorageError: it cannot be read.
+    """
+    try:
+        size_bytes = file.stat().st_size if isinstance(file, Path) else file.size_bytes
+        if size_bytes > max_bytes:
+            expected, found = f"at most {max_bytes:,} bytes", f"{size_bytes:,} bytes"
+            raise FormatError("the file is too large", file=file, expected=expected, found=found)
+        return file.read_bytes()
+    except MtjLoaderError:
+        raise
+    except OSError as error:
+        raise StorageError("cannot read the file", file=file, found=error.strerror) from error
 
 
 def closing_all(*storages: Storage) -> ExitStack:

@@ -21,8 +21,15 @@ INDEX = "model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 CONFIG = {"model_type": "gpt_neox", "hidden_size": 8}
 A, B = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(4, np.float16)
-TOKENIZER = ["merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
-             "vocab.json"]  # fmt: skip
+TOKENIZER = [
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+]
 
 
 @pytest.fixture
@@ -35,7 +42,7 @@ def folder(tmp_path):
         "README.md",
         "pytorch_model.bin",
         "training_args.bin",
-        "tokenizer.model",
+        "tokenizer.txt",
     ):
         (folder / name).write_text(json.dumps({"name": name}))  # equal files share a blob
     return folder

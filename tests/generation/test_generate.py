@@ -268,6 +268,10 @@ def test_invalid_arguments_are_reported_before_the_first_piece():
 RULES = PromptRules(vocab_size=10, max_positions=8, tokenizer=TOKENIZER)
 
 
+LOOP: list = []
+LOOP.append(LOOP)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -287,6 +291,10 @@ RULES = PromptRules(vocab_size=10, max_positions=8, tokenizer=TOKENIZER)
         ([1, 2.0], r"(?s)not a token id.*prompt\[1\].*2.0"),
         (np.array([1.0]), "not a token id"),
         ([[[1]]], r"(?s)not a token id.*prompts\[0\]\[0\].*\[1\]"),
+        (LOOP, r"(?s)not a token id.*prompts\[0\]\[0\].*\[\.\.\.\]"),
+        ([10**5000], r"(?s)not a token id.*prompt\[0\].*too long to print"),
+        (["!", 10**5000], "(?s)contains something else.*too long to print"),
+        ([["x" * 10_000]], r"(?s)not a token id.*x{199}…$"),
         ("", "(?s)the prompt is empty, and the checkpoint has no bos_token_id"),
         ("zebra", r"(?s)not a token id of this model.*prompt\[0\]"),
         ([1, 2, 3, 4, 5], "(?s)exceed.*at most 8 tokens in total.*5 in the prompt . 4 new = 9"),
@@ -310,6 +318,39 @@ def test_a_prompt_that_was_read_is_not_tokenized_again():
     assert read_prompts(mixed, without_tokenizer, 4) == ([prompt, Prompt((2, 3), False)], True)
     with pytest.raises(PromptError, match=r"(?s)not a token id.*prompt\[0\].*12"):
         read_prompts(Prompt((12,), is_text=True), RULES, 4)
+
+
+class CountingTokenizer:
+    """Every word is a token; counts the characters that it reads."""
+
+    chars = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.chars += len(text)
+        return [1] * len(text.split())
+
+
+def long_rules() -> tuple[PromptRules, CountingTokenizer]:
+    tokenizer = CountingTokenizer()
+    return PromptRules(10, 2048, tokenizer), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("word", ["to be ", "s" * 20 + " ", "s" * 300 + " "])
+def test_a_prompt_that_is_far_too_long_is_not_tokenized(word: str):
+    rules, tokenizer = long_rules()
+    with pytest.raises(PromptError, match=r"(?s)exceed.*prompts\[1\].*at most 2,044 tokens.*10,"):
+        read_prompts(["!", word * (10_000_000 // len(word) + 1)], rules, 4)
+    assert tokenizer.chars < 4_000_000
+
+
+def test_a_long_text_of_few_tokens_is_not_too_long():
+    rules, tokenizer = long_rules()
+    text = "".join(("s" * 400 + " ") * 2044)
+    (prompt,), _ = read_prompts(text, rules, 4)
+    assert len(prompt.ids) == 2044
+    assert tokenizer.chars < 2 * len(text)
+    with pytest.raises(PromptError, match="2045 in the prompt"):
+        read_prompts(text + "s", rules, 4)
 
 
 def test_an_empty_text_becomes_the_bos_token():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,7 +201,11 @@ def test_other_values_compile_nothing_again():
         ({"seed": [1, 2.0]}, "seed is out of range"),
         ({"seed": "1"}, "seed is out of range"),
         ({"seed": None}, "seed is out of range"),
-        ({"max_new_tokens": 0}, "max_new_tokens is out of range.*1 or more.*0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is out of range.*1 to 2147483647.*0"),
+        ({"max_new_tokens": 10**5000}, "max_new_tokens is out of range.*too long to print"),
+        ({"seed": 10**5000}, "seed is out of range.*too long to print"),
+        ({"temperature": 10**400}, "temperature is out of range"),
+        ({"top_p": Fraction(10**5000, 3)}, "top_p is out of range.*Fraction"),
         ({"max_new_tokens": True}, "max_new_tokens is out of range"),
     ],
 )

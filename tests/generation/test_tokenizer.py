@@ -39,7 +39,7 @@ def merges() -> str:
     return "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in MODEL["merges"])
 
 
-def load(files: dict[str, Path], model_type: str | None = None) -> Tokenizer:
+def load(files: dict[str, Path], model_type: str = "gptj") -> Tokenizer:
     tokenizer = load_tokenizer(files, model_type)
     assert tokenizer is not None
     return tokenizer
@@ -65,13 +65,13 @@ def test_without_enough_files_there_is_no_tokenizer(tmp_path: Path):
     [
         ({}, "gpt_neox", COMPOSED),
         ({}, "gptj", PLAIN),
-        ({}, None, PLAIN),
-        ({"tokenizer_class": "GPTNeoXTokenizerFast"}, None, COMPOSED),
+        ({}, "opt", PLAIN),
+        ({"tokenizer_class": "GPTNeoXTokenizerFast"}, "llama", COMPOSED),
         ({"tokenizer_class": "GPT2Tokenizer"}, "gpt_neox", PLAIN),
-        ({"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}, None, [0, *PLAIN]),
+        ({"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}, "bloom", [0, *PLAIN]),
         ({"add_prefix_space": True}, "gpt_neox", [438, *COMPOSED[1:]]),
-        ({"add_bos_token": True, "bos_token": "!"}, "gptj", [1, *PLAIN]),
-        ({"eos_token": {"content": "Hi", "lstrip": False}}, None, None),
+        ({"add_bos_token": True, "eos_token": "!"}, "gptj", [0, *PLAIN]),
+        ({"eos_token": {"content": "Hi", "lstrip": False}}, "gpt_neo", None),
     ],
 )
 def test_vocab_and_merges(tmp_path: Path, settings: dict, model_type: str, expected: list[int]):
@@ -94,11 +94,11 @@ def test_vocab_and_merges(tmp_path: Path, settings: dict, model_type: str, expec
 def test_special_tokens_map_is_read_too(tmp_path: Path):
     files = {"vocab_json": MODEL["vocab"], "merges_txt": merges()}
     special = {"eos_token": "Hi", "bos_token": "!"}
-    settings = {"add_bos_token": True, "bos_token": '"'}  # tokenizer_config.json wins
+    settings = {"add_bos_token": True, "bos_token": '"'}  # the other file wins
     written = write(
         tmp_path, **files, special_tokens_map_json=special, tokenizer_config_json=settings
     )
-    assert load(written).encode("Hi,") == [2, 3003, 12]
+    assert load(written).encode("Hi,") == [1, 3003, 12]
 
 
 @pytest.mark.parametrize("name", ["GPT2TokenizerFast", "GPTNeoXTokenizer"])
@@ -112,7 +112,10 @@ def test_prefix_space_of_tokenizer_config_wins_over_tokenizer_json(tmp_path: Pat
     files["tokenizer.json"] = FIXTURE / "tokenizer.json"
     assert load(files).encode("Hi") == [438, 73]
     files = write(tmp_path, tokenizer_json=raw, tokenizer_config_json={"add_prefix_space": False})
-    assert load(files).encode("Hi") == [438, 73]  # other classes use tokenizer.json unchanged
+    assert load(files, "llama").encode("Hi") == [
+        438,
+        73,
+    ]  # other classes use tokenizer.json unchanged
 
 
 def test_truncation_and_padding_of_tokenizer_json_are_off(tmp_path: Path):
@@ -158,13 +161,17 @@ def test_damaged_tokenizer_json(tmp_path: Path, content: bytes):
             '{"a": 0, "b": 0, "c": 1, "bc": 2}',
             "(?s)two tokens.* id 0.*'a' and",
         ),
-        ("vocab_json", '{"a": 0, "b": "1"}', "(?s)not a token id.*key: b.*'1'"),
+        ("vocab_json", '{"a": 0, "b": "1"}', '(?s)not a token id.*key: b.*"1"'),
         ("vocab_json", '{"a": -1}', "(?s)not a token id.*-1"),
-        ("vocab_json", '{"a": true}', "(?s)not a token id.*True"),
+        ("vocab_json", '{"a": true}', "(?s)not a token id.*true"),
         ("vocab_json", '{"a": 4294967296}', "not a token id"),
         ("merges_txt", "b c d\n", "(?s)not a merge.*two tokens.*line 1: 'b c d'"),
         ("merges_txt", "#version: 0.2\nb c\nb\n", "(?s)not a merge.*line 3: 'b'"),
-        ("merges_txt", "b z\n", r"(?s)merges.txt does not match vocab.json.*`z`"),
+        (
+            "merges_txt",
+            "b z\n",
+            "(?s)vocab.json lacks a token.*no 'z' for the merge of 'b' and 'z'",
+        ),
         ("merges_txt", b"\xff", "not UTF-8"),
         ("tokenizer_config_json", '{"bos_token": 3}', "(?s)not a token.*bos_token.*3"),
         ("tokenizer_config_json", '{"added_tokens_decoder": {"x": "a"}}', "not added tokens"),
@@ -172,7 +179,12 @@ def test_damaged_tokenizer_json(tmp_path: Path, content: bytes):
         ("tokenizer_config_json", '{"added_tokens_decoder": {"0": {}}}', "not a token"),
         ("tokenizer_config_json", '{"additional_special_tokens": [7]}', "not a token"),
         ("tokenizer_config_json", '{"additional_special_tokens": 7}', "not a list of tokens"),
-        ("tokenizer_config_json", '{"add_bos_token": true}', "not in the vocabulary"),
+        ("tokenizer_config_json", '{"added_tokens_decoder": {"9": "a"}}', "its specified id"),
+        (
+            "tokenizer_config_json",
+            '{"added_tokens_decoder": {"1%s": "a"}}' % ("0" * 5_000),
+            "not added tokens",
+        ),
         ("special_tokens_map_json", "null", "not a JSON object"),
     ],
 )
@@ -229,18 +241,36 @@ def test_pieces_of_any_text_are_final(text: str):
         assert given_out == tokenizer.decode(ids[:upto]).rstrip("\ufffd")
 
 
-def test_byte_tokens_of_sentencepiece_are_decoded_as_a_run():
-    """The decoder reads a whole run of bytes: one invalid byte also changes the earlier ones."""
-    names = ["<0xE4>", "<0xBD>", "<0xA0>", "▁a", "b"]
+def sentencepiece_tokenizer() -> Tokenizer:
+    """With the bytes of 你 as ids 0 to 2; 5 is special."""
+    names = ["<0xE4>", "<0xBD>", "<0xA0>", "▁a", "b", "<s>"]
     model = models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    tokenizer = Tokenizer(backend)
+    backend.add_special_tokens(["<s>"])
+    return Tokenizer(backend)
+
+
+def test_byte_tokens_of_sentencepiece_are_decoded_as_a_run():
+    """The decoder reads a whole run of bytes: one invalid byte also changes the earlier ones."""
+    tokenizer = sentencepiece_tokenizer()
     assert in_pieces(tokenizer, [3, 0, 1, 2, 4]) == [" a", "", "", "", "你b", ""]
     assert in_pieces(tokenizer, [0, 1, 2, 0]) == ["", "", "", "", tokenizer.decode([0, 1, 2, 0])]
+
+
+def test_a_special_token_does_not_end_a_run_of_byte_tokens():
+    """The decoder does not see it; nor an id outside the vocabulary."""
+    tokenizer = sentencepiece_tokenizer()
+    assert in_pieces(tokenizer, [3, 0, 5, 1, 9, 2, 4]) == [" a", "", "", "", "", "", "你b", ""]
+
+
+@given(st.lists(st.integers(0, 6), max_size=40))
+def test_pieces_of_any_byte_and_special_tokens_add_up_to_the_text(ids: list[int]):
+    tokenizer = sentencepiece_tokenizer()
+    assert "".join(in_pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 def test_decoding_a_long_text_takes_linear_time(fixture_tokenizer: Tokenizer):
@@ -251,7 +281,7 @@ def test_decoding_a_long_text_takes_linear_time(fixture_tokenizer: Tokenizer):
             self.decoded += len(ids)
             return fixture_tokenizer.decode(ids)
 
-        is_byte = fixture_tokenizer.is_byte
+        is_byte, is_skipped = fixture_tokenizer.is_byte, fixture_tokenizer.is_skipped
 
     ids = fixture_tokenizer.encode("To be, or not to be. " * 100)
     counting = Counting()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from mtj_loader.formats.sentencepiece import PieceType, parse_model
 from mtj_loader.generation.tokenizer import load_tokenizer
+from tests.support.tokenizers import CASES, vocabulary
 
 pytestmark = pytest.mark.parity
 
+# The script imports torch and transformers, which only the `parity` extra installs.
+SCRIPT = "tests.oracle.make_tokenizers"
 FIXTURE = Path(__file__).parents[1] / "data" / "shakespeare-neox"
 TEXTS = (
     "To be, or not to be: that is the question.",
@@ -21,6 +26,30 @@ TEXTS = (
     "don't 1234567 !!!",
 )
 SPECIAL = {f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "unk", "pad")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_committed_ids_are_those_of_transformers(name: str):
+    case = CASES[name]
+    files = {path.name: path.read_bytes() for path in vocabulary(case["vocabulary"]).values()}
+    script = importlib.import_module(SCRIPT)
+    made = script.run_case(case["model_type"], files, case["settings"])
+    assert {"vocabulary": case["vocabulary"], **made} == case
+
+
+@pytest.mark.parametrize("name", ["bpe", "bpe_plain", "unigram", "unigram_bytes"])
+def test_pieces_are_those_of_sentencepiece(name: str):
+    theirs = importlib.import_module("sentencepiece").SentencePieceProcessor()
+    data = vocabulary(name)["tokenizer.model"].read_bytes()
+    theirs.LoadFromSerializedProto(data)
+    model = parse_model(data, file=name)
+    assert len(model.pieces) == theirs.GetPieceSize()
+    for number, piece in enumerate(model.pieces):
+        assert (piece.text, piece.score) == (theirs.IdToPiece(number), theirs.GetScore(number))
+        assert (piece.type is PieceType.CONTROL) == theirs.IsControl(number)
+        assert (piece.type is PieceType.BYTE) == theirs.IsByte(number)
+        assert (piece.type is PieceType.UNKNOWN) == theirs.IsUnknown(number)
+    assert model.unk_id == theirs.unk_id()
 
 
 def transformers_tokenizer(folder: Path):

@@ -1,0 +1,196 @@
+"""The special and the added tokens of a tokenizer that is built from its vocabulary.
+
+The rules are those of transformers 5 for a checkpoint without tokenizer.json. Such tokens are in
+tokenizer_config.json, in older checkpoints also in special_tokens_map.json and added_tokens.json,
+and in a tokenizer.model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from mtj_loader.errors import FormatError
+from mtj_loader.formats.typed_reader import format_value
+
+# Special tokens by role, in the order in which transformers adds them.
+_ROLES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_LISTS = ("extra_special_tokens", "additional_special_tokens")  # the new and the old name
+_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+_FILES = "tokenizer_config.json, special_tokens_map.json or added_tokens.json"
+_MAX_ID = 2**32 - 1  # the library's ids are unsigned 32-bit integers
+
+Object = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """What the files say about tokens.
+
+    Attributes:
+      numbered: tokens with their ids.
+      special: special tokens by role, such as `bos_token`; None means that there is none.
+      more: special tokens without a role.
+      complete: `more` replaces the special tokens of a tokenizer.model.
+      add_bos, add_eos: whether a text gets the token at its beginning or end.
+    """
+
+    numbered: Mapping[int, AddedToken]
+    special: Mapping[str, AddedToken | None]
+    more: Sequence[AddedToken]
+    complete: bool
+    add_bos: bool
+    add_eos: bool
+
+
+def read_token_settings(config: Object, special_map: Object, added: Object) -> TokenSettings:
+    """Reads the settings; a file that does not exist is an empty object.
+
+    Args:
+      config: tokenizer_config.json.
+      special_map: special_tokens_map.json, which takes precedence.
+      added: added_tokens.json: token → id. If the config has `added_tokens_decoder`, neither this
+        nor `special_map` is used.
+
+    Raises:
+      FormatError: a value is not a token, or not an id.
+    """
+    decoder = config.get("added_tokens_decoder")
+    old = {} if decoder is not None else special_map
+    special, more = _special_tokens({**config, **old})
+    complete = any(key in config for key in _LISTS)
+    named = (*special.values(), *(more if complete else ()))
+    texts = {token.content for token in named if token is not None}
+    numbered = _numbered_tokens(decoder) if decoder is not None else _old_tokens(added, texts)
+    of_text = {token.content: token for token in numbered.values()}
+    return TokenSettings(
+        numbered,
+        {role: token and of_text.get(token.content, token) for role, token in special.items()},
+        more,
+        complete,
+        add_bos=config.get("add_bos_token") is True,
+        add_eos=config.get("add_eos_token") is True,
+    )
+
+
+def add_tokens(
+    tokenizer: Tokenizer,
+    settings: TokenSettings,
+    defaults: Mapping[str, str],
+    own: Sequence[AddedToken] = (),
+) -> None:
+    """Adds the tokens that are never split, and those at the beginning and end of a text.
+
+    Args:
+      tokenizer: with its vocabulary; it is changed.
+      settings: of the checkpoint.
+      defaults: special tokens by role, as the tokenizer's class defines them.
+      own: the special tokens of a tokenizer.model.
+
+    Raises:
+      FormatError: a token does not get the id that a file states.
+    """
+    special = {role: AddedToken(text, special=True) for role, text in defaults.items()}
+    special = _in_order({**special, **settings.special})
+    texts = {token.content for token in special.values()}
+    for number, token in sorted(settings.numbered.items(), key=lambda item: item[0]):
+        token.special = token.special or token.content in texts
+        _add(tokenizer, [token])
+        found = tokenizer.token_to_id(token.content)
+        if found != number:
+            what = "an added token does not get its specified id"
+            key = f"added token {token.content!r}"
+            raise FormatError(what, file=_FILES, key=key, expected=number, found=found)
+    more = settings.more if settings.complete else [*own, *settings.more]
+    known = {token.content for token in settings.numbered.values()}
+    _add(tokenizer, [*special.values(), *(token for token in more if token.content not in known)])
+    ends = {"bos_token": settings.add_bos, "eos_token": settings.add_eos}
+    added = {role: special[role].content for role in ends if ends[role] and role in special}
+    if added:
+        _add_ends(tokenizer, added)
+
+
+def _add(tokenizer: Tokenizer, tokens: Sequence[AddedToken]) -> None:
+    """Adds tokens; a new one gets the number of tokens as its id."""
+    texts = dict.fromkeys(token.content for token in tokens)
+    new = [text for text in texts if text and tokenizer.token_to_id(text) is None]
+    for number, text in enumerate(new, start=tokenizer.get_vocab_size()):
+        if (other := tokenizer.id_to_token(number)) is not None:
+            what = "the ids of the vocabulary have gaps, so a new token gets the id of another"
+            found = f"the id {number} for {text!r} and {other!r}"
+            raise FormatError(what, file=_FILES, found=found)
+    tokenizer.add_tokens(list(tokens))
+
+
+def _add_ends(tokenizer: Tokenizer, added: Mapping[str, str]) -> None:
+    """Adds the beginning-of-text and the end-of-text token to every text."""
+    for role, text in added.items():
+        if tokenizer.token_to_id(text) is None:
+            what = "the token to add to each text is not in the vocabulary"
+            raise FormatError(what, file=_FILES, key=role, found=repr(text))
+    single = [added.get("bos_token"), "$A", added.get("eos_token")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[part for part in single if part is not None],
+        special_tokens=[(text, tokenizer.token_to_id(text)) for text in set(added.values())],
+    )
+
+
+def _in_order(special: Mapping[str, AddedToken | None]) -> dict[str, AddedToken]:
+    roles = [role for role in _ROLES if role in special]
+    roles += [role for role in special if role not in _ROLES]
+    return {role: token for role in roles if (token := special[role]) is not None}
+
+
+def _special_tokens(values: Object) -> tuple[dict[str, AddedToken | None], list[AddedToken]]:
+    """The special tokens by role, and those without one."""
+    special = {
+        key: None if value is None else _read_token(value, key, special=True)
+        for key, value in values.items()
+        if key in _ROLES or (key.endswith("_token") and isinstance(value, str | dict))
+        if value != ""  # the first conversions of Llama: not set
+    }
+    key = next((key for key in _LISTS if values.get(key)), "")
+    more = values.get(key, [])
+    if isinstance(more, dict):
+        named = {role: _read_token(value, key, special=True) for role, value in more.items()}
+        return special | named, []
+    if not isinstance(more, list):
+        raise FormatError("not a list of tokens", file=_FILES, key=key, found=format_value(more))
+    return special, [_read_token(value, key) for value in more]
+
+
+def _numbered_tokens(decoder: object) -> dict[int, AddedToken]:
+    """The tokens of `added_tokens_decoder`: id → token."""
+    key = "added_tokens_decoder"
+    if not isinstance(decoder, dict) or not all(map(_is_id, decoder)):
+        expected = f"an object whose keys are ids, 0 to {_MAX_ID}"
+        raise FormatError("not added tokens", file=_FILES, key=key, expected=expected)
+    return {int(number): _read_token(value, key) for number, value in decoder.items()}
+
+
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) <= _MAX_ID
+
+
+def _old_tokens(added: Object, special: set[str]) -> dict[int, AddedToken]:
+    """The tokens of added_tokens.json: text → id."""
+    numbered = {}
+    for text, number in added.items():
+        if type(number) is not int or not 0 <= number <= _MAX_ID:
+            found = format_value(number)
+            raise FormatError("not a token id", file="added_tokens.json", key=text, found=found)
+        numbered[number] = AddedToken(text, special=text in special, normalized=text not in special)
+    return numbered
+
+
+def _read_token(value: object, key: str, *, special: bool = False) -> AddedToken:
+    """Reads a token: its text, or an object with `content` and flags."""
+    fields = {"content": value} if isinstance(value, str) else value
+    if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
+        raise FormatError("not a token", file=_FILES, key=key, found=format_value(value))
+    flags = {name: bool(fields[name]) for name in _FLAGS if name in fields}
+    if special or isinstance(value, str):
+        flags["special"] = True
+    return AddedToken(fields["content"], **flags)

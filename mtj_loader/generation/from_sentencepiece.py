@@ -1,0 +1,175 @@
+"""Builds a tokenizer from SentencePiece's tokenizer.model.
+
+The rules are those of the tokenizer classes of transformers 5, where they differ from the
+`sentencepiece` library: models are trained and run with their ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from mtj_loader.errors import TokenizerMissingError
+from mtj_loader.formats.sentencepiece import ModelType, PieceType, SentencePieceModel
+from mtj_loader.generation.added_tokens import TokenSettings
+from mtj_loader.generation.backend_errors import backend_errors
+
+# The classes, with their special tokens by role unless the checkpoint has others. None: those of
+# the tokenizer.model.
+CLASSES: Mapping[str, Mapping[str, str] | None] = {
+    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    "GemmaTokenizer": {
+        "unk_token": "<unk>",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "mask_token": "<mask>",
+    },
+    "TokenizersBackend": None,
+}
+
+_SPACE = "▁"  # SentencePiece's spelling of a space
+
+
+def build(
+    model: SentencePieceModel,
+    kind: str,
+    config: Mapping[str, object],
+    settings: TokenSettings,
+    *,
+    file: object,
+) -> Tokenizer:
+    """Builds the tokenizer, without its added tokens.
+
+    Args:
+      model: tokenizer.model.
+      kind: one of `CLASSES`.
+      config: tokenizer_config.json, for its `legacy` and `add_prefix_space`.
+      settings: the added tokens of the checkpoint.
+      file: for messages.
+
+    Raises:
+      TokenizerMissingError: there are no rules for this kind of model.
+      FormatError: the parts of the model do not fit together.
+    """
+    if model.model_type is not ModelType.BPE and kind != "TokenizersBackend":
+        raise _unsupported(model, kind, file)
+    with backend_errors("the tokenizer cannot be built", file=file):
+        if kind == "LlamaTokenizer":
+            return _llama(model, config)
+        if kind == "GemmaTokenizer":
+            return _gemma(model, settings)
+        return _plain(model, settings, file)
+
+
+def own_tokens(model: SentencePieceModel) -> list[AddedToken]:
+    """The pieces that are never split: control tokens are special, symbols of the user are not."""
+    types = PieceType.CONTROL, PieceType.USER_DEFINED
+    return [
+        AddedToken(piece.text, normalized=False, special=piece.type is PieceType.CONTROL)
+        for piece in model.pieces
+        if piece.type in types
+    ]
+
+
+def _llama(model: SentencePieceModel, config: Mapping[str, object]) -> Tokenizer:
+    """LlamaTokenizer: a space before the text, and in `legacy` after each special token too."""
+    add_space = config.get("add_prefix_space") is not False
+    first = "always" if config.get("legacy") is True else "first"
+    tokenizer = Tokenizer(_bpe(model, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=_SPACE, prepend_scheme=first if add_space else "never", split=False
+    )
+    steps = _decoding_steps()
+    tokenizer.decoder = decoders.Sequence(
+        [*steps, decoders.Strip(" ", 1, 0)] if add_space else steps
+    )
+    return tokenizer
+
+
+def _gemma(model: SentencePieceModel, settings: TokenSettings) -> Tokenizer:
+    """GemmaTokenizer: no space is added."""
+    unk = settings.special.get("unk_token")
+    name = unk.content if unk else "<unk>"
+    tokenizer = Tokenizer(_bpe(model, byte_fallback=True, unk_token=name))
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(_decoding_steps())
+    return tokenizer
+
+
+def _plain(model: SentencePieceModel, settings: TokenSettings, file: object) -> Tokenizer:
+    """TokenizersBackend: what the file says, but no space is added."""
+    if model.model_type is ModelType.BPE:
+        unk, names = model.special_tokens.get("unk_token"), _renamed(model, settings)
+        core = _bpe(model, byte_fallback=model.byte_fallback, unk_token=unk, renamed=names)
+    elif model.model_type is ModelType.UNIGRAM:
+        scores = [(piece.text, piece.score) for piece in model.pieces]
+        core = models.Unigram(scores, model.unk_id, model.byte_fallback)
+    else:
+        raise _unsupported(model, "TokenizersBackend", file)
+    tokenizer = Tokenizer(core)
+    steps = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    if model.byte_fallback:
+        tokenizer.decoder = decoders.Sequence(_decoding_steps())
+    else:
+        tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " ")])
+    return tokenizer
+
+
+def _renamed(model: SentencePieceModel, settings: TokenSettings) -> dict[int, str]:
+    """The checkpoint's names for the ids of placeholders."""
+    texts = {piece.text for piece in model.pieces}
+    return {
+        number: token.content
+        for number, token in settings.numbered.items()
+        if number < len(model.pieces) and token.content not in texts
+    }
+
+
+def _bpe(
+    model: SentencePieceModel,
+    *,
+    byte_fallback: bool,
+    unk_token: str | None = None,
+    renamed: Mapping[int, str] | None = None,
+) -> models.BPE:
+    vocab = {piece.text: number for number, piece in enumerate(model.pieces)}
+    texts = {**{number: text for text, number in vocab.items()}, **(renamed or {})}
+    return models.BPE(
+        {text: number for number, text in texts.items()},
+        find_merges(vocab),
+        unk_token=unk_token,
+        fuse_unk=True,
+        byte_fallback=byte_fallback,
+    )
+
+
+def find_merges(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The merges that SentencePiece's BPE has: any two tokens whose texts make a third.
+
+    A token with a smaller id is made first; of its several merges, the one with the shorter first
+    part, as in transformers' `generate_merges`.
+    """
+    return [
+        (text[:cut], text[cut:])
+        for text in sorted(vocab, key=vocab.__getitem__)
+        for cut in range(1, len(text))
+        if text[:cut] in vocab and text[cut:] in vocab
+    ]
+
+
+def _decoding_steps() -> list[decoders.Decoder]:
+    return [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+
+
+def _unsupported(model: SentencePieceModel, kind: str, file: object) -> TokenizerMissingError:
+    return TokenizerMissingError(
+        f"{kind} cannot read a SentencePiece model of this type",
+        file=file,
+        expected="BPE" if kind != "TokenizersBackend" else "BPE or UNIGRAM",
+        found=model.model_type.name,
+        hint="pass token ids",
+    )
