@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] -- of the client: httpx2, before 2.0 httpx
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -28,8 +29,7 @@ from huggingface_hub.utils import build_hf_headers, tqdm
 
 from mtj_loader.errors import MtjLoaderError, StorageError, UsageError
 from mtj_loader.storage import retry
-from mtj_loader.storage.retry import RetryPolicy
-from mtj_loader.storage.server_errors import TRANSIENT_STATUS, TransientError
+from mtj_loader.storage.retry import TRANSIENT_STATUS, RetryPolicy, TransientError
 from mtj_loader.storage.urls import connect, require_obstore
 
 if TYPE_CHECKING:
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from mtj_loader.storage.object_store import Located, ObjectStorage
 
 _API_SECONDS = 15.0  # a working hub answers within one; its client would wait forever
-
-# What the hub's HTTP client raises on a lost connection; the name of that client changes.
-_ClientError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 # The first match wins; a gated repository also counts as not found.
 _USAGE_ERRORS: tuple[tuple[type[Exception], str, str | None], ...] = (
@@ -123,7 +120,7 @@ class Repository:
         """Raises our errors in place of huggingface_hub's."""
         try:
             yield
-        except (HFValidationError, _ClientError, OSError) as error:
+        except (HFValidationError, HTTPError, OSError) as error:
             raise self._convert(error, revision) from error
 
     def _convert(self, error: Exception, revision: str | None) -> MtjLoaderError:
@@ -247,4 +244,4 @@ def _is_transient(error: StorageError) -> bool:
     cause = error.__cause__
     if isinstance(cause, HfHubHTTPError):
         return cause.response.status_code in TRANSIENT_STATUS
-    return isinstance(cause, _ClientError)
+    return isinstance(cause, HTTPError)

@@ -27,13 +27,8 @@ from mtj_loader.storage.base import (
 )
 from mtj_loader.storage.event_loop import LoopThread, gather
 from mtj_loader.storage.prefetch import PrefetchReader
-from mtj_loader.storage.retry import RetryPolicy, retry
-from mtj_loader.storage.server_errors import (
-    TransientError,
-    status_of,
-    to_loader_error,
-    without_secrets,
-)
+from mtj_loader.storage.retry import RetryPolicy, TransientError, retry
+from mtj_loader.storage.server_errors import status_of, translate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -302,29 +297,18 @@ class ObjectStorage(Storage):
         def explain(found: str) -> StorageError:
             return StorageError("the server keeps failing", file=file, key=key, found=found)
 
-        async with self._slots:
+        async def translated() -> T:
             try:
-                return await retry(attempt, self._policy, explain)
-            except (MtjLoaderError, BaseError, FileNotFoundError) as error:
-                final = _final_error(error, file, key)
-        raise final  # outside of `except`, which would set the original as its context
+                return await attempt()
+            except (MtjLoaderError, TransientError, BaseError, FileNotFoundError) as error:
+                ours = translate(error, file, key)
+            raise ours  # outside of `except`, which would set the original as its context
+
+        async with self._slots:
+            return await retry(translated, self._policy, explain)
 
     def _version(self, path: str, meta: ObjectMeta) -> FileVersion:
         return FileVersion(path, meta["size"], self._origin.version(meta))
 
     def _full_name(self, path: str) -> str:
         return f"{self.location}/{path}" if path else self.location
-
-
-def _final_error(error: Exception, file: str, key: str | None) -> MtjLoaderError:
-    """Our error for what ended the attempts; it refers to no secret and to no response."""
-    if isinstance(error, MtjLoaderError):
-        ours, cause = error, error.__cause__
-    else:
-        ours, cause = to_loader_error(error, file, key), error
-    ours.__context__ = None
-    if cause is not None:
-        # The hub's errors hold whole responses.
-        is_plain = isinstance(cause, BaseError) or type(cause) is FileNotFoundError
-        ours.__cause__ = without_secrets(cause) if is_plain else None
-    return ours.with_traceback(None)

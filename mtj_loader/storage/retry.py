@@ -14,9 +14,15 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from mtj_loader.errors import StorageError
-from mtj_loader.storage.server_errors import describe, is_transient
 
 T = TypeVar("T")
+
+# Timeouts, throttling, and everything that the server calls its own failure.
+TRANSIENT_STATUS = {408, 429} | set(range(500, 600))
+
+
+class TransientError(Exception):
+    """A failure that a retry may fix, such as a truncated body or an overloaded server."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +58,25 @@ async def retry(
     policy: RetryPolicy,
     explain: Callable[[str], StorageError],
 ) -> T:
-    """Repeats an attempt while it fails with a transient error.
+    """Repeats an attempt while it raises TransientError.
 
     Args:
       attempt: may keep partial results between calls.
       policy: how often and how long.
-      explain: makes the final error from the number of attempts and the server's last answer.
+      explain: makes the final error from the number of attempts and the last error.
 
     Raises:
       StorageError: from `explain`, after the last attempt.
-      Exception: the attempt's own error, if it is not transient.
+      Exception: any other error of the attempt.
     """
     started, failures = time.monotonic(), 0
     while True:
         try:
             return await attempt()
-        except Exception as error:
-            if not is_transient(error):
-                raise
+        except TransientError as error:
             failures += 1
             seconds = time.monotonic() - started
             if failures >= policy.attempts or seconds > policy.total_seconds:
-                summary = f"{failures} attempts in {seconds:.1f} s; the last: {describe(error)}"
+                summary = f"{failures} attempts in {seconds:.1f} s; the last: {error}"
                 raise explain(summary) from error
             await asyncio.sleep(policy.wait_seconds(failures))

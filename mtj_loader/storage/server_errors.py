@@ -1,24 +1,37 @@
-"""What a server's failures mean: which are transient, and how to report the others.
+"""Translates obstore's exceptions into ours.
 
-obstore puts the HTTP status and the response into the text of its errors, so that text is parsed.
+obstore has a class for each of the statuses 304, 401, 403, 404, 409 and 412. It raises everything
+else as GenericError, whose HTTP status and kind of network failure are only in its text, for
+example (as of 0.12)
+
+    Generic HTTP error: Error performing GET http://host/path in 1.2ms - Server returned non-2xx
+    status code: 503 Service Unavailable: <the response's body>
+
+    Debug source:
+    Generic { store: "HTTP", source: … HttpError { kind: Timeout, source: … } … }
+
+This is the only module that reads that text; tests/storage/test_server_errors.py compares it with
+what the installed obstore raises.
 """
 
 from __future__ import annotations
 
 import re
 
+from obstore.exceptions import (
+    BaseError,
+    GenericError,
+    NotSupportedError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+
 from mtj_loader.errors import CheckpointError, MtjLoaderError, StorageError
+from mtj_loader.storage.retry import TRANSIENT_STATUS, TransientError
 
-
-class TransientError(Exception):
-    """A failure that a retry may fix, such as a truncated body or an overloaded hub."""
-
-
-# Timeouts, throttling, and everything that the server calls its own failure.
-TRANSIENT_STATUS = {408, 429} | set(range(500, 600))
 _STATUS = re.compile(r"status code: (\d{3})")
-# obstore's kinds for a lost connection, a timeout, and a body that broke off.
-_TRANSIENT_KIND = re.compile(r"\bkind: (Connect|Request|Timeout|Interrupted)\b")
+# A lost connection, a timeout, or a body that broke off.
+_TRANSIENT_KIND = re.compile(r"HttpError \{\s*kind: (Connect|Request|Timeout|Interrupted)\b")
 _SOURCE = re.compile(r"\n+Debug source:.*", re.DOTALL)
 _REQUEST = re.compile(r".*Error performing [A-Z]+ \S+ in \S+?( ?, after .*?)? +- ", re.DOTALL)
 _USER = re.compile(r"://[^/@\s]*@")
@@ -28,16 +41,27 @@ _REASON = re.compile(r'(?:message|error): "([^"]+)"')  # the operating system's 
 _MAX_CHARACTERS = 300  # of a server's message; error pages are longer
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a moment later."""
+def translate(
+    error: MtjLoaderError | TransientError | BaseError | FileNotFoundError,
+    file: str,
+    key: str | None,
+) -> MtjLoaderError | TransientError:
+    """Our error for one that ended a request; it refers to no credentials and to no response.
+
+    Args:
+      error: raised by obstore or by us. A response that it refers to holds a connection open.
+      file: the object's name, for the message.
+      key: the range of bytes, for the message.
+    """
+    if isinstance(error, MtjLoaderError):  # its cause may be an error of the hub with a response
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
     if isinstance(error, TransientError):
-        return True
-    if isinstance(error, MtjLoaderError):
-        return False
-    status = status_of(error)
-    if status is not None:
-        return status in TRANSIENT_STATUS
-    return _TRANSIENT_KIND.search(str(error)) is not None
+        return TransientError(str(error))
+    is_retried = _is_transient(error)
+    ours = TransientError(describe(error)) if is_retried else _final_error(error, file, key)
+    ours.__cause__ = type(error)(_QUERY.sub("?…", _USER.sub("://", str(error))))
+    return ours
 
 
 def status_of(error: BaseException) -> int | None:
@@ -62,37 +86,32 @@ def describe(error: BaseException) -> str:
     return " ".join(line.split())[:_MAX_CHARACTERS]
 
 
-def without_secrets(error: BaseException) -> BaseException:
-    """A copy of an error, for use as the cause of another one.
-
-    The copy has no user names and queries of URLs, which can be credentials. The original and the
-    errors before it lose their tracebacks: these refer to responses, which hold connections open.
-    """
-    previous: BaseException | None = error
-    while previous is not None:
-        previous.__traceback__ = None
-        previous = previous.__cause__ or previous.__context__
-    return type(error)(_QUERY.sub("?…", _USER.sub("://", str(error))))
+def _is_transient(error: BaseError | FileNotFoundError) -> bool:
+    """Whether the same request may succeed a moment later."""
+    if not isinstance(error, GenericError):
+        return False
+    status = status_of(error)
+    if status is not None:
+        return status in TRANSIENT_STATUS
+    return _TRANSIENT_KIND.search(str(error)) is not None
 
 
-def to_loader_error(error: Exception, file: str, key: str | None) -> MtjLoaderError:
-    """Our error for a failure that a retry would not fix.
-
-    Args:
-      error: raised by obstore.
-      file: the object's name, for the message.
-      key: the range of bytes, for the message.
-    """
+def _final_error(
+    error: BaseError | FileNotFoundError, file: str, key: str | None
+) -> MtjLoaderError:
+    """Our error for a failure that a retry would not fix."""
     found = describe(error)
-    if isinstance(error, FileNotFoundError):
-        return CheckpointError("the file is missing", file=file, found=found)
-    if status_of(error) == 404:
-        return CheckpointError("bucket or endpoint not found", file=file, found=found)
-    if status_of(error) in (401, 403):
-        hint = "check the credentials; some stores also answer like this for missing files"
-        return StorageError("the server refuses access", file=file, key=key, found=found, hint=hint)
-    if "Range request not supported" in found:
-        hint = "copy the checkpoint to this machine, or to a server that supports range requests"
-        what = "the server does not support range requests"
-        return StorageError(what, file=file, key=key, found=found, hint=hint)
-    return StorageError("a request failed", file=file, key=key, found=found)
+    match error:
+        case FileNotFoundError():
+            return CheckpointError("the file is missing", file=file, found=found)
+        case PermissionDeniedError() | UnauthenticatedError():
+            what = "the server refuses access"
+            hint = "check the credentials; some stores also answer like this for missing files"
+        case NotSupportedError():
+            what = "the server does not support range requests"
+            hint = "copy the checkpoint here, or to a server that supports range requests"
+        case _ if status_of(error) == 404:
+            return CheckpointError("bucket or endpoint not found", file=file, found=found)
+        case _:
+            what, hint = "a request failed", None
+    return StorageError(what, file=file, key=key, found=found, hint=hint)

@@ -17,7 +17,6 @@ from mtj_loader.errors import StorageError, UsageError
 from mtj_loader.storage import retry
 from mtj_loader.storage.base import is_relative_name
 from mtj_loader.storage.retry import RetryPolicy
-from mtj_loader.storage.server_errors import describe
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -139,6 +138,8 @@ def connect(url: str, policy: RetryPolicy, headers: Mapping[str, str] | None = N
     """
     from obstore.exceptions import BaseError  # noqa: PLC0415
     from obstore.store import HTTPStore, from_url  # noqa: PLC0415
+
+    from mtj_loader.storage.server_errors import describe  # noqa: PLC0415
 
     scheme = urlsplit(url).scheme
     is_bucket = scheme in _BUCKET_SCHEMES
