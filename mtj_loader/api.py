@@ -21,6 +21,7 @@ from mtj_loader.formats.token_ids import bos_id
 from mtj_loader.generation.compile_ahead import (
     WarmUpLike,
     add_compile_times,
+    compilation_cache_folder,
     compile_in_background,
     enable_compilation_cache,
     keep_common_shapes,
@@ -102,8 +103,9 @@ def load(
       warm_up: What to compile while weights are read: a list of (batch, prompt_length) or (batch,
         prompt_length, max_new_tokens), or a function that returns it for the model's PromptRules.
         `generate` then compiles nothing for a batch of this size with prompts up to this length.
-      compilation_cache: Let JAX keep compiled programs in the user's cache folder, unless it is
-        already configured otherwise. False does not change JAX's configuration.
+      compilation_cache: Have JAX keep compiled programs in `~/.cache/mtj_loader/xla`, unless its
+        cache is configured already. JAX has one cache, which also stores other programs of this
+        process from now on; see docs/start-up.md. False does not change JAX's configuration.
 
     Returns:
       The model, ready to run.
@@ -175,7 +177,9 @@ def _load(
             check_same_load(hosts, plan, devices)
         warnings = enable_compilation_cache() if run.compilation_cache else ()
         model = _execute(plan, devices, hosts, run, begun)
-        report = replace(model.report, warnings=(*model.report.warnings, *warnings))
+        warnings = (*model.report.warnings, *warnings)
+        folder = compilation_cache_folder()
+        report = replace(model.report, warnings=warnings, compilation_cache=folder)
         return replace(model, report=report)
 
 

@@ -47,6 +47,8 @@ class LoadReport:
       finite: whether all weights are finite; None without `check_finite`.
       warnings: problems that are not errors.
       skipped: the number of tensors that the map lists as unneeded.
+      compilation_cache: the folder in which JAX keeps all programs that this process compiles; None
+        if it keeps none.
       hosts: the totals of each host if there are several; equal on all hosts.
     """
 
@@ -62,6 +64,7 @@ class LoadReport:
     finite: bool | None
     warnings: tuple[str, ...]
     skipped: int
+    compilation_cache: str | None = None
     hosts: tuple[HostTotals, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
@@ -83,6 +86,8 @@ class LoadReport:
             f"({show_bytes(rate)}/s), {show_bytes(self.device_bytes)} on each device, "
             f"peak host memory {show_bytes(self.peak_host_bytes)}"
         )
+        if self.compilation_cache is not None:
+            load += f", compiled programs in {self.compilation_cache}"
         return "\n".join([load, *lines])
 
     @property

@@ -13,7 +13,11 @@ import jax
 import pytest
 
 import mtj_loader
-from mtj_loader.generation.compile_ahead import default_cache_folder, enable_compilation_cache
+from mtj_loader.generation.compile_ahead import (
+    compilation_cache_folder,
+    default_cache_folder,
+    enable_compilation_cache,
+)
 from tests.support import neox
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +26,7 @@ OPTIONS = (
     "jax_enable_compilation_cache",
     "jax_persistent_cache_min_compile_time_secs",
 )
+FOLDER, _, SECONDS = OPTIONS
 
 
 @pytest.fixture
@@ -57,9 +62,18 @@ def test_existing_jax_settings_are_kept(cache: Path, tmp_path: Path):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
     assert enable_compilation_cache() == ()
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 7.0
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    for folder in (str(tmp_path), ""):  # an empty name turns the cache off
+        jax.config.update("jax_compilation_cache_dir", folder)
+        assert enable_compilation_cache() == ()
+        assert jax.config.jax_compilation_cache_dir == folder
+        assert compilation_cache_folder() == (folder or None)
+
+
+def test_the_default_in_the_environment_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
     assert enable_compilation_cache() == ()
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    assert compilation_cache_folder() == str(cache)
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
 
 
 def test_the_cache_can_be_disabled(cache: Path, tmp_path: Path):
@@ -89,6 +103,62 @@ def test_a_folder_that_cannot_be_written_is_a_warning(cache: Path, monkeypatch: 
     assert jax.config.jax_compilation_cache_dir is None
 
 
+SETTINGS = """
+import json, os, sys
+import jax
+import mtj_loader
+for name, value in json.loads(sys.argv[2]).items():
+    jax.config.update(name, value)
+before, environment = dict(jax.config.values), dict(os.environ)
+model = mtj_loader.load(sys.argv[1], "mp=1")
+after = jax.config.values
+assert os.environ == environment
+print(json.dumps([
+    {name: value for name, value in after.items() if value != before[name]},
+    model.report.compilation_cache,
+    model.report.to_dict()["compilation_cache"],
+    "compiled programs in" in str(model.report),
+]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "changed", "folder"),
+    [
+        ({}, {}, {FOLDER: "OURS", SECONDS: 0.1}, "OURS"),
+        ({}, {FOLDER: "/mine", SECONDS: 5.0}, {}, "/mine"),
+        ({FOLDER: ""}, {}, {}, None),
+    ],
+    ids=["nothing", "after the import", "environment"],
+)
+def test_settings_of_a_program_are_kept(
+    tmp_path: Path, environment: dict, settings: dict, changed: dict, folder: str | None
+):
+    """Those in the environment, and those made after the import; only two are ever changed."""
+    ours = str(tmp_path / "cache/mtj_loader/xla")
+    theirs = str(tmp_path / "mine")
+    paths = json.dumps([environment, settings, changed, folder])
+    paths = paths.replace("OURS", ours).replace("/mine", theirs)
+    environment, settings, changed, folder = json.loads(paths)
+    (found,) = run_script(SETTINGS, tmp_path, json.dumps(settings), **environment)
+    assert found == [changed, folder, folder, folder is not None]
+
+
+def run_script(
+    script: str, tmp_path: Path, *arguments: str, times: int = 1, **settings: str
+) -> list:
+    """Runs a program of a user with an empty cache folder; returns what it prints each time."""
+    model = neox.write(tmp_path / "model")
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_COMPILATION_CACHE"}
+    environment |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment |= {name.upper(): value for name, value in settings.items()}
+    command = [sys.executable, "-W", "error", "-c", script, str(model), *arguments]
+    return [
+        json.loads(subprocess.check_output(command, env=environment, timeout=300))
+        for _ in range(times)
+    ]
+
+
 SCRIPT = """
 import json, sys
 import jax, jax.numpy as jnp
@@ -105,13 +175,7 @@ print(json.dumps([found.count("cache_hits"), text]))
 
 
 def test_the_next_process_reads_what_this_one_compiled(tmp_path: Path):
-    folder = neox.write(tmp_path / "model")
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_COMPILATION_CACHE"}
-    environment |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(folder)]
-    (_, text), (hits, again) = (
-        json.loads(subprocess.check_output(command, env=environment, timeout=300)) for _ in "12"
-    )
+    (_, text), (hits, again) = run_script(SCRIPT, tmp_path, times=2)
     assert hits >= 4  # prefill, step, greedy and sampled choice
     assert text == again
     assert list((tmp_path / "cache/mtj_loader/xla").iterdir())
