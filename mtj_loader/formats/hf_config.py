@@ -81,7 +81,10 @@ def _rope_settings(
     """The rotary settings under their new names; null counts as absent."""
     found: dict[str, list[tuple[str, object]]] = {}
     for section in _ROPE_SECTIONS if reads(config.get("model_type"), "rope_parameters") else ():
-        for key, value in _section(config, section, file, problems).items():
+        settings = _section(config, section, file, problems)
+        for key, value in settings.items():
+            if key == "type" and settings.get("rope_type") is not None:
+                continue  # the old name; transformers keeps it beside the type that it stands for
             setting = "rope_type" if key == "type" else key
             found.setdefault(setting, []).append((f"{section}.{key}", value))
     for setting, names in _top_level_rope(config).items():

@@ -32,8 +32,10 @@ FAMILIES = {
     "mistral": "mistral",
     "mixtral": "mixtral",
     "mpt": "mpt",
+    "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "stablelm": "stablelm",
 }
 
 

@@ -50,6 +50,12 @@ def test_old_and_new_rope_scaling_become_rope_parameters():
         assert config["rope_parameters"] == {"rope_type": "dynamic", "factor": 3}
 
 
+def test_rope_type_replaces_the_old_name_beside_it():
+    """transformers writes both for a Phi-3 whose type was called "su"."""
+    config = normal(rope_parameters={"type": "su", "rope_type": "longrope"})
+    assert config["rope_parameters"] == {"rope_type": "longrope"}
+
+
 def test_normalizing_twice_changes_nothing():
     config = normal(rotary_pct=0.5, rope_scaling={"type": "linear", "factor": 2.0}, hidden_size=8)
     assert normalize(config, file="config.json") == config
@@ -82,9 +88,9 @@ def test_the_input_is_not_changed():
             '"float16" and "float32"',
         ),
         (
-            {"rope_scaling": {"type": "linear", "rope_type": "yarn"}},
-            "rope_scaling.type and rope_scaling.rope_type",
-            '"linear" and "yarn"',
+            {"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_type": "yarn"}},
+            "rope_parameters.rope_type and rope_scaling.type",
+            '"yarn" and "linear"',
         ),
         (
             {"rope_theta": 1, "rotary_emb_base": True},

@@ -9,6 +9,7 @@ import pytest
 from mtj_loader import models
 from mtj_loader.errors import ConfigError, MeshError
 from mtj_loader.formats import hf_config
+from mtj_loader.models.layers.rope import LongRope, Rope
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -150,6 +151,17 @@ def test_qwen3_0_6b() -> None:
     assert (config.rope.theta, config.tie_word_embeddings) == (1e6, True)
 
 
+def test_long_rope_of_phi_3() -> None:
+    """Published files have the length before stretching at the top level, and three names."""
+    lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    base = {"model_type": "phi3", **SMALL, "head_dim": None, "hidden_size": 48}
+    assert type(read({**base, **lengths}).rope) is Rope
+    for name in ("longrope", "su", "yarn"):
+        rope = read({**base, **lengths, "rope_scaling": {**LONGROPE, "type": name}}).rope
+        assert isinstance(rope, LongRope)
+        assert (rope.trained_positions, rope.scale) == (16, pytest.approx(1.5**0.5))
+
+
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_windows_of_qwen(model_type: str) -> None:
     config = {"model_type": model_type, "num_hidden_layers": 3, "sliding_window": 7}
@@ -188,6 +200,7 @@ SMALL = {
     "head_dim": 6,
     "intermediate_size": 48,
 }
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}
 REFUSED = [
     ("llama", {"num_key_value_heads": 3}, "num_key_value_heads", "cannot share key-value heads"),
     ("llama", {"num_key_value_heads": 0}, "num_key_value_heads", "not a legal value"),
@@ -203,6 +216,8 @@ REFUSED = [
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok", "not a legal value"),
     ("mixtral", {"num_local_experts": 10**6}, "num_local_experts", "not a legal value"),
     ("qwen3", {"layer_types": ["sliding_attention"] * 32}, "layer_types", "gives no width"),
+    ("phi3", {"rope_scaling": {"type": "linear"}}, "rope_parameters.rope_type", "one of default"),
+    ("phi3", {"rope_scaling": LONGROPE}, "original_max_position_embeddings", "is missing"),
     ("qwen2", {"layer_types": ["full_attention"]}, "layer_types", "32 of full_attention"),
     ("qwen2", {"layer_types": ["chunked_attention"] * 32}, "layer_types", "32 of full_attention"),
     ("qwen2", {"use_sliding_window": 1}, "use_sliding_window", "true or false"),

@@ -27,7 +27,7 @@ def config_of(folder: Path) -> dict:
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
-    """By the names that transformers has in memory: experts fused."""
+    """By the names that the maps use: experts and norms of heads fused."""
     return fused(load_file(folder / "model.safetensors"))
 
 
@@ -45,6 +45,17 @@ def fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         result[layer + ".mlp.gate.weight"] = result.pop(name)
         result[layer + ".mlp.experts.gate_up_proj"] = np.concatenate([w1, w3], 1)
         result[layer + ".mlp.experts.down_proj"] = w2
+    return stacked(result)
+
+
+def stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """StableLM's norms of each head as one tensor."""
+    result = {name: t for name, t in tensors.items() if ".norms." not in name}
+    for first in [name for name in tensors if name.endswith(".norms.0.weight")]:
+        layer, rest = first.split(".norms.0.")
+        heads = sum(name.startswith(f"{layer}.norms.") for name in tensors)
+        parts = [tensors[f"{layer}.norms.{head}.{rest}"] for head in range(heads)]
+        result[f"{layer}.{rest}"] = np.stack(parts)
     return result
 
 
@@ -63,7 +74,9 @@ TREES = [
         "mistral": {"windowed": (4, 8), "narrow_window": (6,)},
         "mixtral": {"published": (1, 2, 8), "twelve_experts": (3, 6)},
         "mpt": {"mpt_7b": (1, 2, 6), "clipped": (8,)},
+        "phi3": {"windowed": (1, 8), "longrope": (6,), "su_tied": (4,)},
         "qwen2": {"published": (1, 8), "windowed": (3,), "layer_types": (4,)},
+        "stablelm": {"published": (8,), "parallel_normed": (1, 3), "normed_tied": (2, 4)},
         "qwen3": {"published": (8,), "biased": (1, 6), "ungrouped": (4,)},
     }.items()
     for name, counts in shard_counts.items()

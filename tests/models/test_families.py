@@ -173,8 +173,10 @@ SPELLINGS = [
     ("mistral", "windowed", "model.", {"layers.1.self_attn.rotary_emb.inv_freq": BUFFER} | ROTARY),
     ("mixtral", "published", "model.", ROTARY),
     ("mpt", "mpt_7b", "transformer.", {}),
+    ("phi3", "windowed", "model.", ROTARY),
     ("qwen2", "published", "model.", ROTARY),
     ("qwen3", "published", "model.", ROTARY),
+    ("stablelm", "published", "model.", ROTARY),
 ]
 
 
@@ -197,8 +199,10 @@ TIED = [
     ("mistral", "no_window", "model.embed_tokens.weight"),
     ("mixtral", "top_one", "model.embed_tokens.weight"),
     ("mpt", "mpt_7b", "transformer.wte.weight"),
+    ("phi3", "su_tied", "model.embed_tokens.weight"),
     ("qwen2", "published", "model.embed_tokens.weight"),
     ("qwen3", "published", "model.embed_tokens.weight"),
+    ("stablelm", "normed_tied", "model.embed_tokens.weight"),
 ]
 
 

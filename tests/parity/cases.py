@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.parity.decoder_cases import LLAMA, MISTRAL, MIXTRAL, MPT, QWEN3
-from tests.parity.llama_like_cases import QWEN2
+from tests.parity.llama_like_cases import PHI3, QWEN2, STABLELM
 
 Settings = dict[str, Any]
 
@@ -261,8 +261,10 @@ CASES: dict[str, dict[str, Settings]] = {
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "mpt": MPT,
+    "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "stablelm": STABLELM,
 }
 NAMES = [(family, name) for family, cases in CASES.items() for name in cases]
 

@@ -7,7 +7,7 @@ Torch's linear weights are [out, in]; every array of a tree is [n, …].
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ def _llama(rules: _Rules, layers: int) -> Tree:
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     width = config["intermediate_size"]
+    rules = replace(rules, tensors=_unfused(rules.tensors, heads, kv_heads))
     tree = {
         "embedding_shard/~/linear": {"w": rules.vocabulary("model.embed_tokens.weight")},
         "projection_shard/~/replicated_layer_norm": rules.norm("model.norm"),
@@ -60,8 +61,10 @@ def _llama(rules: _Rules, layers: int) -> Tree:
             ours + "linear_1": rules.column(attention + "v_proj", kv_heads),
             ours + "linear_2": rules.column(attention + "k_proj", kv_heads),
             ours + "linear_3": rules.row(attention + "o_proj", heads),
-            ours + "q_norm": rules.norm(attention + "q_norm"),
-            ours + "k_norm": rules.norm(attention + "k_norm"),
+            ours + "q_norm": rules.norm(attention + "q_norm")
+            or rules.split_norm(attention + "q_layernorm", heads),
+            ours + "k_norm": rules.norm(attention + "k_norm")
+            or rules.split_norm(attention + "k_layernorm", kv_heads),
             ours + "linear_4": rules.column(mlp + "gate_proj", width),
             ours + "linear_5": rules.row(mlp + "down_proj", width),
             ours + "linear_6": rules.column(mlp + "up_proj", width),
@@ -69,6 +72,21 @@ def _llama(rules: _Rules, layers: int) -> Tree:
             ours + "experts": rules.experts(mlp + "experts."),
         }
     return tree
+
+
+def _unfused(tensors: Tensors, heads: int, kv_heads: int) -> Tensors:
+    """Phi-3's fused tensors as Llama has them."""
+    result = dict(tensors)
+    for name, array in tensors.items():
+        if "qkv_proj" in name:
+            head_dim = len(array) // (heads + 2 * kv_heads)
+            ends = [heads * head_dim, (heads + kv_heads) * head_dim]
+            for part, rows in zip("qkv", np.split(array, ends), strict=True):
+                result[name.replace("qkv", part)] = rows
+        if "gate_up_proj.weight" in name:
+            gate, up = np.split(array, 2)
+            result |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+    return result
 
 
 def _mpt(rules: _Rules, layers: int) -> Tree:

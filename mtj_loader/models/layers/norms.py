@@ -1,6 +1,6 @@
 """Norms. All compute in float32 and return the dtype of their input.
 
-n shards   d model
+n shards   d model   h heads   k head_dim
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ class LayerNorm(ParameterizedModule):
       params: where parameters are declared.
       eps: epsilon.
       scale, offset: whether the norm has these parameters.
+      axes: of these parameters; "h k" for a norm of each head with a scale of its own.
+      split: the axis that is split over the shards.
       name: of the module.
     """
 
@@ -29,18 +31,16 @@ class LayerNorm(ParameterizedModule):
         *,
         scale: bool = True,
         offset: bool = True,
+        axes: str = "d",
+        split: str | None = None,
         name: str,
     ) -> None:
         super().__init__(params, name)
         self._eps = eps
         if scale:
-            self.declare_scale("scale")
+            self.declare("scale", axes, split)
         if offset:
-            self.declare_scale("offset")
-
-    def declare_scale(self, param: str) -> None:
-        """Declares a parameter with one number per normalized element."""
-        self.declare(param, "d")
+            self.declare("offset", axes, split)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., d] -> [..., d]
         """Normalizes the last axis."""
@@ -60,9 +60,8 @@ class LayerNorm(ParameterizedModule):
 class AllHeadsLayerNorm(LayerNorm):
     """Layer normalization over all heads at once, which are split over the shards."""
 
-    def declare_scale(self, param: str) -> None:
-        """Declares a parameter that is split as its input is."""
-        self.declare(param, "(h k)", "h")
+    def __init__(self, params: ParameterBuilder, eps: float, *, offset: bool, name: str) -> None:
+        super().__init__(params, eps, offset=offset, axes="(h k)", split="h", name=name)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [b, t, h/n, k] -> [b, t, h/n, k]
         """Normalizes the last two axes."""

@@ -302,6 +302,7 @@ def read_rope(
     fraction: float,
     theta: float = DEFAULT_THETA,
     whole_heads: bool = False,
+    types: Mapping[str, str] | None = None,
 ) -> Rope:
     """Reads the rotary embedding of a config.
 
@@ -312,13 +313,15 @@ def read_rope(
       fraction: share of the head that is rotated, if the config does not say.
       theta: the base of the wavelengths, if the config does not say.
       whole_heads: refuse fractions other than 1, because transformers ignores them here.
+      types: the names of the types that the family has, and the key of `TYPES`; all if None.
 
     Raises:
       ConfigError: an unknown rope type (the message lists the known ones), a key that does not
         belong to the type, or an invalid value.
     """
     rope = config.rope()
-    rope_type = rope.choice("rope_type", TYPES, "default")
+    types = types or {name: name for name in TYPES}
+    rope_type = types[rope.choice("rope_type", types, "default")]
     kind = TYPES[rope_type]
     shared: dict[str, Any] = {
         "theta": rope.number("rope_theta", theta),
