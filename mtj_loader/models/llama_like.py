@@ -66,16 +66,16 @@ def windows_by_layer(
       window: of the layers that have one; None if the config has no window.
       slides: whether the layer with this index has one, in a config without `layer_types`.
 
-    Raises:
-      ConfigError: `layer_types` is malformed, or there is no window for a layer that has one.
+    Refuses a malformed `layer_types`, and a layer with a window if the config has none.
     """
     default = [_TYPES[slides(layer)] for layer in range(layers)]
     types = reader.names("layer_types") if reader.has("layer_types") else default
     if len(types) != layers or not set(types) <= set(_TYPES):
-        raise reader.error("not a legal value", "layer_types", f"{layers} of " + ", ".join(_TYPES))
-    if window is None and _TYPES[True] in types:
+        expected = f"{layers} of " + ", ".join(_TYPES)
+        reader.refuse("not a legal value", "layer_types", expected, given=["num_hidden_layers"])
+    elif window is None and _TYPES[True] in types:
         what = "a layer has a sliding window, and the config gives no width"
-        raise reader.error(what, "layer_types", "a config with sliding_window")
+        reader.refuse(what, "layer_types", "a config with sliding_window")
     return tuple(window if kind == _TYPES[True] else None for kind in types)
 
 

@@ -14,6 +14,7 @@ PHI3: dict[str, Settings] = {
         "intermediate_size": 56,
         "max_position_embeddings": 64,
         "num_key_value_heads": None,
+        "original_max_position_embeddings": 64,
         "pad_token_id": None,
         "rms_norm_eps": 3e-4,
         "rope_scaling": None,
