@@ -17,8 +17,9 @@ from mtj_loader.cli.load_command import describe, load_model
 from mtj_loader.cli.output import note, print_generated, print_json
 from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
 from mtj_loader.cli.start_up import PendingPrompts, StartUp
-from mtj_loader.errors import UsageError
+from mtj_loader.errors import FormatError, StorageError, UsageError
 from mtj_loader.options import LoadOptions, Source
+from mtj_loader.storage.local import read_file
 
 if TYPE_CHECKING:
     from mtj_loader import Model
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _PROMPTS = "Prompts"
 _SAMPLING = "Sampling"
+
+_MAX_PROMPT_BYTES = 100_000_000  # several times the longest context
 
 _SECONDS = ("plan", "load", "compile", "overlap", "first_token")  # the stages of the start
 
@@ -206,9 +209,10 @@ def _to_text(piece: Prompt) -> str:
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("cannot read the prompt", file=path, found=error) from error
+        return read_file(path, _MAX_PROMPT_BYTES).decode()
+    except (FormatError, StorageError, UnicodeDecodeError) as error:
+        found = error if isinstance(error, UnicodeDecodeError) else error.found or error.what
+        raise UsageError("cannot read the prompt", file=path, found=found) from error
 
 
 def _read_ids(text: str) -> list[int]:

@@ -69,6 +69,14 @@ def read_model(checkpoint: Checkpoint, map_path: PathLike | None = None) -> Mode
             expected=models.FAMILIES[model_type],
             found=weight_map.compat,
         )
+    if map_path is not None and weight_map.positions != (own := find_map(model_type)).positions:
+        raise MapError(
+            "the weight map is for other positions than the family's",
+            file=weight_map.file,
+            key="mtj_pe",
+            expected=own.positions,
+            found=weight_map.positions,
+        )
     problems = token_id_problems(
         checkpoint.config, checkpoint.generation_config, folder=checkpoint.location
     )

@@ -165,6 +165,33 @@ class LocalStorage(Storage):
         return target
 
 
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Reads a small file at a path that the user gave.
+
+    Raises:
+      FormatError: it is not a regular file, or has more than `max_bytes`.
+      StorageError: the operating system cannot read it.
+    """
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FormatError("not a regular file", file=path)
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise _os_error("cannot read the file", path, error) from error
+    except ValueError as error:  # a NUL in the path
+        raise StorageError("cannot read the file", file=ascii(path), found=error) from error
+    if len(data) > max_bytes:
+        expected = f"at most {max_bytes:,} bytes"
+        raise FormatError("the file is too large", file=path, expected=expected, found="more")
+    return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file; does not wait for the writer of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _readable_folders(root: Path) -> list[Path]:
     """The folder; for `models--…/snapshots/<commit>` also the cache's folders of blobs."""
     for folder in root.parents:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -60,3 +61,12 @@ def test_wrong_prompts(model: Path, arguments: list[str], message: str):
     result = run("generate", model, "--mesh", "mp=1", *arguments)
     assert result.exit_code == 2
     assert f"error: {message}" in result.stderr
+
+
+def test_a_prompt_from_a_pipe_is_refused(model: Path, tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    result = run("generate", model, "--prompt-file", tmp_path / "pipe")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"error: cannot read the prompt\n  file: {tmp_path}/pipe\n  found: not a regular file\n"
+    )

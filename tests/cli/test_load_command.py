@@ -106,6 +106,10 @@ def test_map_of_another_family(tmp_path: Path, model: Path):
     result = run("load", model, "--map", tmp_path / "map.json")
     assert result.exit_code == 3
     assert "bloom" in result.stderr
+    (tmp_path / "map.json").write_text(text.replace('"neox_rotary"', '"alibi"'))
+    result = run("load", model, "--map", tmp_path / "map.json")
+    assert result.exit_code == 3
+    assert "key: mtj_pe\n  expected: neox_rotary\n  found: alibi\n" in result.stderr
 
 
 def test_truncated_file(model: Path):

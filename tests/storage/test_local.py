@@ -16,7 +16,7 @@ from mtj_loader.storage.base import (
     check_unchanged,
     is_relative_name,
 )
-from mtj_loader.storage.local import LocalStorage
+from mtj_loader.storage.local import LocalStorage, read_file
 
 
 @pytest.fixture
@@ -254,3 +254,23 @@ def test_read_object_is_bounded(storage, tmp_path):
     with pytest.raises(FormatError, match="at most 8 bytes") as caught:
         read_object(storage, "big.json", max_bytes=8)
     assert "file: big.json" in str(caught.value)
+
+
+def test_read_file(storage, tmp_path):
+    """Files at paths of the user: a link may lead anywhere; a pipe is refused, not waited for."""
+    (tmp_path / "link").symlink_to("a.bin")
+    assert read_file(tmp_path / "link", 100) == bytes(range(100))
+    os.mkfifo(tmp_path / "pipe")
+    before = open_descriptors()
+    for path, max_bytes, kind in [
+        (tmp_path / "a.bin", 99, FormatError),
+        (tmp_path / "pipe", 9, FormatError),
+        (Path("/dev/zero"), 9, FormatError),
+        (tmp_path, 9, StorageError),
+        (tmp_path / "none", 9, StorageError),
+        (Path("\0"), 9, StorageError),
+    ]:
+        with pytest.raises(kind) as caught:
+            read_file(path, max_bytes)
+        assert caught.value.file in (str(path), ascii(path))
+    assert open_descriptors() == before

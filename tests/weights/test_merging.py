@@ -38,7 +38,7 @@ def raw(*conversions: object, prefix: object = "model.layers.{layer}.") -> dict:
     return {
         "mtj_compat": "mixtral",
         "mtj_pe": "rotary",
-        "mtj_config_map": {},
+        "mtj_config_map": {"layers": "l", "d_model": "d", "n_heads": "h"},
         "static_weights": {},
         "layer_weights": {},
         "layer_prefix": prefix,

@@ -118,17 +118,17 @@ def test_a_fused_checkpoint_loads_like_a_separate_one(
 
 SIZES = {"d": 5, "h": 8, "g": 2, "k": 3}
 SPECS = [
-    ParamSpec("m/q", "w", axes("d (h k)", SIZES), "h"),
-    ParamSpec("m/k", "w", axes("d (g k)", SIZES), "g"),
-    ParamSpec("m/v", "w", axes("d (g k)", SIZES), "g"),
+    ParamSpec("m/~/q", "w", axes("d (h k)", SIZES), "h"),
+    ParamSpec("m/~/k", "w", axes("d (g k)", SIZES), "g"),
+    ParamSpec("m/~/v", "w", axes("d (g k)", SIZES), "g"),
 ]
 
 
 def resolve_qkv(shape: tuple[int, ...], entry: object, specs: list[ParamSpec] = SPECS):
     raw = {
-        "mtj_compat": "phi3",
-        "mtj_pe": "rotary",
-        "mtj_config_map": {},
+        "mtj_compat": "llama",
+        "mtj_pe": "neox_rotary",
+        "mtj_config_map": {"layers": "l", "d_model": "d", "n_heads": "h"},
         "static_weights": {"qkv": entry},
         "layer_weights": {},
     }
@@ -144,7 +144,7 @@ def split(*modules: str) -> dict:
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 def test_views_of_grouped_queries_equal_numpy(shards: int) -> None:
     data = {"qkv": np.arange(36.0 * 5).reshape(36, 5)}
-    bindings = resolve_qkv((36, 5), split("m/q", "m/k", "m/v")).bindings
+    bindings = resolve_qkv((36, 5), split("m/~/q", "m/~/k", "m/~/v")).bindings
     for binding, (start, stop) in zip(bindings, [(0, 24), (24, 30), (30, 36)], strict=True):
         spec, whole = binding.spec, data["qkv"][start:stop].T
         np.testing.assert_array_equal(materialize(binding.view, data), whole)
@@ -159,20 +159,20 @@ def test_views_of_grouped_queries_equal_numpy(shards: int) -> None:
 
 def test_the_order_of_the_parts_is_that_of_the_rows() -> None:
     data = {"qkv": np.arange(36.0 * 5).reshape(36, 5)}
-    q, k, v = resolve_qkv((36, 5), split("m/v", "m/q", "m/k")).bindings
+    q, k, v = resolve_qkv((36, 5), split("m/~/v", "m/~/q", "m/~/k")).bindings
     for binding, rows in ((q, slice(6, 30)), (k, slice(30, 36)), (v, slice(0, 6))):
         np.testing.assert_array_equal(materialize(binding.view, data), data["qkv"][rows].T)
 
 
 def test_a_fused_tensor_of_another_shape_is_one_problem() -> None:
     with pytest.raises(CheckpointMismatchError) as caught:
-        resolve_qkv((35, 5), split("m/q", "m/k", "m/v"))
+        resolve_qkv((35, 5), split("m/~/q", "m/~/k", "m/~/v"))
     assert caught.value.problems == (
         Problem(
             "the shape does not fit the model that config.json describes",
             "f",
             "qkv",
-            "m/q w, m/k w, m/v w",
+            "m/~/q w, m/~/k w, m/~/v w",
             "[36, 5], 24 + 6 + 6 rows",
             "[35, 5]",
         ),
@@ -181,31 +181,31 @@ def test_a_fused_tensor_of_another_shape_is_one_problem() -> None:
 
 def test_a_part_that_the_model_does_not_have_is_named() -> None:
     with pytest.raises(CheckpointMismatchError) as caught:
-        resolve_qkv((36, 5), split("m/q", "m/k", "m/x"), SPECS[:2])
+        resolve_qkv((36, 5), split("m/~/q", "m/~/k", "m/~/x"), SPECS[:2])
     (problem,) = caught.value.problems
     assert problem.what == "the model that config.json describes has no such parameter"
-    assert problem.target == "m/x w"
+    assert problem.target == "m/~/x w"
 
 
 def test_a_parameter_that_is_listed_twice_is_refused() -> None:
     with pytest.raises(CheckpointMismatchError, match="two tensors for one parameter"):
-        resolve_qkv((42, 5), split("m/q", "m/k", "m/k", "m/v"))
+        resolve_qkv((42, 5), split("m/~/q", "m/~/k", "m/~/k", "m/~/v"))
 
 
 def test_parts_of_different_widths_are_refused() -> None:
-    wide = ParamSpec("m/w", "w", axes("d (h k)", SIZES | {"d": 7}), "h")
+    wide = ParamSpec("m/~/w", "w", axes("d (h k)", SIZES | {"d": 7}), "h")
     with pytest.raises(MapError, match=r"different widths(.|\n)*\[24, 5\], \[24, 7\]"):
-        resolve_qkv((48, 5), split("m/q", "m/w"), [SPECS[0], wide])
+        resolve_qkv((48, 5), split("m/~/q", "m/~/w"), [SPECS[0], wide])
 
 
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        (split("m/q"), "at least two parameters"),
+        (split("m/~/q"), "at least two parameters"),
         ({"split_rows": {}}, "a list"),
         ({"split_rows": [3, 4]}, r"not an object(.|\n)*split_rows\[0\]"),
-        (split("m/q", "m/k") | {"mtj": {"module": "m/v", "param": "w"}}, "unknown key"),
-        (split("m/q", "m/{layer}"), "no placeholder"),
+        (split("m/~/q", "m/~/k") | {"mtj": {"module": "m/~/v", "param": "w"}}, "unknown key"),
+        (split("m/~/q", "m/~/{layer}"), "not a module path"),
     ],
 )
 def test_a_malformed_split_is_refused(entry: dict, words: str) -> None:
