@@ -34,8 +34,9 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# Tests of Ctrl-C must pass even if the parent process ignores it (nohup, a background job).
+# Tests of signals must pass even if the parent process ignores them (nohup, a background job).
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No deadline: the first example of a property includes imports and compilation.
 settings.register_profile("repository", deadline=None)

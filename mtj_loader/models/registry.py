@@ -6,6 +6,7 @@ below is all that the rest of the package uses of it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any, Protocol, cast
 
@@ -86,7 +87,8 @@ def family_of_compat(mtj_compat: str) -> Family:
     )
 
 
-def parameters(config: ModelConfig, shards: int, transposed_linear: bool) -> list[ParamSpec]:
+@functools.lru_cache(maxsize=16)  # a plan needs one model at several shard counts
+def parameters(config: ModelConfig, shards: int, transposed_linear: bool) -> tuple[ParamSpec, ...]:
     """Every parameter of a model with this config, over so many shards."""
     params = ParameterBuilder(
         config.axis_sizes(shards), shards, transposed_linear, np.dtype(np.float32)
@@ -94,4 +96,4 @@ def parameters(config: ModelConfig, shards: int, transposed_linear: bool) -> lis
     make_model = family(config.model_type).make_model
     with hk.config.context(module_auto_repr=False):  # several times faster
         hk.transform(lambda: make_model(config, params)).init(None)  # creates it without running it
-    return params.specs
+    return tuple(params.specs)

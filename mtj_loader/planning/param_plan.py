@@ -29,7 +29,8 @@ class Changes:
       transposed: torch's [out, in] becomes Haiku's [in, out].
       regrouped: blocks of all queries, all keys and all values become q, k, v of each head in turn.
       zero_rows: rows of zeros that pad the vocabulary.
-      dropped_rows: rows of the tensors that are not used.
+      stored_rows: rows of the tensors.
+      used_rows: those that it takes; the other rows fill other parameters, or none.
       divided_by: what every element is divided by; 1 if nothing is divided.
       adapters: how many LoRA adapters are merged into it.
     """
@@ -37,7 +38,8 @@ class Changes:
     transposed: bool
     regrouped: bool
     zero_rows: int
-    dropped_rows: int
+    stored_rows: int
+    used_rows: int
     divided_by: int
     adapters: int = 0
 
@@ -46,7 +48,10 @@ class Changes:
             (self.transposed, "transposed"),
             (self.regrouped, "regrouped by heads"),
             (self.zero_rows, f"{counted(self.zero_rows, 'row')} of zeros added"),
-            (self.dropped_rows, f"{counted(self.dropped_rows, 'row')} dropped"),
+            (
+                self.used_rows < self.stored_rows,
+                f"{self.used_rows:,} of {counted(self.stored_rows, 'row')}",
+            ),
             (self.divided_by != 1, f"divided by {self.divided_by}"),
             (self.adapters, f"{counted(self.adapters, 'adapter')} added"),
         ]
@@ -137,7 +142,8 @@ class ParamPlan:
             transposed=any(map(_is_transposed, layout.pieces)),
             regrouped=any(map(_is_regrouped, layout.pieces)),
             zero_rows=zeros // row,
-            dropped_rows=(stored - used) // row,
+            stored_rows=stored // row,
+            used_rows=used // row,
             divided_by=self.divisor,
             adapters=len(self.terms),
         )

@@ -38,11 +38,11 @@ def param_of(plan: LoadPlan, module: str, param: str) -> ParamPlan:
 @pytest.mark.parametrize(
     ("module", "param", "expected"),
     [
-        ("embedding_shard/~/linear", "w", Changes(False, False, 3, 0, 1)),
-        ("projection_shard/~/linear", "w", Changes(True, False, 3, 0, 1)),
-        ("layer_1/~/combined_qkv", "w", Changes(True, False, 0, 0, 1)),
-        ("layer_1/~/combined_qkv", "b", Changes(False, False, 0, 0, 1)),
-        ("layer_1/~/linear_3", "b", Changes(False, False, 0, 0, 4)),
+        ("embedding_shard/~/linear", "w", Changes(False, False, 3, 29, 29, 1)),
+        ("projection_shard/~/linear", "w", Changes(True, False, 3, 29, 29, 1)),
+        ("layer_1/~/combined_qkv", "w", Changes(True, False, 0, 72, 72, 1)),
+        ("layer_1/~/combined_qkv", "b", Changes(False, False, 0, 72, 72, 1)),
+        ("layer_1/~/linear_3", "b", Changes(False, False, 0, 24, 24, 4)),
     ],
 )
 def test_changes_follow_from_the_plan(tmp_path: Path, module: str, param: str, expected: Changes):
@@ -75,12 +75,12 @@ def test_orders_of_axes(
     assert str(replace(param, view=view).changes) == words
 
 
-def test_dropped_rows_are_counted(tmp_path: Path):
+def test_rows_are_counted(tmp_path: Path):
     param = param_of(plan_of(neox.write(tmp_path)), "embedding_shard/~/linear", "w")
     longer = TensorRecord("w", "f", 0, "F32", (31, 24))
     changed = replace(param, view=replace(param.view, records=(longer,)))
-    assert changed.changes.dropped_rows == 2
-    assert str(changed.changes) == "3 rows of zeros added, 2 rows dropped"
+    assert (changed.changes.stored_rows, changed.changes.used_rows) == (31, 29)
+    assert str(changed.changes) == "3 rows of zeros added, 29 of 31 rows"
 
 
 def test_summary_of_the_fixture():
@@ -256,7 +256,8 @@ def test_dict_of_a_parameter():
             "transposed": False,
             "regrouped": False,
             "zero_rows": 5,
-            "dropped_rows": 0,
+            "stored_rows": 3003,
+            "used_rows": 3003,
             "divided_by": 1,
             "adapters": 0,
         },

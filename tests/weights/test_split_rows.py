@@ -116,6 +116,18 @@ def test_a_fused_checkpoint_loads_like_a_separate_one(
     assert verify(found.plan, found.params)
 
 
+def test_the_plan_shows_the_rows_of_each_part(tmp_path: Path, map_file: Path) -> None:
+    plan = mtj_loader.plan(write(tmp_path / "f", fuse(separate())), "mp=1", map=map_file)
+    query, key = (
+        next(p for p in plan.params if (p.spec.module, p.spec.param) == (f"layer_0/~/{name}", "w"))
+        for name in ("linear", "linear_2")
+    )
+    rows = query.view.records[0].shape[0]
+    for param in (query, key):
+        assert str(param.changes) == f"transposed, {param.spec.shape[1]} of {rows} rows"
+    assert f"{query.spec.shape[1]} of {rows} rows" in plan.summary()
+
+
 SIZES = {"d": 5, "h": 8, "g": 2, "k": 3}
 SPECS = [
     ParamSpec("m/~/q", "w", axes("d (h k)", SIZES), "h"),
