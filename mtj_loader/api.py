@@ -45,7 +45,7 @@ from mtj_loader.options import (
     takes_options,
 )
 from mtj_loader.planning.load_plan import LoadPlan
-from mtj_loader.planning.planner import add_adapters, make_plan, read_model
+from mtj_loader.planning.planner import add_adapters, make_plan, read_model, without_settings
 from mtj_loader.planning.topology import (
     Topology,
     as_mesh,
@@ -149,7 +149,7 @@ def plan_source(
         found = replace(source, revision=commit or source.revision)
         return open_checkpoint(found, headers=headers)
 
-    checkpoint = open_on_all_hosts(hosts, open_here)
+    checkpoint = without_settings(open_on_all_hosts(hosts, open_here), options.ignore_settings)
     with no_garbage_collection():
         model = read_model(checkpoint, options.map)
         made = make_plan(checkpoint, model, _topology(mesh, model.config), options)

@@ -85,6 +85,10 @@ class LoadOptions:
         bool, "Skip tensors that are not in the weight map, with a warning."
     ] = False
     allow_nonfinite: Annotated[bool, "Load NaN and infinity instead of refusing them."] = False
+    ignore_settings: Annotated[
+        Sequence[str],
+        "Keys of config.json to leave out, on your own responsibility, if they are refused.",
+    ] = ()
 
     def __repr__(self) -> str:
         return _show_options(self)
@@ -111,6 +115,12 @@ class LoadOptions:
         """Raises UsageError for a value that is malformed or out of range."""
         _ = self.host_memory_bytes
         parameter_dtype(self.dtype)
+        keys = self.ignore_settings
+        if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
+            expected = 'a list of keys, such as ["sliding_window"]'
+            raise UsageError(
+                "not a list of keys", key="ignore_settings", expected=expected, found=repr(keys)
+            )
 
     def to_dict(self) -> dict[str, object]:
         """What every parameter depends on, as JSON types; docs/json.md describes it."""
@@ -122,6 +132,7 @@ class LoadOptions:
             "check_finite": self.check_finite,
             "allow_unmapped": self.allow_unmapped,
             "allow_nonfinite": self.allow_nonfinite,
+            "ignore_settings": list(self.ignore_settings),
         }
 
 
@@ -174,6 +185,7 @@ class Keywords(TypedDict, total=False):
     check_finite: bool
     allow_unmapped: bool
     allow_nonfinite: bool
+    ignore_settings: Sequence[str]
     revision: str | None
     token: str | None
     cache_dir: PathLike | None

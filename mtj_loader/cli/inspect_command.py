@@ -12,11 +12,12 @@ from rich.console import Group, RenderableType
 
 from mtj_loader import display
 from mtj_loader.cli.command import command
-from mtj_loader.cli.output import print_json, print_lines, print_table, warn
+from mtj_loader.cli.output import note, print_json, print_lines, print_table, warn
 from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.errors import MtjLoaderError, UsageError
 from mtj_loader.formats.checkpoint import Checkpoint, open_checkpoint
+from mtj_loader.formats.known_settings import ignored_settings, remarks
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.names import blank_indices, fold_names, group_by, indices, natural_key
 from mtj_loader.options import Source
@@ -54,11 +55,19 @@ def inspect(
     if as_json:
         print_json(to_dict(checkpoint, records))
         return
-    warn(checkpoint.index.warnings)
+    notes, doubts = _remarks(checkpoint)
+    for remark in notes:
+        note(f"note: {remark}")
+    warn([*checkpoint.index.warnings, *doubts])
     if topology:
         print_lines("\n".join(topology_lines(records)))
     else:
         print_table(tables(checkpoint, records))
+
+
+def _remarks(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """Notes and warnings about config.json."""
+    return remarks(checkpoint.config, ignored_settings(checkpoint.config))
 
 
 def topology_lines(records: Sequence[TensorRecord]) -> Iterator[str]:
@@ -112,7 +121,8 @@ def to_dict(checkpoint: Checkpoint, records: Sequence[TensorRecord]) -> dict[str
         "model_type": checkpoint.config.get("model_type"),
         "files": [{"name": file.path, "bytes": file.size_bytes} for file in files],
         "tensors": [record.to_dict() for record in records],
-        "warnings": list(checkpoint.index.warnings),
+        "ignored_settings": ignored_settings(checkpoint.config),
+        "warnings": [*checkpoint.index.warnings, *_remarks(checkpoint)[1]],
     }
 
 

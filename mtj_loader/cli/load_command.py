@@ -101,6 +101,8 @@ def load_model(
     from mtj_loader.api import RunOptions, load_source  # noqa: PLC0415 -- imports JAX
 
     model = load_source(source, options, mesh, RunOptions(machine.progress, **run))
+    for remark in model.plan.notes:
+        note(f"note: {remark}")
     warn(model.report.warnings)
     return model
 

@@ -51,6 +51,7 @@ def _option(name: str, type_: object, text: str, panel: str) -> object:
         argument = typer.Argument(metavar="PATH", help=text, show_default=False)
         return Annotated[str, argument]
     flags = (f"--{name.replace('_', '-')}",) if type_ is bool else ()  # without a --no-… form
+    flags = more.get("flags", flags)
     settings = {key: more[key] for key in ("metavar", "parser") if key in more}
     option = typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
     return Annotated[more.get("type", type_), option]
@@ -75,6 +76,7 @@ _ON_THE_COMMAND_LINE: dict[str, dict[str, Any]] = {
         "metavar": "DIR[=WEIGHT]",
         "help": "A LoRA adapter to merge, with a weight if given. Repeatable.",
     },
+    "ignore_settings": {"type": list[str], "flags": ("--ignore-setting",), "metavar": "KEY"},
     "host_memory": {"type": str, "metavar": "SIZE"},
 }
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mtj_loader.errors import UsageError
+from mtj_loader.formats.typed_reader import shorten
 
 _FILE = Path(__file__).with_name("transformers_settings.json")
 
@@ -25,15 +28,17 @@ _HARMLESS_WORDS = """
     finetuning_task model_type name_or_path num_steps output_attentions output_hidden_states
     output_past problem_type return_dict tf_legacy_loss tokenizer_class torch_dtype torchscript
     transformers_version transformers_weights use_bfloat16 use_cache
-    attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout
+    activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout
     classifier_dropout_prob dropout embd_pdrop embed_dropout hidden_dropout hidden_dropout_prob
-    layerdrop resid_pdrop summary_first_dropout
-    base_model_ep_plan base_model_fsdp_plan base_model_pp_plan base_model_tp_plan
-    bias_dropout_fusion bias_gelu_fusion distributed_config gradient_checkpointing init_std
-    initializer_factor initializer_range masked_softmax_fusion
-    scaled_upper_triang_masked_softmax_fusion
+    layerdrop resid_dropout resid_pdrop summary_first_dropout
+    attention_softmax_in_fp32 base_model_ep_plan base_model_fsdp_plan base_model_pp_plan
+    base_model_tp_plan bias_dropout_fusion bias_gelu_fusion distributed_config
+    gradient_checkpointing init_config init_std initializer_factor initializer_range
+    masked_softmax_fusion offset_alibi
+    scaled_upper_triang_masked_softmax_fusion skip_bias_add skip_bias_add_qkv
     chunk_size_feed_forward is_decoder pretraining_tp
-    id2label label2id num_labels prefix task_specific_params
+    id2label label2id num_labels prefix summary_activation summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params tokenizer_name
     begin_suppress_tokens bos_token_id cls_token_id decoder_start_token_id eos_token_id
     forced_bos_token_id forced_eos_token_id mask_token_id pad_token_id sep_token_id
     suppress_tokens unk_token_id
@@ -59,6 +64,14 @@ SUPPORTED_AT: dict[str, object] = {
     "tie_encoder_decoder": False,
 }
 
+# Keys that transformers no longer reads, and the loader does: they name another architecture.
+_READ_HERE = {
+    "fc_type", "ffn_config", "learned_embeddings", "n_inner", "rotary", "scale_attn_weights",
+    "scale_embeddings", "seq_length", "verbose",
+}  # fmt: skip
+_MAX_NAMED = 30  # keys in a message
+_ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
+
 
 @functools.cache
 def _lists() -> dict[str, Any]:
@@ -83,6 +96,73 @@ def reads_rope(rope_type: str, key: str) -> bool:
 def _family_keys(model_type: str) -> frozenset[str] | None:
     keys = _lists()["families"].get(model_type)
     return None if keys is None else frozenset(keys)
+
+
+def ignored_settings(config: Mapping[str, object]) -> list[str]:
+    """The keys that a load will let in although nothing reads them; for a known family.
+
+    The reader of a family finds the same keys; this is for those who need no model.
+    """
+    known = HARMLESS | _READ_HERE | SUPPORTED_AT.keys()
+    given = {key: value for key, value in config.items() if value is not None}
+    found = [k for k in given.keys() - known if not reads(config.get("model_type"), k)]
+    for section in _ROPE_SECTIONS:
+        rope = given.get(section)
+        if section not in found and isinstance(rope, Mapping):
+            rope_type = rope.get("rope_type", rope.get("type", "default"))
+            keys = _lists()["rope"].get(rope_type, rope) if isinstance(rope_type, str) else rope
+            found += [f"rope_parameters.{key}" for key in rope if key not in keys]
+    return sorted(set(found))
+
+
+def remarks(
+    config: Mapping[str, object], ignored: Sequence[str], asked_for: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """What to tell the user about ignored keys: notes, and warnings.
+
+    Args:
+      config: config.json, parsed.
+      ignored: keys that nothing reads.
+      asked_for: keys that were left out because the user asked for it.
+    """
+    warnings = []
+    if asked_for:
+        warnings.append(f"ignored settings, as asked for: {', '.join(asked_for)}")
+    if not ignored:
+        return [], warnings
+    names = [shorten(key) for key in ignored[:_MAX_NAMED]]
+    names += [f"and {len(ignored) - _MAX_NAMED} more"] if len(ignored) > _MAX_NAMED else []
+    note, doubt = f"ignored settings: {', '.join(names)}", why_doubtful(config)
+    return ([], [*warnings, f"{note}; {doubt}"]) if doubt else ([note], warnings)
+
+
+def leave_out(config: Mapping[str, object], keys: Sequence[str], *, file: str) -> dict[str, object]:
+    """The config without some keys; a key of a section has a path, such as `rope_scaling.type`.
+
+    Raises:
+      UsageError: the config has no such key.
+    """
+    result = dict(config)
+    for key in keys:
+        if not _remove(result, key):
+            what = "ignore_settings names a setting that config.json does not have"
+            raise UsageError(what, file=file, key=shorten(key))
+    return result
+
+
+def _remove(config: dict[str, object], key: str) -> bool:
+    """Removes a key in place; whether it was there."""
+    if key in config:
+        del config[key]
+        return True
+    name, _, inner = key.partition(".")
+    removed = False
+    for section in _ROPE_SECTIONS if name in _ROPE_SECTIONS else (name,):  # messages use either
+        value = config.get(section)
+        if isinstance(value, Mapping) and inner in value:
+            config[section] = {k: v for k, v in value.items() if k != inner}
+            removed = True
+    return removed
 
 
 def why_doubtful(config: Mapping[str, object]) -> str | None:

@@ -49,6 +49,7 @@ class LoadReport:
       skipped: the number of tensors that the map lists as unneeded.
       compilation_cache: the folder in which JAX keeps all programs that this process compiles; None
         if it keeps none.
+      ignored_settings: keys of config.json that nothing reads.
       hosts: the totals of each host if there are several; equal on all hosts.
     """
 
@@ -65,11 +66,16 @@ class LoadReport:
     warnings: tuple[str, ...]
     skipped: int
     compilation_cache: str | None = None
+    ignored_settings: tuple[str, ...] = ()
     hosts: tuple[HostTotals, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON types."""
-        lists = {"warnings": list(self.warnings), "hosts": [asdict(host) for host in self.hosts]}
+        lists = {
+            "warnings": list(self.warnings),
+            "ignored_settings": list(self.ignored_settings),
+            "hosts": [asdict(host) for host in self.hosts],
+        }
         return asdict(self) | lists
 
     def __repr__(self) -> str:
@@ -126,6 +132,7 @@ def make_report(
         finite=not stats.nonfinite if plan.options.check_finite else None,
         warnings=plan.warnings,
         skipped=len(plan.skipped),
+        ignored_settings=plan.config.ignored_settings,
     )
 
 

@@ -49,5 +49,6 @@ class LoadPlan(PlanData):
             "tied": [{"tensor": pair.copy.name, "equals": pair.original.name} for pair in tied],
             "skipped": list(self.skipped),
             "unmapped": list(self.unmapped),
+            "ignored_settings": list(self.config.ignored_settings),
             "warnings": list(self.warnings),
         }

@@ -44,6 +44,7 @@ class PlanData:
       adapters: the adapters that are added to the weights.
       carried: copies of base weights in the adapters; they are compared.
       notices: findings of the planner that are not errors.
+      notes: what else is worth knowing.
     """
 
     checkpoint: Checkpoint
@@ -60,6 +61,7 @@ class PlanData:
     adapters: tuple[Adapter, ...] = ()
     carried: tuple[CarriedCopy, ...] = ()
     notices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def model_type(self) -> str:

@@ -12,6 +12,7 @@ from mtj_loader import dtypes, models
 from mtj_loader.errors import AdapterError, ConfigError, MapError, UsageError
 from mtj_loader.formats import hf_config
 from mtj_loader.formats.checkpoint import Checkpoint
+from mtj_loader.formats.known_settings import leave_out, remarks
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.formats.token_ids import outside_vocabulary, token_id_problems
 from mtj_loader.lora.adapter import Adapter, open_adapter
@@ -42,6 +43,16 @@ class ModelSource:
     weight_map: WeightMap
     hf_config: Mapping[str, object]
     config: ModelConfig
+
+
+def without_settings(checkpoint: Checkpoint, keys: Sequence[str]) -> Checkpoint:
+    """The checkpoint without some keys of its config.json; see `LoadOptions.ignore_settings`.
+
+    Raises:
+      UsageError: its config.json has no such key.
+    """
+    config = leave_out(checkpoint.config, keys, file=f"{checkpoint.location}/config.json")
+    return replace(checkpoint, config=config)
 
 
 def read_model(checkpoint: Checkpoint, map_path: PathLike | None = None) -> ModelSource:
@@ -110,6 +121,7 @@ def make_plan(
     specs = models.parameters(config, topology.mp, options.transposed_linear)
     _check_map_values(weight_map, config, model.hf_config, checkpoint)
     notices = outside_vocabulary(checkpoint.config, checkpoint.generation_config, config.vocab_size)
+    notes, doubts = remarks(checkpoint.config, config.ignored_settings, options.ignore_settings)
     resolution = resolve(
         weight_map,
         checkpoint.index,
@@ -131,7 +143,8 @@ def make_plan(
         resolution.comparisons,
         resolution.skipped,
         resolution.unmapped,
-        notices=tuple(notices),
+        notices=(*notices, *doubts),
+        notes=tuple(notes),
     )
 
 

@@ -153,5 +153,7 @@ def _notes(plan: PlanData) -> Iterator[RenderableType]:
         yield display.line(f"tied: {copy} must equal {original}; compared while loading")
     for name in fold_all(plan.skipped):
         yield display.line(f"not needed: {name}")
+    for note in plan.notes:
+        yield display.line(note)
     for warning in plan.warnings:
         yield display.line(f"warning: {warning}", "yellow")

@@ -163,13 +163,17 @@ def _keys_from_configs(node: ast.AST) -> Iterator[str]:
 def _keys_from_self(node: ast.AST) -> Iterator[str]:
     """What a method of a config reads of itself and of the keys that it is given."""
     yield from _attributes(node, lambda n: isinstance(n, ast.Name) and n.id in {"self", "config"})
-    for call in ast.walk(node):
-        match call:
+    for part in ast.walk(node):
+        match part:
             case ast.Call(
                 func=ast.Attribute(value=ast.Name(id="kwargs"), attr="pop" | "get"),
                 args=[ast.Constant(value=str(key)), *_],
             ):
                 yield key
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Tuple() as keys) if (
+                name.endswith("config_names")  # get_text_config tries these
+            ):
+                yield from ast.literal_eval(keys)
 
 
 def _attributes(node: ast.AST, is_config: Any) -> Iterator[str]:

@@ -53,9 +53,6 @@ class Config(ModelConfig):
         "tie_word_embeddings": True,
         "vocab_size": 250880,
     }
-    ignored_keys = (  # how the training code fused and rounded, and its table for ALiBi
-        "attention_softmax_in_fp32", "offset_alibi", "skip_bias_add", "skip_bias_add_qkv",
-    )  # fmt: skip
 
     residual_after_norm: bool
 

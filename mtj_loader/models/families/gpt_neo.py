@@ -48,10 +48,6 @@ class Config(ModelConfig):
         "vocab_size": 50257,
         "window_size": 256,
     }
-    ignored_keys = (  # dropout, and classification heads
-        "resid_dropout", "summary_activation", "summary_proj_to_labels", "summary_type",
-        "summary_use_proj",
-    )  # fmt: skip
 
     windows: tuple[int | None, ...]
 

@@ -52,9 +52,6 @@ class Config(ModelConfig):
         "tie_word_embeddings": False,
         "vocab_size": 50400,
     }
-    ignored_keys = (  # for classification heads
-        "summary_activation", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    )  # fmt: skip
 
     @classmethod
     def read_rope(cls, reader: ConfigReader, *, head_dim: int, max_positions: int) -> Rope:

@@ -73,13 +73,7 @@ class Config(ModelConfig):
         "tie_word_embeddings": True,
         "vocab_size": 50368,
     }
-    ignored_keys = (
-        "emb_pdrop",
-        "embedding_fraction",
-        "init_config",
-        "init_device",
-        "tokenizer_name",
-    )
+    ignored_keys = ("emb_pdrop", "embedding_fraction", "init_device")
 
     bias: bool
     learned_positions: bool

@@ -57,7 +57,6 @@ class Config(ModelConfig):
         "tie_word_embeddings": True,
         "vocab_size": 50272,
     }
-    ignored_keys = ("activation_dropout",)
 
     norm_before: bool
     final_norm: bool

@@ -58,7 +58,6 @@ class Config(ModelConfig):
         "tie_word_embeddings": True,
         "vocab_size": 256008,
     }
-    ignored_keys = ("activation_dropout",)
 
     scale_embedding: bool
     pad_token_id: int
