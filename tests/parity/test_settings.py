@@ -15,7 +15,7 @@ from tests.parity.cases import CASES, config_json
 # Functions that read any key: they save, check or wrap a model of any kind.
 _ANY_KEY = {
     "to_dict", "from_config", "init_parallel_plans", "validate_architecture",
-    "validate_token_ids", "wrapper", "<dictcomp>",
+    "validate_rope", "validate_token_ids", "wrapper", "<dictcomp>",
 }  # fmt: skip
 
 pytestmark = pytest.mark.parity
@@ -45,7 +45,11 @@ def test_a_running_model_reads_no_other_key(family: str, monkeypatch: pytest.Mon
     model = oracle.random_model(config, seed=0)
     oracle.logits_of(model, oracle.random_ids(config["vocab_size"], (1, 5), seed=0))
     monkeypatch.undo()
-    keys = {k for k in read if not k.startswith("__") and not callable(getattr(type(model.config), k, None))}
+    keys = {
+        k
+        for k in read
+        if not k.startswith("__") and not callable(getattr(type(model.config), k, None))
+    }
     assert len(keys) > 20
     if not hasattr(model.config, "rope_parameters"):
         keys -= {"rope_parameters"}  # PreTrainedConfig looks for it
