@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Literal, get_args
@@ -154,11 +154,11 @@ def convert(
     _check_choice("on_overflow", on_overflow, get_args(OnOverflow))
     max_shard_bytes = parse_bytes(max_shard_size)
     target = find_target(src, out, dtype)
-    check_target(target, overwrite=overwrite)
+    warnings = check_target(target, overwrite=overwrite)
     source = open_source(Source(src, revision, token, cache_dir, local_files_only, stream))
     plan = make_plan(source, target, dtype, max_shard_bytes)
     return _execute(
-        plan,
+        replace(plan, warnings=(*warnings, *plan.warnings)),
         clamp=on_overflow == "clamp",
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,

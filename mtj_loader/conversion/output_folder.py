@@ -4,36 +4,60 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from mtj_loader.conversion.replace_folder import (
+    find_hidden,
+    is_locked,
+    locked,
+    make_hidden_path,
+    remove,
+    replace_folder,
+    restore,
+    visible_path,
+)
 from mtj_loader.display import show_bytes
 from mtj_loader.errors import StorageError, UsageError
 from mtj_loader.formats.checkpoint import CONFIG_FILE
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_EXISTS = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool) -> list[str]:
     """Checks that a folder may be created, before any work is done.
 
     Args:
       target: the folder, without links in its path.
       overwrite: an existing checkpoint or empty folder may be replaced; nothing else ever is.
 
+    Returns:
+      Warnings about what processes that were killed left next to the target.
+
     Raises:
-      UsageError: it may not be created.
+      UsageError: it may not be created, or another process is creating it.
+      StorageError: its parent folder cannot be read or changed.
     """
     if not target.parent.is_dir():
         raise UsageError("the parent folder of the output does not exist", file=target.parent)
-    if not os.path.lexists(target):
-        return
+    with convert_write_errors(target):
+        if any(map(is_locked, find_hidden(target))):
+            raise UsageError("another process is writing this output", file=target)
+        restored = restore(target)
+        left = find_hidden(target)
+    if os.path.lexists(target):
+        _check_existing(target, overwrite=overwrite, restored=restored)
+    return [f"left by a conversion that was killed; delete it: {path}" for path in left]
+
+
+def _check_existing(target: Path, *, overwrite: bool, restored: bool) -> None:
     if not overwrite:
+        found = "restored after an overwrite that was killed" if restored else None
         hint = "use overwrite to replace it, or choose another name"
-        raise UsageError("the output exists already", file=target, hint=hint)
+        raise UsageError("the output exists already", file=target, found=found, hint=hint)
     if not (target / CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
         what = "the output exists and is not a checkpoint, so it is not replaced"
         raise UsageError(
@@ -58,31 +82,43 @@ def create_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """Creates an empty folder next to the target; renames it to the target when the block succeeds.
 
     If the block fails, the folder is removed and the target is unchanged. Files are synced to the
-    disk before the rename. A process that is killed leaves a hidden folder
-    `.<target>.<random>.partial`, which nothing reads.
+    disk before the rename. A process that is killed leaves a hidden folder, which nothing reads
+    and the next conversion names.
 
     Raises:
-      StorageError: writing failed.
+      StorageError: writing failed, or another process created the target meanwhile.
     """
-    folder = _make_sibling_path(target, "partial")
+    folder = make_hidden_path(target, "partial")
     try:
-        with convert_write_errors(folder):
-            folder.mkdir()
-        yield folder
-        with convert_write_errors(folder):
-            _sync_folder(folder)
-            if overwrite:
-                _replace(target, folder)
-            else:
-                folder.rename(target)  # fails if the target was created meanwhile
-            _sync_path(target.parent)
+        with ExitStack() as stack:
+            with convert_write_errors(folder):
+                folder.mkdir()
+                stack.enter_context(locked(folder))
+            yield folder
+            with convert_write_errors(folder):
+                _sync_folder(folder)
+                if overwrite and os.path.lexists(target):
+                    replace_folder(target, folder)
+                else:
+                    _rename_to_new(folder, target)
+                _sync_path(target.parent)
     finally:
-        _remove(folder)
+        remove(folder)
+
+
+def _rename_to_new(folder: Path, target: Path) -> None:
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno in _EXISTS:
+            what = "another process created the output meanwhile"
+            raise StorageError(what, file=target, found=error.strerror) from error
+        raise
 
 
 @contextmanager
 def convert_write_errors(path: Path) -> Iterator[None]:
-    """Converts an OSError from writing to a StorageError."""
+    """Converts an OSError from writing to a StorageError, which names the final path."""
     try:
         yield
     except StorageError:
@@ -94,7 +130,9 @@ def convert_write_errors(path: Path) -> Iterator[None]:
             else None
         )
         found = error.strerror or str(error)
-        raise StorageError("cannot write", file=path, found=found, hint=hint) from error
+        raise StorageError(
+            "cannot write", file=visible_path(path), found=found, hint=hint
+        ) from error
 
 
 def write_at(path: Path, offset_bytes: int, data: memoryview) -> None:
@@ -113,28 +151,6 @@ def write_at(path: Path, offset_bytes: int, data: memoryview) -> None:
             os.close(descriptor)
 
 
-def _replace(target: Path, folder: Path) -> None:
-    """Renames the folder to the target; an existing target is moved away first and removed last."""
-    old = _make_sibling_path(target, "old")
-    try:
-        if target.exists():
-            target.rename(old)
-        folder.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        _remove(old)
-
-
-def _remove(folder: Path) -> None:
-    """Removes a folder if it exists; a Ctrl-C meanwhile is raised after it is removed."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 def _sync_folder(folder: Path) -> None:
     """Syncs every file of the folder, and the folder, to the disk."""
     for path in folder.iterdir():
@@ -148,7 +164,3 @@ def _sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _make_sibling_path(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{kind}")

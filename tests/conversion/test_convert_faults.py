@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import mtj_loader
-from mtj_loader.conversion import convert_tensors
-from mtj_loader.errors import MachineError, StorageError
+from mtj_loader.conversion import convert_checkpoint, convert_tensors, replace_folder
+from mtj_loader.errors import MachineError, StorageError, UsageError
 from tests.conversion.test_convert import leftovers, refusal, snapshot, write
 from tests.support.checkpoints import safetensors_bytes
 
@@ -51,12 +51,17 @@ class Fault:
         return run
 
 
+def refuse_exchange(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr
 )
 def test_any_call_may_fail(source, monkeypatch, error, overwrite):
-    """Each system call in turn fails with Ctrl-C or a full disk."""
+    """Each system call in turn fails with Ctrl-C or a full disk; overwriting renames twice."""
+    monkeypatch.setattr(replace_folder, "exchange", refuse_exchange)
     out, kind, options = source.with_name("out"), type(error), {"overwrite": overwrite}
     expected = snapshot(Path(mtj_loader.convert(source, out, dtype="float16").out))
     old = write(source.with_name("old"))
@@ -222,14 +227,114 @@ def test_ctrl_c_keeps_the_target_that_would_be_overwritten(source):
     assert leftovers(source.parent) == ["tiny", "tiny-float16"]
 
 
-def test_killed_process_leaves_no_target(source):
+def test_killed_process_leaves_a_folder_that_the_next_conversion_names(source):
     process = start(source, "syncing")
+    message = refusal(UsageError, source, dtype="float16")  # while the process runs
+    out = source.with_name("tiny-float16")
+    assert message == f"another process is writing this output\n  file: {out}\n"
     process.kill()
     process.communicate(timeout=30)
-    left = [name for name in leftovers(source.parent) if name != "tiny"]
-    assert len(left) == 1
-    assert left[0].startswith(".tiny-float16.")
-    assert left[0].endswith(".partial")
+    (name,) = (name for name in leftovers(source.parent) if name != "tiny")
+    assert name.startswith(".tiny-float16.")
+    assert name.endswith(".partial")
+    report = mtj_loader.convert(source, dtype="float16")
+    path = source.with_name(name)
+    assert report.warnings == (f"left by a conversion that was killed; delete it: {path}",)
+
+
+# Overwriting.
+
+
+KILLED = """
+import errno, os, signal, sys
+from pathlib import Path
+import mtj_loader
+from mtj_loader.conversion import replace_folder
+
+def refuse(*_):
+    raise OSError(int(sys.argv[3]), "refused")
+
+def rename(self, target, renames=[]):
+    renames.append(self)
+    if len(renames) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.rename(self, target)
+
+replace_folder.exchange = refuse
+Path.rename = rename
+mtj_loader.convert(sys.argv[1], sys.argv[2], dtype="float16", overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL], ids=["ENOSYS", "EINVAL"])
+def test_the_next_conversion_restores_what_was_killed_between_two_renames(source, code):
+    out = Path(mtj_loader.convert(source, dtype="float32").out)
+    before = snapshot(out)
+    arguments = [str(source), str(out), str(code)]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    message = refusal(UsageError, source, out, dtype="float16")
+    assert "exists already" in message
+    assert "found: restored after an overwrite that was killed\n" in message
+    assert snapshot(out) == before
+    report = mtj_loader.convert(source, out, dtype="float16", overwrite=True)
+    (warning,) = report.warnings
+    assert warning.endswith(".partial")
+    assert snapshot(out) != before
+
+
+def test_the_target_always_exists_while_it_is_overwritten(source, monkeypatch):
+    out = Path(mtj_loader.convert(source, dtype="float32").out)
+    monkeypatch.setattr(os, "rename", None)  # a rename would leave no target for a moment
+    mtj_loader.convert(source, out, dtype="float16", overwrite=True)
+    assert leftovers(source.parent) == ["tiny", "tiny-float32"]
+    assert '"float16"' in (out / "config.json").read_text()
+
+
+def test_an_exchange_that_fails_changes_nothing(source, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    out = Path(mtj_loader.convert(source, dtype="float32").out)
+    before = snapshot(out)
+    monkeypatch.setattr(replace_folder, "exchange", fail)
+    message = refusal(StorageError, source, out, dtype="float16", overwrite=True)
+    assert message == f"cannot write\n  file: {out}\n  found: Permission denied\n"
+    assert snapshot(out) == before
+    assert leftovers(source.parent) == ["tiny", "tiny-float32"]
+
+
+def test_errors_name_the_file_as_it_would_be(source, monkeypatch):
+    def fail(path, *_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    message = refusal(StorageError, source, dtype="float16")
+    assert f"file: {source.parent}/tiny-float16/" in message
+
+
+def test_conversions_to_one_target_at_the_same_time(source, monkeypatch):
+    """Another one starts and ends meanwhile, as if both had checked the target before."""
+    out = source.with_name("out")
+
+    def racing(*arguments, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(convert_checkpoint, "check_target", lambda *_, **__: [])
+            patch.setattr(convert_checkpoint, "convert_tensors", original)
+            mtj_loader.convert(source, out, dtype="bfloat16")
+        return original(*arguments, **options)
+
+    original = convert_checkpoint.convert_tensors
+    monkeypatch.setattr(convert_checkpoint, "convert_tensors", racing)
+    message = refusal(StorageError, source, out, dtype="float16")
+    assert message.startswith(f"another process created the output meanwhile\n  file: {out}\n")
+    assert '"bfloat16"' in (out / "config.json").read_text()
+    assert leftovers(source.parent) == ["out", "tiny"]
 
 
 # Memory.
