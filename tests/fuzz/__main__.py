@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-_SECONDS = 60  # of one variant; the slowest compile a model and build one of transformers'
+_SECONDS = 300  # of one variant; the slowest need a few, on a busy machine ten times that
 _TARGETS = ("config", "adapter-config", "adapter-tensors", "pickle", "index", "tokenizer")
 
 
