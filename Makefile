@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity bench clean
+.PHONY: help demo test lint parity fuzz bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -35,6 +35,9 @@ lint: $(STAMP)-lint  ## check style, types and import layers
 
 parity: $(STAMP)-parity  ## compare logits and text with Hugging Face transformers
 	$(BIN)/python -m pytest -n auto --dist loadfile -m parity
+
+fuzz: $(STAMP)-parity  ## load thousands of malformed inputs
+	$(BIN)/python -m tests.fuzz
 
 bench: $(STAMP)-bench  ## measure load time against other loaders
 	$(BIN)/python -m benchmarks.load

@@ -227,7 +227,7 @@ def takes_options(function: _F) -> _F:
         return function(*args, **keywords)
 
     call.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
-    docs = (function.__doc__ or "").replace("path: {path}", _entries(["path"]))
+    docs = inspect.cleandoc(function.__doc__ or "").replace("path: {path}", _entries(["path"]))
     call.__doc__ = docs.replace("{options}", _entries(p.name for p in _option_parameters()))
     return call  # pyright: ignore[reportReturnType]
 
@@ -248,7 +248,7 @@ def _entries(names: Iterable[str]) -> str:
     texts = descriptions()
     entries = (
         textwrap.fill(
-            f"{name}: {texts[name]}", 100, initial_indent=" " * 6, subsequent_indent=" " * 8
+            f"{name}: {texts[name]}", 96, initial_indent=" " * 2, subsequent_indent=" " * 4
         )
         for name in names
     )

@@ -17,6 +17,7 @@ from mtj_loader.formats.file_names import SUFFIX
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.formats.strict_json import read_object
 from mtj_loader.formats.typed_reader import TypedReader
+from mtj_loader.lora.module_selection import ModuleNames, ModuleSelection
 from mtj_loader.lora.pattern_table import PatternTable
 from mtj_loader.lora.patterns import UnsupportedPatternError
 from mtj_loader.options import PathLike
@@ -35,14 +36,16 @@ _MAX_CONFIG_BYTES = 1 << 20  # a thousand times the usual size
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
 
 # Settings that PEFT writes as null if they are not used.
-_NULLABLE = ("alpha_pattern", "rank_pattern", "target_parameters")
+_NULLABLE = (
+    "alpha_pattern", "exclude_modules", "layers_pattern", "layers_to_transform", "rank_pattern",
+    "target_modules", "target_parameters",
+)  # fmt: skip
 
-# Settings of how the adapter was trained or found its modules, not of what it computes.
+# Settings of how the adapter was trained, not of what it computes.
 _IGNORED = frozenset({
     "alora_invocation_string", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
-    "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "target_modules", "task_type",
+    "eva_config", "inference_mode", "lora_dropout", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type",
 })  # fmt: skip
 
 
@@ -55,6 +58,7 @@ class AdapterConfig:
       alpha: the numerator of the scale, for modules that no pattern matches.
       rank_pattern, alpha_pattern: by regular expressions of module names; the first match wins.
       rslora: the scale is alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023).
+      modules: which modules are adapted.
       target_parameters: names of adapted parameters, instead of modules.
     """
 
@@ -63,6 +67,7 @@ class AdapterConfig:
     rank_pattern: PatternTable[int]
     alpha_pattern: PatternTable[float]
     rslora: bool
+    modules: ModuleSelection
     target_parameters: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
@@ -141,6 +146,7 @@ def read_config(config: Mapping[str, object], *, file: str) -> AdapterConfig:
         rank_pattern=reader.patterns("rank_pattern", _AdapterReader.integer),
         alpha_pattern=reader.patterns("alpha_pattern", _AdapterReader.alpha),
         rslora=reader.flag("use_rslora", False),
+        modules=reader.modules(),
         target_parameters=reader.names("target_parameters"),
     )
     reader.refuse_rest()
@@ -164,6 +170,25 @@ class _AdapterReader(TypedReader):
             raise self.error(what, "init_lora_weights", "true")
         # PEFT ignores this setting for linear layers, with a warning; embeddings do not use it.
         self.flag("fan_in_fan_out", False)
+
+    def modules(self) -> ModuleSelection:
+        """Which modules are adapted."""
+        layers = self.raw("layers_to_transform", [])
+        given = layers if isinstance(layers, list) else [layers]
+        numbers = frozenset(number for number in given if type(number) is int)
+        if any(type(number) is not int for number in given):
+            expected = "a number or a list of numbers"
+            raise self.error("not the numbers of layers", "layers_to_transform", expected)
+        if not numbers:
+            self.raw("layers_pattern")  # has no effect then
+        return ModuleSelection(
+            ModuleNames(self.text_or_names("target_modules")),
+            ModuleNames(self.text_or_names("exclude_modules")),
+            numbers,
+        )
+
+    def text_or_names(self, key: str) -> str | tuple[str, ...]:
+        return self.text(key) if isinstance(self.raw(key), str) else self.names(key)
 
     def alpha(self, key: str, default: float | None = None) -> float:
         return self.number(key, default, low=-_MAX_ALPHA, high=_MAX_ALPHA)

@@ -159,10 +159,13 @@ class _AdapterResolver:
         record = next((r for r in pair.factors.values() if len(r.shape) != 2), None)
         if record is not None:
             self.refuse("a factor is a matrix", record, found=str(list(record.shape)))
-        elif pair.embedding:
-            self.place_embedding(module, pair)
         elif names := self.parameters_of(module):
             self.place_parameter(module, names, pair)
+        elif not self.adapter.config.modules.includes(module):
+            what = "PEFT ignores this tensor: the adapter's settings do not select its module"
+            self.refuse(what, pair.factors["A"])
+        elif pair.embedding:
+            self.place_embedding(module, pair)
         else:
             self.place_linear(module, pair)
 

@@ -29,6 +29,7 @@ from tests.support.mtj_tree import neox_tree
 _HAS_TORCH = importlib.util.find_spec("torch") is not None
 _TOLERANCE = 1e-3  # of logits in float32
 _IDS = np.arange(14, dtype=np.int32).reshape(2, 7)
+_MODULES = ["query_key_value", "dense"]  # that adapters adapt
 _TEXT = "Hello,  wörld!\n\n<|endoftext|> 🙂 <s>x"
 
 
@@ -93,11 +94,11 @@ def _check_config(folder: Path, seed: Path, plan: mtj_loader.LoadPlan) -> None:
 
 @functools.cache
 def _terms() -> dict[str, np.ndarray]:
-    attention = "gpt_neox.layers.{}.attention.{}"
     terms: dict[str, np.ndarray] = {}
     for layer in range(2):
-        terms |= linear(attention.format(layer, "query_key_value"), 72, 24, seed=2 * layer)
-        terms |= linear(attention.format(layer, "dense"), 24, 24, seed=2 * layer + 1)
+        for module, outs in zip(_MODULES, (72, 24), strict=True):
+            name = f"gpt_neox.layers.{layer}.attention.{module}"
+            terms |= linear(name, outs, 24, seed=len(terms))
     return terms
 
 
@@ -109,6 +110,7 @@ def _change_adapter_config(folder: Path, random: Random) -> None:
     _write_base(folder)
     write_adapter(folder / "adapter", _terms())
     settings = ADAPTER_CONFIG | {
+        "target_modules": _MODULES,
         "rank_pattern": {"dense": 3},
         "alpha_pattern": {"layers.1.attention.dense": 7},
         "use_rslora": False,
@@ -157,7 +159,7 @@ def _check_merged(model: mtj_loader.Model, terms: dict[str, np.ndarray]) -> None
 
 def _change_pickle(folder: Path, random: Random) -> bytes:
     _write_base(folder)
-    write_adapter(folder / "adapter", {})
+    write_adapter(folder / "adapter", {}, target_modules=_MODULES)
     (folder / "adapter" / "adapter_model.safetensors").unlink()
     entries, storages = [], {}
     for key, (name, array) in enumerate(_terms().items()):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ CONFIG: dict[str, object] = {
     "peft_type": "LORA",
     "r": 3,
     "lora_alpha": 5,
-    "target_modules": ["query_key_value", "dense"],
     "task_type": "CAUSAL_LM",
     "bias": "none",
     "fan_in_fan_out": False,
@@ -25,10 +25,17 @@ CONFIG: dict[str, object] = {
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], **config: object) -> Path:
-    """Writes an adapter; keywords change CONFIG."""
+    """Writes an adapter of all modules that the tensors name; keywords change CONFIG."""
     write_safetensors(folder / "adapter_model.safetensors", tensors)
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
+    settings = CONFIG | {"target_modules": modules_of(tensors)} | config
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def modules_of(tensors: Iterable[str]) -> list[str]:
+    """The last parts of the names of the modules that have factors."""
+    found = (re.search(r"([^.]+)\.lora_(?:embedding_)?[AB]\b", name) for name in tensors)
+    return sorted({match[1] for match in found if match})
 
 
 def linear(module: str, outs: int, ins: int, rank: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
