@@ -33,8 +33,12 @@ _ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
 _DTYPE_NAMES = ("dtype", "torch_dtype")
 
 # Settings whose null differs from their absence. Mistral's `sliding_window` is 4096 if absent, and
-# null is no window; null `num_key_value_heads` are one per query head; null `head_dim` is derived.
-NULLABLE = frozenset({"head_dim", "num_key_value_heads", "sliding_window"})
+# null is no window; null `num_key_value_heads` are one per query head; null `head_dim` is derived;
+# Gemma 2's soft caps have defaults, and null is no cap.
+NULLABLE = frozenset({
+    "attn_logit_softcapping", "final_logit_softcapping", "head_dim", "num_key_value_heads",
+    "sliding_window",
+})  # fmt: skip
 
 
 def normalize(

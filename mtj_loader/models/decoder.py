@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import haiku as hk
 import jax
@@ -116,6 +116,27 @@ class PostNormLayer(Layer):
         x = self.attention_norm(add_residual(x, sum_over_shards(attention)))
         change = sum_over_shards(self.feed_forward(x))
         return self.feed_forward_norm(add_residual(x, change)), cache
+
+
+class SandwichLayer(Layer):
+    """A layer with norms before and after attention and feed-forward, inside the residual sums.
+
+    From CogView (Ding et al., 2021, arXiv:2105.13290); Gemma 2 has it.
+    """
+
+    def __init__(self, *, norm: Callable[..., Norm], name: str, **parts: Any) -> None:  # noqa: ANN401
+        super().__init__(norm=norm, name=name, **parts)
+        self.attention_out_norm = norm(name="replicated_layer_norm_2")
+        self.feed_forward_out_norm = norm(name="replicated_layer_norm_3")
+
+    def __call__(
+        self, x: jax.Array, positions: Positions, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
+        """The residual stream after this layer, and the keys and values it attended to."""
+        attention, cache = self.attention(self.attention_norm(x), positions, cache)
+        x = add_residual(x, self.attention_out_norm(sum_over_shards(attention)))
+        change = sum_over_shards(self.feed_forward(self.feed_forward_norm(x)))
+        return add_residual(x, self.feed_forward_out_norm(change)), cache
 
 
 class CausalTransformer(hk.Module):

@@ -50,9 +50,14 @@ class LlamaLikeConfig(ModelConfig):
 
     @classmethod
     def read_windows(cls, reader: ConfigReader, layers: int) -> Windows:
-        """Reads `sliding_window`, which all layers have."""
+        """Reads every layer's window; all have the same."""
+        return (cls.read_window(reader),) * layers
+
+    @classmethod
+    def read_window(cls, reader: ConfigReader) -> int | None:
+        """Reads `sliding_window`."""
         windowed = "sliding_window" in cls.defaults and reader.has("sliding_window")
-        return (reader.integer("sliding_window") if windowed else None,) * layers
+        return reader.integer("sliding_window") if windowed else None
 
 
 def windows_by_layer(

@@ -33,6 +33,7 @@ FAMILIES = {
     "mistral": "mistral",
     "mixtral": "mixtral",
     "mpt": "mpt",
+    "gemma2": "gemma2",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",

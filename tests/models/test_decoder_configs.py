@@ -151,6 +151,22 @@ def test_qwen3_0_6b() -> None:
     assert (config.rope.theta, config.tie_word_embeddings) == (1e6, True)
 
 
+def test_gemma_2_9b() -> None:
+    """hidden_act is in published files; transformers reads hidden_activation only."""
+    sizes = {"hidden_size": 3584, "num_attention_heads": 16, "num_key_value_heads": 8}
+    published = {
+        "hidden_act": "relu",
+        "query_pre_attn_scalar": 224,
+        "cache_implementation": "hybrid",
+    }
+    config = read({"model_type": "gemma2", **sizes, **published, "num_hidden_layers": 3})
+    assert (config.activation, config.score_scale) == ("gelu_pytorch_tanh", 224**-0.5)
+    assert (config.score_cap, config.logit_cap, config.head_dim) == (50, 30, 256)
+    assert config.windows == (4096, None, 4096)
+    uncapped = read({"model_type": "gemma2", "attn_logit_softcapping": None})
+    assert (uncapped.score_cap, uncapped.logit_cap) == (None, 30)
+
+
 def test_long_rope_of_phi_3() -> None:
     """Published files have the length before stretching at the top level, and three names."""
     lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
@@ -216,6 +232,11 @@ REFUSED = [
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok", "not a legal value"),
     ("mixtral", {"num_local_experts": 10**6}, "num_local_experts", "not a legal value"),
     ("qwen3", {"layer_types": ["sliding_attention"] * 32}, "layer_types", "gives no width"),
+    ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping", "a number above 0"),
+    ("gemma2", {"final_logit_softcapping": -1}, "final_logit_softcapping", "not a legal value"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar", "not a legal value"),
+    ("gemma2", {"sliding_window": None}, "layer_types", "gives no width"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention", "supported"),
     ("phi3", {"rope_scaling": {"type": "linear"}}, "rope_parameters.rope_type", "one of default"),
     ("phi3", {"rope_scaling": LONGROPE}, "original_max_position_embeddings", "is missing"),
     ("qwen2", {"layer_types": ["full_attention"]}, "layer_types", "32 of full_attention"),

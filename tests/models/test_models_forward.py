@@ -11,7 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtj_loader.models import parameters, passes
+from mtj_loader.models.layers.embeddings import Embedding
 from mtj_loader.models.layers.norms import LayerNorm
+from mtj_loader.models.layers.positions import Positions
 from mtj_loader.models.parameter_table import ParameterBuilder
 from tests.oracle.neox_cases import CASES
 from tests.support.models import PARITY, config_of, make_forward, params_of, read_config
@@ -276,3 +278,18 @@ def test_norms_are_float32_in_bfloat16():
     exact = np.asarray(x, np.float64)
     exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(np.asarray(result, np.float64), exact, rtol=2**-8)
+
+
+def test_the_scale_of_an_embedding_is_rounded_to_its_dtype():
+    """As in transformers: √3072 = 55.43 is 55.5 in bfloat16, as published Gemmas expect."""
+    table = ParameterBuilder({"V": 4, "e": 2}, 1, False, np.dtype(jnp.bfloat16))
+    positions = Positions(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), None)
+
+    def embed(ids):
+        return Embedding(table, name="embedding", scale=3072**0.5)(ids, positions)
+
+    rows = jnp.arange(8, dtype=jnp.bfloat16).reshape(4, 2)
+    run = hk.transform(embed).apply
+    params = {"embedding/~/linear": {"w": rows}}
+    result = jax.vmap(lambda ids: run(params, None, ids), axis_name="mp")(jnp.full((1, 1, 1), 3))
+    np.testing.assert_array_equal(result.ravel(), np.float32([6, 7]) * 55.5)

@@ -6,6 +6,59 @@ from typing import Any
 
 Settings = dict[str, Any]
 
+GEMMA2: dict[str, Settings] = {
+    # Both activations are in published files; only one counts.
+    "published": {
+        "attention_bias": False,
+        "attn_logit_softcapping": 1.5,
+        "cache_implementation": "hybrid",
+        "final_logit_softcapping": 3.0,
+        "head_dim": 6,
+        "hidden_act": "relu",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 40,
+        "intermediate_size": 56,
+        "max_position_embeddings": 64,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "query_pre_attn_scalar": 11,
+        "rms_norm_eps": 3e-4,
+        "rope_theta": 500.0,
+        "sliding_window": 4,
+        "vocab_size": 53,
+    },
+    "untied_biased": {
+        "attention_bias": True,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "head_dim": 8,
+        "hidden_activation": "silu",
+        "hidden_size": 36,
+        "intermediate_size": 42,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "max_position_embeddings": 48,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 3,
+        "sliding_window": 5,
+        "tie_word_embeddings": False,
+        "vocab_size": 61,
+    },
+    "twelve_heads": {
+        "head_dim": 4,
+        "hidden_size": 60,
+        "intermediate_size": 24,
+        "max_position_embeddings": 40,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 4,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "sliding_window": 3,
+        "vocab_size": 67,
+    },
+}
+
 PHI3: dict[str, Settings] = {
     "windowed": {
         "hidden_size": 48,

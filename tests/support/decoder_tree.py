@@ -16,6 +16,17 @@ from tests.support.mtj_tree import ROOT, Tree
 
 Tensors = Mapping[str, np.ndarray]
 
+_NORMS = {
+    "replicated_layer_norm": "input_layernorm",
+    "replicated_layer_norm_1": "post_attention_layernorm",  # before the feed-forward
+}
+_GEMMA_NORMS = {
+    "replicated_layer_norm": "input_layernorm",
+    "replicated_layer_norm_1": "pre_feedforward_layernorm",
+    "replicated_layer_norm_2": "post_attention_layernorm",
+    "replicated_layer_norm_3": "post_feedforward_layernorm",
+}
+
 
 def decoder_tree(
     config: Mapping[str, Any],
@@ -51,12 +62,12 @@ def _llama(rules: _Rules, layers: int) -> Tree:
         "projection_shard/~/replicated_layer_norm": rules.norm("model.norm"),
         "projection_shard/~/linear": rules.projection(),
     }
+    norms = _GEMMA_NORMS if config["model_type"].startswith("gemma") else _NORMS
     for i in range(layers):
         ours, theirs = f"layer_{i}/~/", f"model.layers.{i}."
         attention, mlp = theirs + "self_attn.", theirs + "mlp."
         tree |= {
-            ours + "replicated_layer_norm": rules.norm(theirs + "input_layernorm"),
-            ours + "replicated_layer_norm_1": rules.norm(theirs + "post_attention_layernorm"),
+            **{ours + name: rules.norm(theirs + norm) for name, norm in norms.items()},
             ours + "linear": rules.column(attention + "q_proj", heads),
             ours + "linear_1": rules.column(attention + "v_proj", kv_heads),
             ours + "linear_2": rules.column(attention + "k_proj", kv_heads),

@@ -42,8 +42,8 @@ class Config(LlamaLikeConfig):
     def read_windows(cls, reader: ConfigReader, layers: int) -> Windows:
         """Reads the windows; without `layer_types`, layers from `max_window_layers` have one."""
         first = reader.integer("max_window_layers", low=0)
-        used, given = reader.flag("use_sliding_window"), reader.has("sliding_window")
-        window = reader.integer("sliding_window") if used and given else None
+        window = cls.read_window(reader)
+        window = window if reader.flag("use_sliding_window") else None
         return windows_by_layer(
             reader, layers, window, lambda layer: window is not None and layer >= first
         )

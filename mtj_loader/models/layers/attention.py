@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtj_loader.models.layers.linears import Linear
+from mtj_loader.models.layers.linears import Linear, soft_cap
 from mtj_loader.models.layers.positions import Positions, Rotation
 from mtj_loader.models.parameter_table import ParameterBuilder
 
@@ -46,15 +46,19 @@ def attend(
     cache: KVCache,  # [b, T, g, k] each
     visible: jax.Array,  # bool [b, t, T]
     scale: float,
+    *,
+    cap: float | None = None,
     bias: jax.Array | None = None,  # float32 [b or 1, h, t, T]
 ) -> jax.Array:  # [b, t, h, k]
-    """Softmax attention; `bias` is added to the scores; scores and softmax are in float32.
+    """Softmax attention; scores are scaled, bounded by `cap` if there is one, and `bias` is added.
+
+    Scores and softmax are in float32.
 
     With g < h, every h/g neighboring heads attend to the same keys and values (grouped queries,
     Ainslie et al., 2023, arXiv:2305.13245).
     """
     keys, values = cache
-    scores = _scores(q, keys) * scale
+    scores = soft_cap(_scores(q, keys) * scale, cap)
     scores = scores if bias is None else scores + bias
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)  # every query sees at least itself
@@ -92,6 +96,7 @@ class _AttentionBase:
       params: where parameters are declared.
       out_bias: whether the output projection has a bias.
       scale: of the scores; 1/√k if None.
+      cap: the soft bound of the scaled scores; None for no bound.
       window: how many positions back a query sees, its own included; None for all.
       rotate: the rotary embedding, such as `rotate_halves`; None without one.
       q_norm, k_norm: create norms of queries and keys, [b, t, h, k], under the name they are
@@ -105,6 +110,7 @@ class _AttentionBase:
         *,
         out_bias: bool,
         scale: float | None = None,
+        cap: float | None = None,
         window: int | None = None,
         rotate: Callable[[jax.Array, Rotation], jax.Array] | None = None,
         q_norm: Callable[..., Callable[[jax.Array], jax.Array]] | None = None,
@@ -113,7 +119,7 @@ class _AttentionBase:
     ) -> None:
         self._head_dim, self._window, self._rotate = params.sizes["k"], window, rotate
         self._scale = self._head_dim**-0.5 if scale is None else scale
-        self._score_bias = score_bias
+        self._cap, self._score_bias = cap, score_bias
         self._q_norm = None if q_norm is None else q_norm(name="q_norm")
         self._k_norm = None if k_norm is None else k_norm(name="k_norm")
         self._out = Linear(params, "(h k)", "d", split="h", bias=out_bias, name="linear_3")
@@ -131,7 +137,8 @@ class _AttentionBase:
         q, k, v = (y.astype(x.dtype) for y in (q, k, v))
         cache = update_cache(cache, (k, v), positions.queries)
         bias = None if self._score_bias is None else self._score_bias(positions)
-        heads = attend(q, cache, positions.visible(self._window), self._scale, bias)
+        visible = positions.visible(self._window)
+        heads = attend(q, cache, visible, self._scale, cap=self._cap, bias=bias)
         return self._out(heads.reshape(*x.shape[:2], -1)), cache
 
     def project(self, x: jax.Array) -> QKV:  # [b, t, d] -> float32 [b, t, h, k] each

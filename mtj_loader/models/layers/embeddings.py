@@ -20,6 +20,7 @@ from mtj_loader.models.layers.linears import (
     add_residual,
     contract,
     gather_columns,
+    soft_cap,
 )
 from mtj_loader.models.layers.positions import Positions
 from mtj_loader.models.parameter_table import ParameterBuilder
@@ -41,10 +42,17 @@ class _Table(ParameterizedModule):
 
 
 class Embedding(ParameterizedModule):
-    """Token embedding, rows of the vocabulary split over the shards."""
+    """Token embedding, rows of the vocabulary split over the shards.
 
-    def __init__(self, params: ParameterBuilder, name: str) -> None:
+    Args:
+      params: where parameters are declared.
+      scale: what enters the first layer is multiplied by this, rounded to the parameters' dtype.
+      name: of the module.
+    """
+
+    def __init__(self, params: ParameterBuilder, name: str, *, scale: float = 1.0) -> None:
         super().__init__(params, name)
+        self._scale = scale
         self.table = _Table(params, name="linear")
 
     def __call__(self, ids: jax.Array, positions: Positions) -> jax.Array:
@@ -57,7 +65,8 @@ class Embedding(ParameterizedModule):
         Returns:
           [b, t, d].
         """
-        return self.tokens(ids)
+        tokens = self.tokens(ids)
+        return tokens if self._scale == 1 else tokens * jnp.asarray(self._scale, tokens.dtype)
 
     def tokens(self, ids: jax.Array) -> jax.Array:  # int32 [b, t] -> [b, t, e]
         """The rows of these tokens."""
@@ -153,6 +162,7 @@ class Projection(ParameterizedModule):
       tied_to: the embedding whose table is the projection; None if it has weights of its own.
       bias: whether the projection has a bias.
       scale: the logits are multiplied by this.
+      cap: the soft bound of the logits; None for no bound.
       name: of the module.
     """
 
@@ -164,10 +174,11 @@ class Projection(ParameterizedModule):
         tied_to: Embedding | None,
         bias: bool = False,
         scale: float = 1.0,
+        cap: float | None = None,
         name: str,
     ) -> None:
         super().__init__(params, name)
-        self._scale = scale
+        self._scale, self._cap = scale, cap
         self.norm = (lambda x: x) if norm is None else norm(name="replicated_layer_norm")
         if tied_to is None:
             self.linear = Linear(params, "e", "V", split="V", bias=bias, name="linear")
@@ -177,7 +188,7 @@ class Projection(ParameterizedModule):
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., d] -> float32 [..., V/n]
         """The logits, those of the padding included."""
         logits = self.linear(self.before_logits(self.norm(x)))
-        return logits if self._scale == 1 else logits * self._scale
+        return soft_cap(logits if self._scale == 1 else logits * self._scale, self._cap)
 
     def before_logits(self, x: jax.Array) -> jax.Array:  # [..., d] -> [..., e]
         """The input of the projection."""

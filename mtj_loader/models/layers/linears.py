@@ -111,6 +111,11 @@ def gather_columns(x: jax.Array) -> jax.Array:  # [..., d/n] -> [..., d]
     return jax.lax.all_gather(x, SHARDS, axis=x.ndim - 1, tiled=True)
 
 
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:  # float32 -> float32
+    """Returns cap · tanh(x / cap) (Bello et al., 2016, arXiv:1611.09940); x without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def add_residual(x: jax.Array, y: jax.Array) -> jax.Array:  # [b, t, d], float32 [b, t, d]
     """Adds to the residual stream in float32 and rounds once."""
     return (x.astype(jnp.float32) + y).astype(x.dtype)

@@ -79,12 +79,21 @@ class RMSNorm(ParameterizedModule):
       params: where parameters are declared.
       eps: epsilon.
       axis: what is normalized: "d" the residual stream, "k" each head.
+      unit_offset: the scale is 1 + the parameter, as Gemma's files have it.
       name: of the module.
     """
 
-    def __init__(self, params: ParameterBuilder, eps: float, *, axis: str = "d", name: str) -> None:
+    def __init__(
+        self,
+        params: ParameterBuilder,
+        eps: float,
+        *,
+        axis: str = "d",
+        unit_offset: bool = False,
+        name: str,
+    ) -> None:
         super().__init__(params, name)
-        self._eps = eps
+        self._eps, self._unit_offset = eps, unit_offset
         self.declare("scale", axis)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., d] -> [..., d]
@@ -92,4 +101,5 @@ class RMSNorm(ParameterizedModule):
         x32 = x.astype(jnp.float32)
         square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         scale = self.parameter("scale").astype(jnp.float32)
+        scale = 1 + scale if self._unit_offset else scale
         return (x32 * jax.lax.rsqrt(square + self._eps) * scale).astype(x.dtype)
