@@ -6,11 +6,11 @@ import asyncio
 import glob
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
@@ -29,6 +29,7 @@ from huggingface_hub.utils import build_hf_headers, tqdm
 
 from mtj_loader.errors import MtjLoaderError, StorageError, UsageError
 from mtj_loader.storage import retry
+from mtj_loader.storage.event_loop import LoopThread
 from mtj_loader.storage.retry import TRANSIENT_STATUS, RetryPolicy, TransientError
 from mtj_loader.storage.urls import connect, require_obstore
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta
 
     from mtj_loader.storage.object_store import Located, ObjectStorage
+
+T = TypeVar("T")
 
 _API_SECONDS = 15.0  # a working hub answers within one; its client would wait forever
 
@@ -71,17 +74,34 @@ class Repository:
     endpoint: str | None = field(default_factory=lambda: os.environ.get("HF_ENDPOINT"))
 
     def list_files(self, revision: str | None) -> tuple[str, list[str]]:
-        """The commit of a revision, and the names of all its files.
+        """The commit of a revision, and the names of all its files; with retries.
 
         Raises:
           UsageError: no such repository or revision, or access is denied.
           StorageError: the network failed.
         """
         revision = revision or DEFAULT_REVISION
-        with self.converted_errors(revision):
-            api = HfApi(endpoint=self.endpoint, token=self.token)
-            info = api.model_info(self.id, revision=revision, timeout=_API_SECONDS)
-        return info.sha or revision, [sibling.rfilename for sibling in info.siblings or ()]
+
+        def request() -> tuple[str, list[str]]:
+            with self.retried_errors(revision):
+                api = HfApi(endpoint=self.endpoint, token=self.token)
+                info = api.model_info(self.id, revision=revision, timeout=_API_SECONDS)
+            return info.sha or revision, [sibling.rfilename for sibling in info.siblings or ()]
+
+        with closing(LoopThread()) as loop:
+            return loop.run(self.retry(request, file=self.id))
+
+    async def retry(self, request: Callable[[], T], *, file: str) -> T:
+        """Repeats a blocking request while it raises TransientError.
+
+        Raises:
+          StorageError: the last attempt failed, too; names the file.
+        """
+
+        def explain(found: str) -> StorageError:
+            return StorageError("the hub keeps failing", file=file, found=found)
+
+        return await retry.retry(lambda: asyncio.to_thread(request), retry.RETRY_POLICY, explain)
 
     def download(
         self, revision: str | None, names: Sequence[str], *, show_progress: bool = False
@@ -122,6 +142,17 @@ class Repository:
             yield
         except (HFValidationError, HTTPError, OSError) as error:
             raise self._convert(error, revision) from error
+
+    @contextmanager
+    def retried_errors(self, revision: str | None) -> Iterator[None]:
+        """As `converted_errors`, but raises TransientError if another attempt may succeed."""
+        try:
+            with self.converted_errors(revision):
+                yield
+        except StorageError as error:
+            if not _is_transient(error):
+                raise
+            raise TransientError(error.found) from error
 
     def _convert(self, error: Exception, revision: str | None) -> MtjLoaderError:
         if isinstance(error, LocalEntryNotFoundError):
@@ -213,27 +244,16 @@ class HubOrigin:
 
     async def _resolve(self, path: str) -> Located:
         """Asks the hub for a file's address, with retries."""
-
-        def explain(found: str) -> StorageError:
-            return StorageError(
-                "the hub keeps failing", file=f"{self.location}/{path}", found=found
-            )
-
-        return await retry.retry(
-            lambda: asyncio.to_thread(self._request_address, path), self._policy, explain
+        return await self._repository.retry(
+            lambda: self._request_address(path), file=f"{self.location}/{path}"
         )
 
     def _request_address(self, path: str) -> Located:
         """Asks the hub for a file's address; the token is sent only to the hub's own host."""
         repository = self._repository
         url = hf_hub_url(repository.id, path, revision=self._commit, endpoint=repository.endpoint)
-        try:
-            with repository.converted_errors(self._commit):
-                address = get_hf_file_metadata(url, token=repository.token).location
-        except StorageError as error:
-            if not _is_transient(error):
-                raise
-            raise TransientError(error.found) from error
+        with repository.retried_errors(self._commit):
+            address = get_hf_file_metadata(url, token=repository.token).location
         is_hub = urlsplit(address)[:2] == urlsplit(url)[:2]
         headers = build_hf_headers(token=repository.token) if is_hub else {}
         return connect(address, self._policy, headers), ""

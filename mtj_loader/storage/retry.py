@@ -30,8 +30,8 @@ class RetryPolicy:
     """How often and how long a failing request is retried.
 
     Attributes:
-      attempts: for one request. The waits between eight attempts add up to about ten seconds; by
-        then, object stores that throttle have scaled up.
+      attempts: for one request. With the default, the waits add up to about ten seconds; by then,
+        object stores that throttle have scaled up.
       first_wait_seconds: before the second attempt; each further wait is twice as long.
       max_wait_seconds: upper bound of a wait.
       stalled_seconds: a connection that delivers nothing for this long has failed.

@@ -29,8 +29,9 @@ class Hub:
     fetched: list[str] = field(default_factory=list)  # a file name for every GET of a file
     url: str = ""
     redirects: bool = False  # to `other_host`, as for large files
-    refused: int = 0  # how many of the next requests for files fail, with this status:
+    refused: int = 0  # how many of the next requests fail, with this status:
     refusal: int = 503
+    refused_path: str = ""  # only requests for paths that contain this
     uses: int = 10**9  # of a signature; after them its address returns 403
     signatures: dict[str, int] = field(default_factory=dict)  # signature → uses left
     tokens: dict[str, set[str]] = field(default_factory=dict)  # host → Authorization headers seen
@@ -107,8 +108,14 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the 
             self._send(status, headers={"X-Error-Code": code} if code else {})
         return bool(status)
 
+    def _fails(self) -> bool:
+        if fails := self.hub.refused > 0 and self.hub.refused_path in self.path:
+            self.hub.refused -= 1
+            self._send(self.hub.refusal)
+        return fails
+
     def _answer_api(self, repo_id: str, kind: str, revision: str) -> None:
-        if self._refused(repo_id, revision):
+        if self._refused(repo_id, revision) or self._fails():
             return
         files = self.hub.repositories[repo_id]
         if kind == "tree":
@@ -128,9 +135,7 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the 
         if data is None:
             self._send(404, headers={"X-Error-Code": "EntryNotFound"})
             return
-        if self.hub.refused:
-            self.hub.refused -= 1
-            self._send(self.hub.refusal)
+        if self._fails():
             return
         headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": self.hub.commit(repo_id)}
         if self.hub.redirects and file.endswith(".safetensors"):
