@@ -39,7 +39,7 @@ def digests(
     found = shard_digests.merge_digests(
         {str(file): shard_digests.read_digests(file) for file in files}
     )
-    shard_digests.check_complete(found)
+    shard_digests.check_complete(found, files)
     if as_json:
         print_json({"parameters": len(found.of), "shards": found.shards, "sha256": found.sha256})
         return

@@ -187,7 +187,7 @@ def _execute(
         losses = convert_tensors(storage, plan.tensors, folder, clamp=clamp, progress=advance)
         check_unchanged(storage, *plan.checkpoint.index.files.values())
         tensors = [_report_tensor(tensor, losses[tensor.source.name]) for tensor in plan.tensors]
-        _check_losses(tensors, plan.dtype, clamp=clamp, allow_nonfinite=allow_nonfinite)
+        _check_losses(plan, tensors, clamp=clamp, allow_nonfinite=allow_nonfinite)
     return _make_report(plan, tensors, time.perf_counter() - started_at)
 
 
@@ -231,25 +231,26 @@ def _report_tensor(tensor: TensorConversion, losses: Losses) -> TensorReport:
 
 
 def _check_losses(
-    tensors: Sequence[TensorReport], dtype: str, *, clamp: bool, allow_nonfinite: bool
+    plan: ConvertPlan, tensors: Sequence[TensorReport], *, clamp: bool, allow_nonfinite: bool
 ) -> None:
     nonfinite = {tensor.name: tensor.nonfinite for tensor in tensors if tensor.nonfinite}
     if nonfinite and not allow_nonfinite:
         what, hint = "weights are NaN or infinite", "allow_nonfinite converts them anyway"
-        raise _loss_error(what, nonfinite, hint)
+        raise _loss_error(plan, what, nonfinite, hint)
     overflow = {tensor.name: tensor.overflow for tensor in tensors if tensor.overflow}
     if overflow and not clamp:
-        what = f"finite weights are too large for {dtype}"
-        hint = f"on_overflow=clamp replaces them with the largest {dtype}"
-        raise _loss_error(what, overflow, hint)
+        what = f"finite weights are too large for {plan.dtype}"
+        hint = f"on_overflow=clamp replaces them with the largest {plan.dtype}"
+        raise _loss_error(plan, what, overflow, hint)
 
 
-def _loss_error(what: str, counts: dict[str, int], hint: str) -> NonFiniteError:
+def _loss_error(plan: ConvertPlan, what: str, counts: dict[str, int], hint: str) -> NonFiniteError:
     """Names the tensor with the highest count, and the total count."""
     tensor = max(counts, key=lambda name: counts[name])
     total, tensors = sum(counts.values()), counted(len(counts), "tensor")
     found = f"{counts[tensor]:,} in this tensor, {total:,} in {tensors}"
-    return NonFiniteError(what, tensor=tensor, found=found, hint=hint)
+    file = plan.checkpoint.index.records[tensor].file
+    return NonFiniteError(what, file=file, tensor=tensor, found=found, hint=hint)
 
 
 def _make_report(

@@ -102,7 +102,8 @@ def open_checkpoint(
     if path is not None:
         return _open_folder(path, headers) if path.is_dir() else _open_file(path, headers)
     if source.local_files_only and (source.stream or is_remote):
-        raise UsageError("a URL or streaming needs the network", key="local_files_only")
+        what = "a URL or streaming needs the network"
+        raise UsageError(what, file=source.path, key="local_files_only")
     if is_remote:
         opened = open_url(str(source.path), file_suffix=SUFFIX, fallback_names=USUAL_FILES)
         return _open_remote(*opened, headers)
@@ -158,13 +159,13 @@ def _weight_files(repository: Repository, folder: Path) -> list[str]:
     if SINGLE_FILE in cached:
         return [SINGLE_FILE]
     if repository.local_files_only:
-        return choose_files(cached or [SINGLE_FILE])
+        return choose_files(cached or [SINGLE_FILE], location=repository.id)
     try:
-        return choose_files(repository.list_files(folder.name)[1])
+        return choose_files(repository.list_files(folder.name)[1], location=repository.id)
     except StorageError:
         if not cached:
             raise
-    return choose_files(cached)
+    return choose_files(cached, location=repository.id)
 
 
 def _hub_id(path_or_id: str | os.PathLike[str]) -> str:

@@ -53,7 +53,7 @@ def build_index(storage: Storage, files: Sequence[str] | None = None) -> TensorI
         return _read_files(storage, files, _incomplete_sets(files))
     if storage.exists(INDEX_FILE):
         return _read_listed(storage, read_index(storage))
-    chosen = choose_files(storage.names())
+    chosen = choose_files(storage.names(), location=storage.location)
     warnings = []
     if others := _other_weights(storage, chosen):
         warnings = [f"not read: {join_names(others)}; the weights are {join_names(chosen)}"]

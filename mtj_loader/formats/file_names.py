@@ -31,8 +31,8 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".npz", ".on
 _MAX_NAMES_SHOWN = 5  # in a message
 
 
-def choose_files(names: Iterable[str]) -> list[str]:
-    """Picks the weights of a folder that has no index.
+def choose_files(names: Iterable[str], *, location: str) -> list[str]:
+    """Picks the weights of a folder that has no index; `location` is the folder, for messages.
 
     Takes a complete set of `model-00001-of-0000N.safetensors`, else `model.safetensors`, else the
     only safetensors file.
@@ -51,7 +51,7 @@ def choose_files(names: Iterable[str]) -> list[str]:
         return [SINGLE_FILE]
     if len(candidates) == 1:
         return candidates
-    raise _ambiguous(candidates) if candidates else _no_weights(names)
+    raise _ambiguous(candidates, location) if candidates else _no_weights(names, location)
 
 
 def check_numbering(files: Iterable[str]) -> None:
@@ -101,20 +101,22 @@ def _is_model_shard(name: str) -> bool:
     return match is not None and match["stem"] == "model"
 
 
-def _ambiguous(candidates: Sequence[str]) -> CheckpointError:
+def _ambiguous(candidates: Sequence[str], location: str) -> CheckpointError:
     return CheckpointError(
         "it is not clear which files are the weights",
+        file=location,
         expected=f"{INDEX_FILE}, or one set of weights",
         found=join_names(candidates),
         hint="pass the path of one .safetensors file, or write the index",
     )
 
 
-def _no_weights(names: Sequence[str]) -> CheckpointError:
+def _no_weights(names: Sequence[str], location: str) -> CheckpointError:
     other = [name for name in names if name.endswith(OTHER_WEIGHTS)]
     hint = "convert the weights to safetensors; other formats are not supported"
     return CheckpointError(
         "no safetensors weights",
+        file=location,
         expected=f"{INDEX_FILE}, {SINGLE_FILE} or another {SUFFIX} file",
         found=join_names(other or names) or "no files",
         hint=hint if other else None,

@@ -14,6 +14,7 @@ import numpy as np
 
 from mtj_loader.errors import FormatError, UsageError, VerifyError
 from mtj_loader.formats import strict_json
+from mtj_loader.formats.file_names import join_names
 from mtj_loader.names import number_set
 from mtj_loader.storage.local import LocalStorage
 
@@ -98,18 +99,19 @@ def merge_digests(parts: Mapping[str, Digests]) -> Digests:
             )
         if differing := part.of.keys() ^ of.keys():
             what = f"{source} and {first} do not have the same parameters"
-            raise VerifyError(what, key=min(differing))
+            raise VerifyError(what, file=source, key=min(differing))
         for name, shards in part.of.items():
             _add(of[name], shards, source, name)
     return Digests(whole.shards, of)
 
 
-def check_complete(found: Digests) -> None:
-    """Raises VerifyError if a shard of any parameter is missing."""
+def check_complete(found: Digests, files: Sequence[Path] = ()) -> None:
+    """Raises VerifyError if a shard of any parameter is missing; `files` are for its message."""
     if missing := found.missing:
         name, numbers = next(iter(missing.items()))
         raise VerifyError(
             f"the digests are incomplete: {len(missing)} parameters lack shards",
+            file=join_names([str(file) for file in files]) or None,
             key=name,
             expected=f"{found.shards} shards",
             found=f"all but {number_set(numbers)}",

@@ -152,6 +152,7 @@ class Streamer:
             name, count = next(iter(found.items()))
             raise NonFiniteError(
                 f"{sum(found.values())} weights in {len(found)} tensors are NaN or infinite",
+                file=self.plan.checkpoint.index.records[name].file,
                 tensor=name,
                 found=f"{count} in this tensor",
                 hint="allow_nonfinite loads them anyway",
@@ -205,17 +206,18 @@ class Streamer:
         self, target: Target, source: int, before: np.ndarray, after: np.ndarray | None
     ) -> None:
         """Counts NaN and infinity; rejects finite values that overflow in the parameter's dtype."""
-        name = target.param.view.records[source].name
+        record = target.param.view.records[source]
         if after is not None and (count := kernels.count_overflows(before, after)):
             raise NonFiniteError(
                 f"finite values overflow when they become {target.param.dtype.name}",
-                tensor=name,
+                file=record.file,
+                tensor=record.name,
                 found=f"{count} or more",
                 hint="use another dtype: float32 holds all values, bfloat16 nearly all",
             )
         if self.plan.options.check_finite and (count := kernels.count_nonfinite(before)):
             nonfinite = self._stats.nonfinite
-            nonfinite[name] = nonfinite.get(name, 0) + count
+            nonfinite[record.name] = nonfinite.get(record.name, 0) + count
 
     @property
     def _stats(self) -> ReadStats:

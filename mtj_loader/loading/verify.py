@@ -15,6 +15,7 @@ import numpy as np
 
 from mtj_loader.dtypes import FLOAT32
 from mtj_loader.errors import NonFiniteError, VerifyError
+from mtj_loader.formats.file_names import join_names
 from mtj_loader.loading.load_failure import translate_errors
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan
@@ -37,8 +38,7 @@ def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]]) -> int
     for param in plan.params:
         whole = _expected(plan.checkpoint.storage, param.base)
         if not plan.options.allow_nonfinite and not np.isfinite(whole).all():
-            names = ", ".join(record.name for record in param.view.records)
-            raise NonFiniteError("weights are NaN or infinite", tensor=names)
+            raise NonFiniteError("weights are NaN or infinite", **_source(param))
         total = _add_terms(param, whole) if param.terms else whole
         for shard in params[param.spec.path][param.spec.param].addressable_shards:
             found, expected = np.asarray(shard.data), _shard(param, total, shard.index[0])
@@ -121,8 +121,15 @@ def _difference(
     at = tuple(int(i) for i in np.argwhere(differing)[0])
     return VerifyError(
         f"{int(differing.sum())} elements of a parameter differ from the checkpoint",
-        tensor=", ".join(record.name for record in param.view.records),
+        **_source(param),
         key=f"{param.spec.path} {param.spec.param}, device {shard.device}, element {at}",
         expected=expected[at],
         found=found[at],
     )
+
+
+def _source(param: ParamPlan) -> dict[str, str]:
+    """The files and tensors that fill a parameter, as facts of an error."""
+    records = param.view.records
+    files = list(dict.fromkeys(record.file for record in records))
+    return {"file": join_names(files), "tensor": join_names([record.name for record in records])}

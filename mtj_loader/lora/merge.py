@@ -144,6 +144,7 @@ def _merge(param: AdaptedParam, base: jax.Array, reader: _FactorReader, donate: 
     if not all(np.asarray(shard.data).all() for shard in finite.addressable_shards):
         raise NonFiniteError(
             f"adding the adapter makes the parameter NaN or infinite in {param.dtype.name}",
+            file=param.terms[0].storage.location,
             tensor=param.tensor,
             hint="load it as float32 or bfloat16",
         )

@@ -1,6 +1,6 @@
 """The model families in Haiku: their configs, parameters and forward pass."""
 
-from mtj_loader.models.registry import FAMILIES, Family, family, family_of_compat, parameters
+from mtj_loader.models.registry import FAMILIES, Family, family, parameters
 from mtj_loader.models.shard_counts import check_shards, usable_shards
 
 __all__ = [
@@ -8,7 +8,6 @@ __all__ = [
     "Family",
     "check_shards",
     "family",
-    "family_of_compat",
     "parameters",
     "usable_shards",
 ]

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import haiku as hk
 import numpy as np
 
-from mtj_loader.errors import ConfigError, MapError
+from mtj_loader.errors import ConfigError
 from mtj_loader.formats.typed_reader import shorten
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.models.decoder import CausalTransformer
@@ -71,21 +71,6 @@ def family(model_type: str, *, file: str | None = None) -> Family:
             found=shorten(model_type),
         )
     return cast(Family, importlib.import_module(f"mtj_loader.models.families.{model_type}"))
-
-
-def family_of_compat(mtj_compat: str) -> Family:
-    """The module of a family, by the `mtj_compat` of a weight map.
-
-    Raises:
-      MapError: no such family; the known ones are named.
-    """
-    for model_type, compat in FAMILIES.items():
-        if compat == mtj_compat:
-            return family(model_type)
-    known = ", ".join(FAMILIES.values())
-    raise MapError(
-        "unknown model family", key="mtj_compat", expected=f"one of {known}", found=mtj_compat
-    )
 
 
 @functools.lru_cache(maxsize=16)  # a plan needs one model at several shard counts

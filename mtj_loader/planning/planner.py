@@ -72,7 +72,7 @@ def read_model(checkpoint: Checkpoint, map_path: PathLike | None = None) -> Mode
         raise ConfigError("config.json names no model family", file=file, key="model_type")
     family = models.family(model_type, file=file)
     weight_map = find_map(model_type, None if map_path is None else Path(map_path))
-    if models.family_of_compat(weight_map.compat) is not family:
+    if weight_map.compat != models.FAMILIES[model_type]:
         raise MapError(
             "the weight map is for another family",
             file=weight_map.file,

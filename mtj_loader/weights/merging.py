@@ -176,7 +176,8 @@ def convert(
             tensors.append(SourceTensor(prefix + merge.target, merge.build(parts)))
         except ValueError as error:
             what = f"tensors cannot be merged into one: {error}"
-            problems.append(Problem(what, tensor=prefix + merge.target))
+            file = next(record.file for part in parts for record in part.values())
+            problems.append(Problem(what, file, tensor=prefix + merge.target))
     return tensors, problems
 
 

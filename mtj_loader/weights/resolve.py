@@ -209,7 +209,8 @@ class _Resolver:
             case many:
                 names = ", ".join(tensor.name for tensor, _ in many)
                 what = "two tensors for one parameter"
-                self.problems.append(Problem(what, target=" ".join(key), found=names))
+                file = many[0][0].file
+                self.problems.append(Problem(what, file, target=" ".join(key), found=names))
 
     def _bind_one(self, spec: ParamSpec, tensor: SourceTensor, target: Target) -> None:
         if problem := self._mismatch(spec, tensor, target):
@@ -247,7 +248,8 @@ class _Resolver:
         if key in self.names:
             what = "the checkpoint has no tensor for a parameter of the model"
             return Problem(what, tensor=self.names[key], target=" ".join(key))
-        return Problem("the map has no entry for a parameter of the model", target=" ".join(key))
+        what = "the map has no entry for a parameter of the model"
+        return Problem(what, self.map_file, target=" ".join(key))
 
 
 def match_name(name: str, entries: Container[str]) -> str | None:

@@ -40,6 +40,7 @@ def test_verify_finds_a_wrong_byte(model: Path, monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 3
     assert "causal_transformer_shard/~/layer_0/~/linear_4 b" in result.stderr
     assert "cpu:1" in result.stderr
+    assert "file: model.safetensors\n" in result.stderr
 
 
 def test_report_file_is_what_json_prints(model: Path, tmp_path: Path):

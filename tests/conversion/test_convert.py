@@ -335,7 +335,7 @@ def test_overflow_is_rejected(tmp_path):
     source = write(tmp_path / "s", tensors)
     message = refusal(NonFiniteError, source, dtype="float16")
     assert message.startswith("finite weights are too large for float16\n")
-    assert "tensor: h.2.w\n" in message
+    assert "file: model.safetensors\n  tensor: h.2.w\n" in message
     assert "found: 3 in this tensor, 6 in 3 tensors\n" in message
     assert "clamp" in message
     assert leftovers(tmp_path) == ["s"]
@@ -357,7 +357,7 @@ def test_nonfinite_is_rejected(tmp_path, dtype, value):
     source = write(tmp_path / "s", {"w": np.array([1, value], BF16)})
     message = refusal(NonFiniteError, source, dtype=dtype, on_overflow="clamp")
     assert message.startswith("weights are NaN or infinite\n")
-    assert "tensor: w\n" in message
+    assert "file: model.safetensors\n  tensor: w\n" in message
     assert "found: 1 in this tensor, 1 in 1 tensor\n" in message
     assert leftovers(tmp_path) == ["s"]
     report = mtj_loader.convert(source, dtype=dtype, allow_nonfinite=True)

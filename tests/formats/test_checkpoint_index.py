@@ -299,7 +299,7 @@ def test_one_shard_by_name_warns(folder):
     ],
 )
 def test_choice_by_name(names, chosen):
-    assert choose_files(names) == chosen
+    assert choose_files(names, location="folder") == chosen
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,8 @@ def test_choice_by_name(names, chosen):
 )
 def test_ambiguous_choice(names):
     with pytest.raises(CheckpointError, match="not clear which files") as caught:
-        choose_files(names)
+        choose_files(names, location="folder")
+    assert caught.value.file == "folder"
     for name in names:
         assert name in str(caught.value)
 
@@ -326,7 +327,8 @@ def test_ambiguous_choice(names):
 )
 def test_no_weights(names, words):
     with pytest.raises(CheckpointError, match="no safetensors weights") as caught:
-        choose_files(names)
+        choose_files(names, location="folder")
+    assert caught.value.file == "folder"
     for word in (INDEX, "model.safetensors", *words):
         assert word in str(caught.value)
 

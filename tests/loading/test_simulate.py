@@ -242,7 +242,7 @@ def test_the_command_loads_hosts_and_merges_digests(tmp_path: Path):
     result = run("digests", files[1])
     assert result.exit_code == 3
     assert result.stderr.startswith(
-        "error: the digests are incomplete: 76 parameters lack shards\n"
+        f"error: the digests are incomplete: 76 parameters lack shards\n  file: {files[1]}\n"
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtj_loader import models
-from mtj_loader.errors import ConfigError, MapError, MeshError
+from mtj_loader.errors import ConfigError, MeshError
 from mtj_loader.models.families import gpt_neox
 from mtj_loader.models.layers.feed_forward import ACTIVATIONS
 from tests.support.models import read_config
@@ -135,7 +135,6 @@ def test_refusals(settings, key, wording):
 
 def test_families_are_found_by_name():
     assert models.family("gpt_neox") is gpt_neox
-    assert models.family_of_compat("neox") is gpt_neox
 
 
 @pytest.mark.parametrize("name", ["os", "config", "gpt_neox.Config", "../gpt_neox", "GPT_NEOX"])
@@ -143,9 +142,6 @@ def test_only_families_of_the_closed_list_are_imported(name):
     with pytest.raises(ConfigError, match="unknown model family") as caught:
         models.family(name)
     assert caught.value.expected == "one of " + ", ".join(models.FAMILIES)
-    with pytest.raises(MapError, match="unknown model family") as caught:
-        models.family_of_compat(name)
-    assert "neox" in caught.value.expected
 
 
 def test_usable_shards():

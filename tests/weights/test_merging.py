@@ -116,6 +116,7 @@ def test_a_missing_expert_is_named() -> None:
     assert problems == [
         Problem(
             "tensors cannot be merged into one: there is no block_sparse_moe.experts.1.w3.weight",
+            "f",
             tensor="model.layers.5.mlp.experts.gate_up_proj",
         )
     ]

@@ -73,6 +73,7 @@ def with_(name: str, array: np.ndarray) -> Callable[[Arrays], Arrays]:
             {},
             Problem(
                 "two tensors for one parameter",
+                "model.safetensors",
                 target="embedding_shard/~/linear w",
                 found="gpt_neox.embed_in.weight, embed_in.weight",
             ),
