@@ -247,9 +247,7 @@ def test_check_finite_finds_nonfinite_weights(value: float, tmp_path: Path) -> N
     arrays = neox.tensors()
     arrays["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"][3, 4] = value
     folder = neox.write(tmp_path, arrays)
-    with pytest.raises(
-        NonFiniteError, match=r"1 weights in 1 tensors\n  file: (.|\n)*dense_h_to_4h"
-    ):
+    with pytest.raises(NonFiniteError, match=r"1 weights in 1 tensors .*\n  file: .*\n.*dense_h"):
         mtj_loader.load(folder, "mp=2", check_finite=True)
     allowed = mtj_loader.load(folder, "mp=2", check_finite=True, allow_nonfinite=True)
     assert allowed.report.finite is False
