@@ -214,7 +214,8 @@ class Forward:
 
         def run(*args: Tree) -> Tree:
             params = ParameterBuilder(sizes, shards, self.transposed_linear, self.dtype)
-            return body(make_model(self.config, params), *args)
+            with hk.config.context(module_auto_repr=False):  # nobody reads the texts
+                return body(make_model(self.config, params), *args)
 
         return hk.transform(run)
 

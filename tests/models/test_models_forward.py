@@ -293,3 +293,18 @@ def test_the_scale_of_an_embedding_is_rounded_to_its_dtype():
     params = {"embedding/~/linear": {"w": rows}}
     result = jax.vmap(lambda ids: run(params, None, ids), axis_name="mp")(jnp.full((1, 1, 1), 3))
     np.testing.assert_array_equal(result.ravel(), [500, 55.5])  # 9 · √3072 would be 498
+
+
+def test_tracing_formats_no_module():
+    """By default, Haiku formats the arguments of every module, which takes longer than tracing."""
+    texts = []
+
+    def collect(call, args, kwargs, context):
+        texts.append(repr(context.module))
+        return call(*args, **kwargs)
+
+    forward = make_forward(config_of(PARITY / "pythia_like"))
+    with hk.intercept_methods(collect):
+        forward.lower_prefill(forward.param_shapes(), 1, 3, 4)
+    assert len(texts) > 10
+    assert all(text.startswith("<mtj_loader.") and " object at " in text for text in texts)
