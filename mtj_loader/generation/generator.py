@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from mtj_loader.errors import NonFiniteError, TokenizerMissingError, UsageError
+from mtj_loader.generation.cache_memory import check_cache
 from mtj_loader.generation.compile_ahead import NO_PROGRAMS, CompiledPrograms
 from mtj_loader.generation.decode import decode
 from mtj_loader.generation.prompts import (
@@ -135,6 +136,7 @@ class Generator:
         seeds, rules = params.seeds(len(prompts)), self.rules
         dp, new = self.forward.mesh.shape["dp"], params.max_new_tokens
         batch = make_batch(prompts, new, rules.max_positions, dp, self.compiled.shapes)
+        check_cache(self.forward, batch.shape)
         seeds += [0] * (len(batch.lengths) - len(seeds))
         sampler = make_sampler(params, seeds, rules.vocab_size)
         wait = partial(self.compiled.wait_for_step, batch.shape)

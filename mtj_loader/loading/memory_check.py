@@ -53,16 +53,20 @@ def adopted_bytes(plan: LoadPlan, host: int) -> int:
     )
 
 
-def _check_device(plan: LoadPlan, device: Device) -> None:
-    """Raises DeviceError if a device reports too little free memory."""
+def free_device_bytes(device: Device) -> int | None:
+    """The free memory that an accelerator reports, if it does."""
     try:
         stats = device.memory_stats() or {}
     except jax.errors.JaxRuntimeError:  # this backend does not report memory
-        return
-    if "bytes_limit" not in stats:
-        return
-    free_bytes = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if plan.device_bytes > free_bytes:
+        return None
+    limit = stats.get("bytes_limit")
+    return None if limit is None else limit - stats.get("bytes_in_use", 0)
+
+
+def _check_device(plan: LoadPlan, device: Device) -> None:
+    """Raises DeviceError if a device reports too little free memory."""
+    free_bytes = free_device_bytes(device)
+    if free_bytes is not None and plan.device_bytes > free_bytes:
         raise DeviceError(
             "the parameters do not fit on a device",
             expected=f"{show_bytes(plan.device_bytes)} free on each",

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from mtj_loader.errors import ConfigError, raise_all
 from mtj_loader.formats.hf_config import Problems, Reader, canonicalize
 from mtj_loader.formats.known_settings import reads
@@ -162,6 +164,15 @@ class ModelConfig:
     def padded_vocabulary(self, shards: int) -> int:
         """V: the vocabulary, rounded up to a multiple of the shard count."""
         return -(-self.vocab_size // shards) * shards
+
+    def cache_bytes_per_token(self, shards: int, dtype: np.dtype) -> int:
+        """Bytes of KV cache per token of a row on each device.
+
+        One key and one value for every head of the shard, in every layer (Pope et al., 2022,
+        arXiv:2211.05102). KV heads are repeated if there are fewer of them than shards.
+        """
+        heads = max(1, self.n_kv_heads // shards)
+        return 2 * self.layers * heads * self.head_dim * dtype.itemsize
 
     def axis_sizes(self, shards: int) -> dict[str, int]:
         """Full sizes of the axes that parameters name (see `mtj_loader.parameters`)."""

@@ -103,12 +103,5 @@ def device_bytes(plan: PlanData, shards: int) -> int:
 
 
 def cache_bytes_per_token(plan: PlanData, shards: int) -> int:
-    """Bytes of KV cache per token on each device of its replica.
-
-    One key and one value for every head of the shard, in every layer (Pope et al., 2022,
-    arXiv:2211.05102). KV heads are repeated if there are fewer of them than shards.
-    """
-    config = plan.config
-    heads = max(1, config.n_kv_heads // shards)
-    itemsize = parameter_dtype(plan.options.dtype).itemsize
-    return 2 * config.layers * heads * config.head_dim * itemsize
+    """Bytes of KV cache per token on each device of its replica."""
+    return plan.config.cache_bytes_per_token(shards, parameter_dtype(plan.options.dtype))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mtj_loader
-from mtj_loader.errors import PromptError
+from mtj_loader.errors import MemoryLimitError, PromptError
 from tests.support import neox
 
 TRAINED = 32  # of neox.CONFIG
@@ -51,3 +51,11 @@ def test_dynamic_rope_takes_effect_beyond_the_trained_length(tmp_path: Path) -> 
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == text
         texts[factor] = logits
     assert not np.allclose(texts[2.0], texts[8.0], atol=1e-3)
+
+
+def test_a_context_that_does_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
+    folder = neox.write(tmp_path, rope_scaling=DYNAMIC)
+    model = mtj_loader.load(folder, "mp=2", progress=False)
+    with pytest.raises(MemoryLimitError, match="KV cache does not fit") as caught:
+        model.generate([[1, 2], [3]], max_new_tokens=2**31 - 10)
+    assert caught.value.hint is not None

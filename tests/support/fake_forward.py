@@ -20,6 +20,9 @@ class FakeConfig:
     vocab_size: int
     max_positions: int = 512
 
+    def cache_bytes_per_token(self, shards, dtype):
+        return 4  # the cache is the ids
+
 
 def make_mesh(dp: int = 1) -> Mesh:
     return Mesh(np.array(jax.devices()[:dp]).reshape(dp, 1), ("dp", "mp"))
@@ -36,6 +39,7 @@ class HashForward:
     config: FakeConfig
     mesh: Mesh = field(default_factory=make_mesh)
     calls: list = field(default_factory=list)
+    dtype: type = np.float32
 
     def prefill(self, params, ids, lengths, totals, cache_length):
         self.calls.append((ids.shape, np.asarray(totals).tolist(), cache_length))
@@ -75,6 +79,7 @@ class ScriptForward:
     config: FakeConfig
     mesh: Mesh = field(default_factory=make_mesh)
     calls: list = field(default_factory=list)
+    dtype: type = np.float32
 
     def prefill(self, params, ids, lengths, totals, cache_length):
         return self._logits(params["script"][:, 0]), lengths
