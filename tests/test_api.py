@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -66,6 +67,17 @@ def test_text_for_text_ids_for_ids_a_list_for_a_list(model: mtj_loader.Model) ->
     assert model.generate(prompts[0], **greedy) == text
     assert model.generate(prompts[1], **greedy) == ids
     assert "".join(model.stream(prompts[0], **greedy)) == text
+
+
+def test_threads_may_generate_at_the_same_time(model: mtj_loader.Model) -> None:
+    """On several devices: collectives of two programs must not wait for each other."""
+
+    def run(_: int) -> tuple[object, float]:
+        text = model.generate("ROMEO.\n", max_new_tokens=4, temperature=0.0)
+        return text, float(model.logits([[1, 2]])[0, 0, 0])
+
+    with ThreadPoolExecutor(20) as threads:
+        assert len(set(threads.map(run, range(20)))) == 1
 
 
 def test_without_a_tokenizer_ids_still_work(tmp_path: Path) -> None:

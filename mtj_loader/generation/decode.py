@@ -16,7 +16,7 @@ from jax.stages import Lowered
 
 from mtj_loader.generation.prompts import PromptBatch, Shape
 from mtj_loader.generation.sampling import Sampler, SamplingParams, make_sampler, sample
-from mtj_loader.models.forward import Forward, Params, Tree
+from mtj_loader.models.forward import Forward, Params, Tree, dispatch
 
 
 @jax.tree_util.register_dataclass
@@ -134,7 +134,7 @@ def _states(
         params, batch.ids, batch.lengths, batch.totals, batch.cache_length
     )
     for chosen in range(1, max_new_tokens + 1):
-        state = _choose(forward.mesh, logits, state, sampler)
+        state = dispatch(forward.mesh, partial(_choose, forward.mesh), logits, state, sampler)
         yield state
         if chosen < max_new_tokens:
             logits, cache = forward.step(params, cache, state.tokens, state.positions)

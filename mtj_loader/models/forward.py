@@ -10,9 +10,10 @@ Parameters are split over "mp" and replicated over "dp"; a batch is split over "
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import haiku as hk
 import jax
@@ -29,12 +30,36 @@ from mtj_loader.models.parameter_table import ParameterBuilder
 from mtj_loader.models.passes import Cache
 from mtj_loader.models.registry import family
 
+_T = TypeVar("_T")
 Params = dict[str, dict[str, jax.Array]]
 Tree = Any  # a pytree of arrays, or of their partitions
 
 _PARAMS = P(SHARDS)  # [n, …]
 _BATCH = P("dp")  # [b, …]
 _CACHE = Cache(keys=P("dp", None, SHARDS), values=P("dp", None, SHARDS), frequencies=_BATCH)
+
+
+_dispatch_lock = threading.Lock()
+
+
+def dispatch(mesh: Mesh, program: Callable[..., _T], *args: Tree) -> _T:
+    """Runs a program on the devices of a mesh, from any thread.
+
+    The devices must run the programs of all threads in the same order: two programs whose
+    collectives wait for each other never end. So threads start them one after another. CPU devices
+    share a pool of threads, which waiting programs could use up, so there one has to end before the
+    next one starts.
+
+    Args:
+      mesh: the devices.
+      program: a compiled function.
+      args: its arguments.
+    """
+    with _dispatch_lock:
+        result = program(*args)
+        if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+            jax.block_until_ready(result)
+        return result
 
 
 @dataclass(frozen=True)
@@ -83,8 +108,12 @@ class Forward:
         rows = np.asarray(ids, np.int32)
         padded = np.pad(rows, ((0, -len(rows) % self.mesh.shape["dp"]), (0, 0)))
         frequencies = self._frequencies(np.full(len(padded), rows.shape[1]))
-        logits = self._run_whole(params, padded, frequencies)[0][: len(rows)]
-        return self._replicate(logits) if self.mesh.is_multi_process else logits
+
+        def run() -> jax.Array:
+            logits = self._run_whole(params, padded, frequencies)[0][: len(rows)]
+            return self._replicate(logits) if self.mesh.is_multi_process else logits
+
+        return dispatch(self.mesh, run)
 
     def prefill(
         self,
@@ -108,7 +137,9 @@ class Forward:
           float32 [b, vocab_size], the logits after each row's last token, and the cache.
         """
         frequencies = self._frequencies(np.asarray(totals))
-        return self._run_prefill(params, ids, lengths, frequencies, cache_length)
+        return dispatch(
+            self.mesh, self._run_prefill, params, ids, lengths, frequencies, cache_length
+        )
 
     def step(
         self, params: Params, cache: Cache, tokens: ArrayLike, positions: ArrayLike
@@ -125,7 +156,7 @@ class Forward:
         Returns:
           float32 [b, vocab_size], the logits after these tokens, and the cache.
         """
-        return self._run_step(params, cache, tokens, positions)
+        return dispatch(self.mesh, self._run_step, params, cache, tokens, positions)
 
     def lower_prefill(
         self, params: Tree, rows: int, prompt: int, cache_length: int
