@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import TypeVar
 
 import jax
 from jax.errors import JaxRuntimeError
@@ -41,7 +42,11 @@ _HEARTBEAT_SECONDS = 0.25
 _POLL_SECONDS = 0.2  # between two checks for a failure of another host
 _READY_POLL_SECONDS = 0.0002  # delay in noticing that a device has finished
 _LEAVE_SECONDS = 3.0  # process 0 keeps the store alive so long, for others to read the failure
-_TERMINATION_SECONDS = 0.5  # a process that receives SIGTERM ends within a second
+_REPORT_SECONDS = 0.5  # for publishing that a signal ends the process
+_TERMINATION_SECONDS = 0.9  # a process that receives SIGTERM ends within a second
+_DEVICE_POLL_SECONDS = 0.02  # a step takes less, or the delay does not matter
+
+V = TypeVar("V")
 
 _load_numbers = itertools.count()  # equal on all hosts, so that no key is used twice
 _active: list[Hosts] = []  # the load of this process, if it is one of several hosts
@@ -252,13 +257,28 @@ def connect_hosts(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Iterator[
 
 
 def report_termination(exit_code: int) -> None:
-    """Tells the other hosts of an active load that a signal ends this process; returns at once."""
+    """Tells the other hosts of an active load that a signal ends this process; returns soon."""
+    deadline = time.monotonic() + _TERMINATION_SECONDS
     for hosts in _active:
         failure = Failure(f"host {hosts.index} was terminated", hosts.index, exit_code)
         with suppress(TimeoutError):
-            call_with_timeout(partial(hosts.fail, failure), _TERMINATION_SECONDS)
+            call_with_timeout(partial(hosts.fail, failure), _REPORT_SECONDS)
         if hosts.index == 0:  # the others read it from this process, so it must live a bit longer
-            time.sleep(_TERMINATION_SECONDS)
+            time.sleep(max(0.0, deadline - time.monotonic()))
+
+
+def call_on_devices(call: Callable[[], V]) -> V:
+    """Runs a call that may wait inside JAX for devices of other hosts.
+
+    If this process is one of several connected hosts, it runs in a thread of its own, so that the
+    failure of another host is noticed meanwhile.
+
+    Raises:
+      HostError: another host failed; the call may go on forever.
+    """
+    if not _active:
+        return call()
+    return run_in_thread(call, _active[-1].check, _DEVICE_POLL_SECONDS)
 
 
 def wait_for_arrays(arrays: T, check: Callable[[], None]) -> T:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
+from mtj_loader.distributed.host_group import call_on_devices
 from mtj_loader.generation.prompts import PromptBatch, Shape
 from mtj_loader.generation.sampling import Sampler, SamplingParams, make_sampler, sample
 from mtj_loader.models.forward import Forward, Params, Tree, dispatch
@@ -51,12 +52,16 @@ def decode(
     The device computes one step ahead of the caller, so that the caller's work on a token overlaps
     with the next step; stopping early wastes that step. `before_step` is called after the first
     token, which does not wait for the compilation of the step.
+
+    Raises:
+      HostError: another host of the same session failed.
     """
     states = _states(forward, params, batch, sampler, max_new_tokens)
-    yield np.asarray(next(states).tokens)
+    yield call_on_devices(lambda: np.asarray(next(states).tokens))
     before_step()
-    for state in _one_ahead(states):
-        yield np.asarray(state.tokens)
+    ahead = _one_ahead(states)
+    for _ in range(1, max_new_tokens):
+        yield call_on_devices(lambda: np.asarray(next(ahead).tokens))
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ def dispatch(mesh: Mesh, program: Callable[..., _T], *args: Tree) -> _T:
 
     The devices must run the programs of all threads in the same order: two programs whose
     collectives wait for each other never end. So threads start them one after another. CPU devices
-    share a pool of threads, which waiting programs could use up, so there one has to end before the
-    next one starts.
+    of one process share a pool of threads, which waiting programs could use up, so there one has to
+    end before the next one starts.
 
     Args:
       mesh: the devices.
@@ -57,7 +57,8 @@ def dispatch(mesh: Mesh, program: Callable[..., _T], *args: Tree) -> _T:
     """
     with _dispatch_lock:
         result = program(*args)
-        if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+        on_cpus = mesh.devices.flat[0].platform == "cpu"
+        if on_cpus and mesh.size > 1 and not mesh.is_multi_process:
             jax.block_until_ready(result)
         return result
 

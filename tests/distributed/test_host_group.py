@@ -23,6 +23,7 @@ from mtj_loader.distributed import host_group, jax_runtime, key_value_store
 from mtj_loader.distributed.agreement import disagreement, plan_facts
 from mtj_loader.distributed.host_group import (
     HostGroup,
+    call_on_devices,
     connect_hosts,
     report_termination,
     wait_for_arrays,
@@ -219,6 +220,29 @@ def test_who_is_told_to_stop_tells_the_others(monkeypatch: pytest.MonkeyPatch) -
     first, _ = on_each(monkeypatch, 2, work)
     assert str(first) == "host 1 was terminated"
     assert first.exit_code == 143
+
+
+def test_who_waits_inside_jax_stops_when_another_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    forever = threading.Event()
+
+    def work(hosts: HostGroup) -> object:
+        with hosts.phase("generate"):
+            if hosts.index == 0:
+                raise MemoryLimitError("out of memory")
+            monkeypatch.setattr(host_group, "_active", [hosts])
+            return call_on_devices(forever.wait)
+
+    _, second = on_each(monkeypatch, 2, work)
+    forever.set()
+    assert str(second) == "host 0 failed in 'generate': out of memory"
+
+
+def test_calls_on_devices_return_and_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call_on_devices(threading.current_thread) is threading.current_thread()
+    monkeypatch.setattr(host_group, "_active", [SINGLE_HOST])
+    assert call_on_devices(threading.current_thread) is not threading.current_thread()
+    with pytest.raises(KeyError):
+        call_on_devices(lambda: {}["a"])
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,10 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
         "unlike": (2, unlike),
         "kill-0": (2, [step(copies, REPLICAS, fault=_fault(0, "read", "kill"))]),
         "stop-0": (2, [step(copies, REPLICAS, fault=_fault(0, "read", "stop"))]),
+        "stop-0-generate": (
+            2,
+            [step(copies, SHARDS, ["connected"], fault=_fault(0, "generate", "stop"))],
+        ),
     }
     return hosts.run(folder, cases)
 
@@ -205,8 +209,12 @@ def test_a_host_that_dies_or_is_stopped_is_named(
     assert outcome.codes == (0, -9)
 
 
-def test_when_process_0_is_stopped_the_others_say_so(outcomes: dict[str, Outcome]) -> None:
-    (said,) = outcomes["stop-0"].said[1]
+@pytest.mark.parametrize("case", ["stop-0", "stop-0-generate"])
+def test_when_process_0_is_stopped_the_others_say_so(
+    outcomes: dict[str, Outcome], case: str
+) -> None:
+    (said,) = outcomes[case].said[1]
+    assert (said["type"], said["exit_code"]) == ("HostError", 4)
     assert said["error"].startswith("host 0 has not answered for 10 s")
 
 

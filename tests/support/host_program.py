@@ -95,9 +95,17 @@ class Host:
 
 _phase = HostGroup.phase
 
+
+def generate_connected(model: mtj_loader.Model) -> object:
+    """As the command line does: failures of other hosts are noticed."""
+    with host_group.connect_hosts() as hosts, hosts.phase("generate"):
+        return model.generate(IDS, max_new_tokens=6, temperature=0)
+
+
 ASKED: dict[str, Callable[[mtj_loader.Model], object]] = {
     "logits": lambda model: np.asarray(model.logits(IDS)).tolist(),
     "greedy": lambda model: model.generate(IDS, max_new_tokens=6, temperature=0),
+    "connected": generate_connected,
     "sampled": lambda model: model.generate(IDS[:3], max_new_tokens=6, seed=5),
     "stream": lambda model: [i for ids in model.stream(IDS[0], max_new_tokens=6) for i in ids],
     "state": lambda model: np.asarray(model.state()["step"].addressable_data(0)).tolist(),
