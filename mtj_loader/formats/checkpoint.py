@@ -25,7 +25,7 @@ from mtj_loader.formats.file_names import (
 from mtj_loader.formats.records import TensorIndex
 from mtj_loader.formats.strict_json import read_object
 from mtj_loader.options import Source
-from mtj_loader.storage.base import Storage, StoredFile
+from mtj_loader.storage.base import Storage, StoredFile, is_relative_name
 from mtj_loader.storage.local import LocalStorage
 from mtj_loader.storage.urls import is_url, open_url
 
@@ -161,7 +161,8 @@ def _weight_files(repository: Repository, folder: Path) -> list[str]:
     if repository.local_files_only:
         return choose_files(cached or [SINGLE_FILE], location=repository.id)
     try:
-        return choose_files(repository.list_files(folder.name)[1], location=repository.id)
+        listed = filter(is_relative_name, repository.list_files(folder.name)[1])
+        return choose_files(listed, location=repository.id)
     except StorageError:
         if not cached:
             raise

@@ -19,6 +19,7 @@ from mtj_loader.names import number_set
 from mtj_loader.storage.local import LocalStorage
 
 _MAX_FILE_BYTES = 1 << 30  # enough for 10,000 parameters in 1,000 shards
+_MAX_SHARDS, _MAX_DIGITS = 10_000, 6
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def from_dict(document: Mapping[str, object], file: Path | None = None) -> Diges
       FormatError: the document has another format.
     """
     match document:
-        case {"shards": int(shards), "of": {**of}, "sha256": str(sha256)}:
+        case {"shards": int(shards), "of": {**of}, "sha256": str(sha256)} if shards <= _MAX_SHARDS:
             found = Digests(shards, {str(name): _by_number(own) for name, own in of.items()})
             if found.sha256 == sha256:
                 return found
@@ -149,7 +150,8 @@ def from_dict(document: Mapping[str, object], file: Path | None = None) -> Diges
 def _by_number(shards: object) -> dict[int, str]:
     """Shard numbers and digests; skips entries that have another format."""
     entries = shards.items() if isinstance(shards, dict) else ()
-    return {int(j): str(sha256) for j, sha256 in entries if str(j).isdecimal()}
+    numbers = ((str(j), str(sha256)) for j, sha256 in entries)
+    return {int(j): sha256 for j, sha256 in numbers if j.isdecimal() and len(j) < _MAX_DIGITS}
 
 
 def _add(known: dict[int, str], new: Mapping[int, str], source: str, name: str) -> None:

@@ -30,6 +30,7 @@ T = TypeVar("T")
 CONFIG_FILE = "adapter_config.json"
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _MAX_ALPHA = 1e29  # keeps the scale well inside the range of float32
+_MAX_PARAMETERS = 1_000  # each module is compared with each; models have a few per layer
 _MAX_CONFIG_BYTES = 1 << 20  # a thousand times the usual size
 
 # Initializations that do not change the base weights (PEFT's LoraConfig).
@@ -147,7 +148,7 @@ def read_config(config: Mapping[str, object], *, file: str) -> AdapterConfig:
         alpha_pattern=reader.patterns("alpha_pattern", _AdapterReader.alpha),
         rslora=reader.flag("use_rslora", False),
         modules=reader.modules(),
-        target_parameters=reader.names("target_parameters"),
+        target_parameters=reader.parameter_names("target_parameters"),
     )
     reader.refuse_rest()
     return checked
@@ -201,6 +202,13 @@ class _AdapterReader(TypedReader):
             return PatternTable(values)
         except UnsupportedPatternError as error:
             raise self.error(f"not a supported regular expression: {error}", key) from error
+
+    def parameter_names(self, key: str) -> tuple[str, ...]:
+        names = self.names(key)
+        if len(names) > _MAX_PARAMETERS:
+            expected = f"at most {_MAX_PARAMETERS:,} names"
+            raise self.error(f"a list of {len(names):,} names", key, expected)
+        return names
 
     def refuse_rest(self) -> None:
         """Refuses the keys that were not read, unless they are ignored or not set."""

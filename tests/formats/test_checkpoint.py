@@ -270,6 +270,14 @@ def test_shard_names_are_not_patterns(hub, cache):
     assert "model1.safetensors" not in hub.fetched
 
 
+def test_hub_file_with_a_name_that_would_control_the_terminal(hub, cache):
+    """It is not fetched: the hub's progress bar would show its name."""
+    hub.repositories["org/pickles"]["\x1b[2J.safetensors"] = b"x"
+    message = refusal("org/pickles", CheckpointError, cache_dir=cache)
+    assert message.startswith("no safetensors weights\n  file: org/pickles\n")
+    assert hub.fetched == ["config.json"]
+
+
 def test_hub_index_with_a_bad_path(hub, cache):
     hub.repositories["org/sharded"][INDEX] = b'{"weight_map": {"a": "../../x.safetensors"}}'
     assert "inside the checkpoint's folder" in refusal("org/sharded", FormatError, cache_dir=cache)

@@ -194,7 +194,15 @@ def test_digests_survive_writing_and_reading(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"sha256": "0"}, {"of": {"a w": {"x": "0a"}}}, {"shards": "2"}, {"of": {"a w": 0}}]
+    "change",
+    [
+        {"sha256": "0"},
+        {"of": {"a w": {"x": "0a"}}},
+        {"of": {"a w": {"9" * 5000: "0a"}}},
+        {"of": {"a w": 0}},
+        {"shards": "2"},
+        {"shards": 10**18},
+    ],
 )
 def test_other_files_are_rejected(tmp_path: Path, change: dict):
     path = tmp_path / "digests.json"

@@ -18,13 +18,16 @@ from mtj_loader.errors import (
     AdapterError,
     AdapterMismatchError,
     CheckpointError,
+    FormatError,
     UsageError,
     VerifyError,
 )
 from mtj_loader.loading.verify import verify
 from mtj_loader.lora import merge
+from mtj_loader.lora.adapter import open_adapter
 from tests.support import neox
 from tests.support.adapters import CONFIG, linear, merged, write_adapter
+from tests.support.torch_files import pickle_of, tensor, text, torch_zip
 
 QKV = "gpt_neox.layers.{}.attention.query_key_value"
 DENSE = "gpt_neox.layers.{}.attention.dense"
@@ -231,6 +234,14 @@ def test_an_embedding_that_is_tied_is_not_adapted(tmp_path: Path) -> None:
         pytest.param({"init_lora_weights": "loftq"}, "loftq", id="F92-loftq"),
         pytest.param(
             {"rank_pattern": {"(": 3}}, "not a supported regular expression", id="pattern"
+        ),
+        pytest.param(
+            {"target_parameters": ["w"] * 1001}, r"1,001 names(.|\n)*at most 1,000", id="many-names"
+        ),
+        pytest.param(
+            {"rank_pattern": {f"{i}[ab]{{99}}": 3 for i in range(9999)}},
+            r"'[0-9]+\[ab\]\{99\}': the patterns take too long(.|\n)*key: rank_pattern",
+            id="many-patterns",
         ),
         pytest.param({"rank_pattern": [3]}, r"not an object(.|\n)*rank_pattern", id="patterns"),
         pytest.param(
@@ -464,3 +475,29 @@ def test_verify_finds_an_adapter_that_was_merged_wrongly(tmp_path: Path) -> None
     without = model.without_adapter()
     with pytest.raises(VerifyError, match="query_key_value"):
         verify(model.plan, without.params)
+
+
+def test_patterns_that_take_too_long_to_match_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtj_loader.lora.patterns.MAX_WORK", 500)
+    model = neox.write(tmp_path / "model")
+    terms = linear("gpt_neox.layers.0.attention.dense", 24, 24)
+    folder = write_adapter(tmp_path / "a", terms, alpha_pattern={"(a|b)*dense": 1})
+    with pytest.raises(AdapterError, match="the patterns take too long") as caught:
+        mtj_loader.plan(model, "mp=1", adapter=folder)
+    assert caught.value.file == f"{folder}/adapter_config.json"
+    assert caught.value.key == "rank_pattern or alpha_pattern"
+
+
+def test_a_flipped_bit_in_the_data_of_a_bin_adapter_is_found(tmp_path: Path) -> None:  # C51
+    write_adapter(tmp_path, {})
+    (tmp_path / "adapter_model.safetensors").unlink()
+    raw = bytearray(torch_zip(pickle_of(text("base_model.model.x.lora_A.weight"), tensor())))
+    file = tmp_path / "adapter_model.bin"
+    file.write_bytes(raw)
+    assert open_adapter(tmp_path).file.path == file.name
+    raw[raw.index(b"pad", raw.index(b"m/data/0")) + len("pad")] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(FormatError, match=r"wrong checksum\n(.|\n)*key: m/data/0"):
+        open_adapter(tmp_path)
