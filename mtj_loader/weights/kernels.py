@@ -5,7 +5,10 @@ Each works on a chunk of about a megabyte, which stays in cache between the read
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +22,9 @@ _TILE_ELEMENTS = 1 << 16  # the tile, 128 KiB of 2-byte elements, stays in the L
 # With a power-of-two distance between rows, all rows map to the same cache sets. Padding each row
 # spreads them (2 to 2.5 times faster).
 _TILE_PADDING = 48
+
+_MIN_CV2_BYTES = 1 << 16
+_CV2_DTYPES = {2: np.dtype(np.uint16), 4: np.dtype(np.int32), 8: np.dtype(np.float64)}
 
 _BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
@@ -49,7 +55,10 @@ def _strided(flat: np.ndarray, start: int, loops: list[tuple[int, int]]) -> np.n
 
 
 def copy_strided(dst: np.ndarray, src: np.ndarray) -> None:
-    """`dst[...] = src`, in padded tiles if the two sides are contiguous along different axes."""
+    """`dst[...] = src`, in padded tiles if the two sides are contiguous along different axes.
+
+    Elements have 2, 4 or 8 bytes. The `fast` extra makes transposes about twice as fast.
+    """
     if dst.ndim < 2 or dst.strides[-1] <= dst.itemsize or src.strides[-1] == 0:
         np.copyto(dst, src)
         return
@@ -64,13 +73,41 @@ def _transpose(dst: np.ndarray, src: np.ndarray) -> None:
     rows, columns = src.shape
     height = min(rows, _TILE_ROWS)
     width = min(columns, _TILE_ELEMENTS // height)
-    tile = np.empty((height, width + _TILE_PADDING), src.dtype)
+    copy = _copy_block if src.nbytes < _MIN_CV2_BYTES or load_cv2() is None else _copy_block_by_cv2
+    scratch = np.empty((height + _TILE_PADDING) * (width + _TILE_PADDING), src.dtype)
     for c in range(0, columns, width):
         for r in range(0, rows, height):
-            block = src[r : r + height, c : c + width]
-            padded = tile[: block.shape[0], : block.shape[1]]
-            np.copyto(padded, block)
-            np.copyto(dst[r : r + height, c : c + width], padded)
+            block = np.s_[r : r + height, c : c + width]
+            copy(dst[block], src[block], scratch)
+
+
+def _copy_block(dst: np.ndarray, src: np.ndarray, scratch: np.ndarray) -> None:
+    """Copies the rows to a tile, and transposes from there."""
+    tile = _tile(scratch, *src.shape)
+    np.copyto(tile, src)
+    np.copyto(dst, tile)
+
+
+def _copy_block_by_cv2(dst: np.ndarray, src: np.ndarray, scratch: np.ndarray) -> None:
+    """Transposes into a tile, and copies its rows."""
+    dtype = _CV2_DTYPES[src.itemsize]
+    tile = _tile(scratch, *src.T.shape).view(dtype)
+    load_cv2().transpose(src.view(dtype), dst=tile)
+    np.copyto(dst.T, tile.view(src.dtype))
+
+
+def _tile(scratch: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    width = columns + _TILE_PADDING
+    return scratch[: rows * width].reshape(rows, width)[:, :columns]
+
+
+@functools.cache  # the import takes 40 ms, so it waits for the first large transpose
+def load_cv2() -> Any:  # noqa: ANN401 - a module
+    """OpenCV, whose transpose is about twice as fast as ours; None if it is not installed."""
+    try:
+        return importlib.import_module("cv2")
+    except ImportError:
+        return None
 
 
 Finish = Callable[[np.ndarray], np.ndarray]  # a chunk as in the file → as on the device

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mtj_loader.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.parameters import axes
+from mtj_loader.weights import kernels
 from mtj_loader.weights.copies import Copy, Loop, clip, runs, shard_copies, shard_layouts
 from mtj_loader.weights.kernels import copy_strided, count_nonfinite, make_finish, run_copy
 from mtj_loader.weights.view import Layout, view_of
@@ -77,13 +78,24 @@ def test_heads_are_split_by_head_though_their_axis_is_merged() -> None:
     assert copy == Copy(0, 60, 0, (Loop(30, 2, 1), Loop(2, 1, 30)))
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-@pytest.mark.parametrize("shape", [(1, 1), (129, 2049), (300, 5), (3, 70, 90)])
-def test_tiled_transpose_equals_numpy(dtype: type, shape: tuple[int, ...]) -> None:
-    src = np.arange(np.prod(shape)).astype(dtype).reshape(shape)
-    out = np.zeros(shape[:-2] + shape[:-3:-1], dtype)
-    copy_strided(np.swapaxes(out, -1, -2), src)
-    np.testing.assert_array_equal(out, np.swapaxes(src, -1, -2))
+@pytest.mark.parametrize("with_cv2", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+@pytest.mark.parametrize("shape", [(1, 1), (129, 2049), (300, 5), (3, 70, 90), (2, 300, 517)])
+@pytest.mark.parametrize("part", [np.s_[:], np.s_[..., ::-1, :], np.s_[..., ::2]], ids=str)
+def test_tiled_transpose_equals_numpy(
+    part: tuple, shape: tuple[int, ...], dtype: type, *, with_cv2: bool, monkeypatch
+) -> None:
+    monkeypatch.setattr(kernels, "_MIN_CV2_BYTES", 0)
+    if not with_cv2:
+        monkeypatch.setattr(kernels, "load_cv2", lambda: None)
+    assert (kernels.load_cv2() is not None) == with_cv2
+    random = np.random.default_rng(0)
+    src = random.integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)[part]
+    out = np.zeros((*src.shape[:-2], src.shape[-1], src.shape[-2] + 3), dtype)
+    copy_strided(np.swapaxes(out[..., 1:-2], -1, -2), src)
+    np.testing.assert_array_equal(out[..., 1:-2], np.swapaxes(src, -1, -2))
+    assert not out[..., 0].any()
+    assert not out[..., -2:].any()
 
 
 def test_bfloat16_widens_exactly() -> None:
