@@ -40,6 +40,8 @@ class LoopThread:
         except BaseException:
             future.cancel()
             raise
+        finally:
+            del future  # a kept error's frames must not hold the connection
 
     def close(self) -> None:
         """Cancels all coroutines and ends the thread; a later `submit` starts a new one."""

@@ -201,7 +201,8 @@ class PrefetchReader:
             except CancelledError as cancelled:  # by `_fail`, or because the storage was closed
                 self._check()
                 raise StorageError("reading was stopped", file=fetch.request.file) from cancelled
-            del future  # a kept error's frames must not hold the connection
+            finally:
+                del future  # a kept error's frames must not hold the connection
         self._check()
         assert fetch.buffer is not None
         return fetch.buffer

@@ -53,15 +53,27 @@ def translate(
       file: the object's name, for the message.
       key: the range of bytes, for the message.
     """
+    _drop_tracebacks(error)
     if isinstance(error, MtjLoaderError):  # its cause may be an error of the hub with a response
         error.__cause__ = error.__context__ = None
-        return error.with_traceback(None)
+        return error
     if isinstance(error, TransientError):
         return TransientError(str(error))
     is_retried = _is_transient(error)
     ours = TransientError(describe(error)) if is_retried else _final_error(error, file, key)
     ours.__cause__ = type(error)(_QUERY.sub("?…", _USER.sub("://", str(error))))
     return ours
+
+
+def _drop_tracebacks(error: BaseException | None) -> None:
+    """Frees the frames of an error and of those before it.
+
+    They refer to stores and responses, and in a cycle to the future that holds the error, so
+    connections would stay open until garbage is collected.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def status_of(error: BaseException) -> int | None:

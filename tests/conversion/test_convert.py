@@ -17,10 +17,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from typer.testing import CliRunner, Result
 
 import mtj_loader
-from mtj_loader.cli.app import app
 from mtj_loader.conversion import convert_tensors
 from mtj_loader.conversion import output_folder as folder_module
 from mtj_loader.conversion.convert_plan import plan_files
@@ -30,6 +28,7 @@ from mtj_loader.formats.records import TensorRecord
 from mtj_loader.options import Source
 from tests.support import neox
 from tests.support.checkpoints import safetensors_bytes, write_checkpoint
+from tests.support.command_line import run
 from tests.support.hub import serve
 
 ROOT = Path(__file__).parents[2]
@@ -532,16 +531,12 @@ def test_shards_of_many_tensors_are_filled():
 # The command line.
 
 
-def run(*arguments) -> Result:
-    return CliRunner().invoke(app, ["convert", *map(str, arguments)])
-
-
 def test_command(tmp_path):
     tensors = {f"h.{i}.w": np.array([1, 1e-30, 7e4], BF16) for i in range(2)}
     source = write(tmp_path / "s", tensors | {"h.0.b": bfloat16(2)})
     (source / "tokenizer.json").write_text("{}")
     (source / "pytorch_model.bin").write_text("x")
-    result = run(source, "--dtype", "float16", "--on-overflow", "clamp")
+    result = run("convert", source, "--dtype", "float16", "--on-overflow", "clamp")
     assert result.exit_code == 0
     assert result.stderr == ""
     first, second, *rest = result.stdout.splitlines()
@@ -560,7 +555,7 @@ def test_command_warns(tmp_path):
         tmp_path / "s", {ONE: {"a": bfloat16(2)}, TWO: {"b": bfloat16(2)}}, {"model_type": "mpt"}
     )
     shutil.copy(source / ONE, source / "other.safetensors")
-    result = run(source, "--dtype", "float16", "--out", tmp_path / "out")
+    result = run("convert", source, "--dtype", "float16", "--out", tmp_path / "out")
     assert result.stderr.startswith("warning: not in model.safetensors.index.json")
     assert "left out: other.safetensors\n" in result.stdout
 
@@ -576,14 +571,14 @@ def test_command_warns(tmp_path):
 )
 def test_command_fails(tmp_path, code, message, arguments):
     source = write(tmp_path / "s", {"w": np.array([1e5], np.float32)})
-    result = run(source, *[argument.format(source=source) for argument in arguments])
+    result = run("convert", source, *[argument.format(source=source) for argument in arguments])
     assert result.exit_code == code
     assert message in result.stderr
     assert result.stdout == ""
 
 
 def test_help_has_an_example():
-    result = run("--help")
+    result = run("convert", "--help")
     assert result.exit_code == 0
     assert "Example: mtj-loader convert mosaicml/mpt-7b-instruct --dtype float16" in result.stdout
 
@@ -611,7 +606,7 @@ def leaves(value, path=""):
 
 def test_json_has_the_documented_keys(source):
     (source / "tokenizer.json").write_text("{}")
-    result = run(source, "--dtype", "float16", "--json")
+    result = run("convert", source, "--dtype", "float16", "--json")
     assert result.exit_code == 0
     pages = (ROOT / "docs/json.md").read_text().split("\n## ")
     [page] = [page for page in pages if page.startswith("convert\n")]

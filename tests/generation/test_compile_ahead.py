@@ -13,10 +13,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from typer.testing import CliRunner, Result
 
 import mtj_loader
-from mtj_loader.cli.app import app
 from mtj_loader.distributed.hosts import Hosts
 from mtj_loader.errors import CheckpointError, UsageError
 from mtj_loader.generation import compile_ahead
@@ -31,6 +29,7 @@ from mtj_loader.generation.tokenizer import Tokenizer
 from mtj_loader.loading.stream import Streamer
 from mtj_loader.models.forward import Forward
 from tests.support import adapters, neox
+from tests.support.command_line import run
 
 GOLDENS = Path(__file__).parents[1] / "data/goldens"
 COMPILING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
@@ -307,10 +306,6 @@ def test_the_first_token_is_timed_once(folder: Path):
 
 
 # The command line.
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

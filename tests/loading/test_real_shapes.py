@@ -10,10 +10,9 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from typer.testing import CliRunner
 
 import mtj_loader
-from mtj_loader.cli.app import app
+from tests.support.command_line import run
 
 TOPOLOGY = Path(__file__).parents[1] / "data/seeds/mpt_topology.txt"
 
@@ -137,7 +136,7 @@ def test_the_topology_of_mpt_7b_is_the_published_list(tmp_path: Path) -> None:
     assert len(shapes) == len(found) == 194
     in_file_order = dict(sorted(shapes.items()))  # as safetensors writes them
     folder = write_sparse(tmp_path / "mpt", in_file_order, MPT)
-    result = CliRunner().invoke(app, ["inspect", str(folder), "--topology"])
+    result = run("inspect", folder, "--topology")
     assert result.exit_code == 0, result.stderr
     printed = result.stdout.splitlines()
     assert [line for line in printed if line] == [line for line in listed if line]

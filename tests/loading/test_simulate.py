@@ -1,4 +1,4 @@
-"""Simulated hosts: each loads its own shards, and all together make the whole model."""
+"""Simulated hosts: each loads its own shards, and together they load the whole model."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 import mtj_loader
-from mtj_loader.cli.app import app
-from mtj_loader.errors import FormatError, MeshError, UsageError, VerifyError
+from mtj_loader.errors import MeshError, UsageError, VerifyError
 from mtj_loader.loading.shard_digests import (
     Digests,
-    check_complete,
     compute_digests,
-    merge_digests,
     read_digests,
 )
 from mtj_loader.loading.simulated_host import load_as_host, plan_for_host
@@ -30,21 +25,16 @@ from mtj_loader.planning.topology import Topology
 from mtj_loader.storage.local import LocalStorage
 from tests.support import neox
 from tests.support.adapters import linear, write_adapter
-
-ROOT = Path(__file__).parents[2]
-FIXTURE = ROOT / "tests/data/shakespeare-neox"
+from tests.support.command_line import FIXTURE, ROOT, run
 
 
 def plan_of(path: Path, mesh: str, hosts: int, **options) -> LoadPlan:
     return mtj_loader.plan(path, mtj_loader.make_abstract_mesh(mesh, hosts), **options)
 
 
-def share(plan: LoadPlan, host: int) -> Digests:
+def digests_of_host(plan: LoadPlan, host: int) -> Digests:
     params, _ = load_as_host(plan, host)
     return compute_digests(params, plan.shards, plan.topology.shards_of(host))
-
-
-# One host.
 
 
 @pytest.mark.parametrize("transposed_linear", [False, True])
@@ -124,102 +114,11 @@ def test_adapters_are_rejected(tmp_path: Path):
         plan_for_host(plan_of(folder, "mp=4", 2, adapter=adapter), 0)
 
 
-# Digests.
-
-
-def test_the_digests_of_all_hosts_make_the_whole():
-    model = mtj_loader.load(FIXTURE, "mp=8", progress=False)
-    whole = compute_digests(model.params, 8)
-    check_complete(whole)
-    plan = plan_of(FIXTURE, "mp=8", 4)
-    parts = {f"host {k}": share(plan, k) for k in range(4)}
-    found = merge_digests(parts)
-    assert found == whole
-    assert found.sha256 == whole.sha256
-    assert merge_digests(parts | {"whole": whole}) == whole
-
-
-def test_digests_depend_on_the_bytes_of_shards(tmp_path: Path):
-    model = mtj_loader.load(neox.write(tmp_path), "dp=2,mp=2", progress=False)
-    found = compute_digests(model.params, 2)
-    assert sum(map(len, found.of.values())) == 2 * len(jax.tree.leaves(model.params))
-    changed = jax.tree.map(lambda array: array, model.params)
-    module, name = "causal_transformer_shard/~/layer_1/~/linear_3", "w"
-    changed[module][name] = changed[module][name].at[1, 0, 0].add(1)
-    other = compute_digests(changed, 2)
-    differing = [(n, j) for n in found.of for j in (0, 1) if found.of[n][j] != other.of[n][j]]
-    assert differing == [(f"{module} {name}", 1)]
-    assert found.sha256 != other.sha256
-
-
-def test_the_order_of_digests_does_not_matter():
-    one = Digests(2, {"a w": {0: "0a", 1: "1a"}, "b w": {0: "0b"}})
-    other = Digests(2, {"b w": {0: "0b"}, "a w": {1: "1a", 0: "0a"}})
-    assert one.sha256 == other.sha256
-    assert one.sha256 != Digests(2, {"a w": {0: "0a", 1: "1a"}, "b w": {1: "0b"}}).sha256
-
-
-def test_missing_shards_are_named():
-    plan = plan_of(FIXTURE, "mp=8", 4)
-    found = merge_digests({f"host {k}": share(plan, k) for k in (0, 1, 3)})
-    with pytest.raises(
-        VerifyError, match="the digests are incomplete: 76 parameters lack"
-    ) as error:
-        check_complete(found)
-    assert error.value.found == "all but {4...5}"
-
-
-def test_differing_shards_are_named():
-    one, other = Digests(2, {"a w": {0: "0a", 1: "1a"}}), Digests(2, {"a w": {1: "xx"}})
-    with pytest.raises(VerifyError, match="shard 1 of a parameter differs between hosts") as error:
-        merge_digests({"one": one, "other": other})
-    facts = (error.value.file, error.value.key, error.value.expected, error.value.found)
-    assert facts == ("other", "a w", "1a", "xx")
-
-
-def test_digests_of_other_meshes_and_models_are_rejected():
-    one = Digests(2, {"a w": {0: "0a"}})
-    with pytest.raises(UsageError, match="digests of different meshes"):
-        merge_digests({"one": one, "other": Digests(4, {"a w": {0: "0a"}})})
-    with pytest.raises(VerifyError, match="other and one do not have the same parameters") as error:
-        merge_digests({"one": one, "other": Digests(2, {"b w": {0: "0a"}, "a w": {0: "0a"}})})
-    assert error.value.key == "b w"
-
-
-def test_digests_survive_writing_and_reading(tmp_path: Path):
-    found = Digests(2, {"a w": {0: "0a", 1: "1a"}, "b w": {1: "1b"}})
-    path = tmp_path / "digests.json"
-    path.write_text(json.dumps(found.to_dict()))
-    assert read_digests(path) == found
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"sha256": "0"},
-        {"of": {"a w": {"x": "0a"}}},
-        {"of": {"a w": {"9" * 5000: "0a"}}},
-        {"of": {"a w": 0}},
-        {"shards": "2"},
-        {"shards": 10**18},
-    ],
-)
-def test_other_files_are_rejected(tmp_path: Path, change: dict):
-    path = tmp_path / "digests.json"
-    path.write_text(json.dumps(Digests(2, {"a w": {0: "0a"}}).to_dict() | change))
-    with pytest.raises(FormatError, match="not written by --digests, or changed since"):
-        read_digests(path)
-
-
 # The command line.
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def simulated(*arguments: object) -> str:
-    """Runs in a new process, because virtual devices must be created first."""
+def run_alone(*arguments: object) -> str:
+    """Runs `mtj-loader load` in a new process, where virtual devices can be created first."""
     command = [sys.executable, "-W", "error", "-m", "mtj_loader.cli", "load", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     done = subprocess.run(
@@ -232,12 +131,16 @@ def test_the_command_loads_hosts_and_merges_digests(tmp_path: Path):
     plan = plan_of(FIXTURE, "mp=4", 2)
     files = [tmp_path / "0.json", tmp_path / "1.json"]
     options = ("--mesh", "mp=4", "--simulate-host", "1/2", "--digests", files[1], "--json")
-    document = json.loads(simulated(FIXTURE, *options))
+    document = json.loads(run_alone(FIXTURE, *options))
     assert document["simulated_host"] == {"number": 1, "hosts": 2, "shards": [2, 3]}
     assert document["mesh"] == {"dp": 1, "mp": 4}
     assert document["report"]["bytes_read"] == plan.unshared.host_bytes(1)
-    assert document["digests"] == share(plan, 1).to_dict() == json.loads(files[1].read_text())
-    files[0].write_text(json.dumps(share(plan, 0).to_dict()))
+    assert (
+        document["digests"]
+        == digests_of_host(plan, 1).to_dict()
+        == json.loads(files[1].read_text())
+    )
+    files[0].write_text(json.dumps(digests_of_host(plan, 0).to_dict()))
     whole = run("load", FIXTURE, "--mesh", "mp=4", "--digests", tmp_path / "whole.json")
     assert whole.exit_code == 0
     result = run("digests", *files, tmp_path / "whole.json")
@@ -255,7 +158,7 @@ def test_the_command_loads_hosts_and_merges_digests(tmp_path: Path):
 
 
 def test_the_command_prints_what_it_loaded():
-    words = simulated(FIXTURE, "--mesh", "dp=2,mp=2", "--simulate-host", "0/2").splitlines()
+    words = run_alone(FIXTURE, "--mesh", "dp=2,mp=2", "--simulate-host", "0/2").splitlines()
     host = "host 0 of 2 (2 virtual devices), shards {0...1} of dp=2, mp=2"
     assert words[0] == f"gpt_neox from {FIXTURE}: {host}"
     assert words[1].startswith("76 parameters, 7.65 MB read in ")
@@ -278,13 +181,6 @@ def test_wrong_usage(arguments: list[str], message: str):
     result = run("load", FIXTURE, *arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {message}")
-
-
-def test_digests_has_an_example_and_misses_files(tmp_path: Path):
-    assert "Example: mtj-loader digests" in run("digests", "--help").stdout
-    result = run("digests", tmp_path / "nothing.json")
-    assert result.exit_code == 3
-    assert result.stderr.startswith("error: the file is missing")
 
 
 def test_all_keys_are_documented():

@@ -10,10 +10,8 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import mtj_loader
-from mtj_loader.cli.app import app
 from mtj_loader.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -27,6 +25,7 @@ from mtj_loader.lora import merge
 from mtj_loader.lora.adapter import open_adapter
 from tests.support import neox
 from tests.support.adapters import CONFIG, linear, merged, write_adapter
+from tests.support.command_line import run
 from tests.support.torch_files import pickle_of, tensor, text, torch_zip
 
 QKV = "gpt_neox.layers.{}.attention.query_key_value"
@@ -382,10 +381,10 @@ def test_the_command_line_takes_adapters_with_weights(tmp_path: Path) -> None:
         "--adapter",
         str(one),
     ]
-    text = CliRunner().invoke(app, arguments)
+    text = run(*arguments)
     assert text.exit_code == 0, text.stderr
     assert "2 adapters added" in text.stdout
-    plan = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    plan = json.loads(run(*arguments, "--json").stdout)
     changed = {p["module"] for p in plan["parameters"] if p["changes"]["adapters"] == 2}
     assert "causal_transformer_shard/~/layer_0/~/combined_qkv" in changed
     assert len(changed) == 4

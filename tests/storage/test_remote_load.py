@@ -16,10 +16,8 @@ import jax
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
-from typer.testing import CliRunner
 
 import mtj_loader
-from mtj_loader.cli.app import app
 from mtj_loader.errors import AdapterError, CheckpointError, StorageError, UsageError, VerifyError
 from mtj_loader.formats.checkpoint import open_checkpoint
 from mtj_loader.loading.load_params import load_params
@@ -29,6 +27,7 @@ from mtj_loader.storage.retry import RetryPolicy
 from tests.support import hub as hub_server
 from tests.support import neox
 from tests.support.adapters import linear, write_adapter
+from tests.support.command_line import run
 from tests.support.object_server import Fault, serve
 
 FOLDER = Path("tests/data/shakespeare-neox")
@@ -241,19 +240,19 @@ def test_revision_of_a_url():
 
 
 def test_commands(server, tmp_path):
-    def run(*arguments):
-        result = CliRunner().invoke(app, [*map(str, arguments)])
-        assert result.exit_code == 0, result.output
-        return result.output
+    def output(*arguments):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout
 
     url = f"{server.url}/some/model"
-    assert '"tensors"' in run("inspect", url, "--json")
-    plan = json.loads(run("plan", url, "--mesh", "mp=2", "--json"))
+    assert '"tensors"' in output("inspect", url, "--json")
+    plan = json.loads(output("plan", url, "--mesh", "mp=2", "--json"))
     assert plan["location"] == url
     out = tmp_path / "converted"
-    run("convert", url, "--dtype", "float32", "--out", out, "--no-progress")
+    output("convert", url, "--dtype", "float32", "--out", out, "--no-progress")
     assert (out / "tokenizer.json").read_bytes() == FILES["tokenizer.json"]
-    text = run("load", url, "--mesh", "mp=2", "--verify", "--no-progress")
+    text = output("load", url, "--mesh", "mp=2", "--verify", "--no-progress")
     assert "verified: all" in text
 
 
@@ -425,7 +424,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 
 
 def test_stream_option(hub):
-    result = CliRunner().invoke(app, ["plan", "org/neox", "--stream", "--mesh", "mp=2", "--json"])
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.output)["location"].startswith("org/neox@")
+    result = run("plan", "org/neox", "--stream", "--mesh", "mp=2", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["location"].startswith("org/neox@")
     assert jax.device_count() == 8

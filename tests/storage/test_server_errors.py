@@ -51,6 +51,7 @@ def test_every_status_has_its_class_or_is_in_the_text(server: ObjectServer, stat
     assert describe(error).endswith(": the server says no")
     is_retried = isinstance(translate(error, "a.bin", None), TransientError)
     assert is_retried == (status in TRANSIENT_STATUS)
+    assert error.__traceback__ is None  # its frames hold the connection
 
 
 @pytest.mark.parametrize(
