@@ -29,6 +29,10 @@ _TOP_LEVEL_ROPE = {
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
     "original_max_position_embeddings": ("original_max_position_embeddings",),
 }
+# Families with a rotary embedding for each type of layer: the old name of each one's theta.
+_ROPE_BY_LAYER_TYPE = {
+    "gemma3_text": {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+}
 _ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
 _DTYPE_NAMES = ("dtype", "torch_dtype")
 
@@ -66,6 +70,8 @@ def _both_rope_spellings(
     config: Mapping[str, object], file: str, problems: Problems
 ) -> dict[str, object]:
     """The new spelling (`rope_parameters`) and the old ones; empty for a config without rope."""
+    if thetas := _ROPE_BY_LAYER_TYPE.get(str(config.get("model_type"))):
+        return _rope_by_layer_type(config, thetas, file, problems)
     rope = _rope_settings(config, file, problems)
     if not rope:
         return {}
@@ -77,6 +83,23 @@ def _both_rope_spellings(
         if setting in rope:
             result.update(dict.fromkeys(names, rope[setting]))
     return result
+
+
+def _rope_by_layer_type(
+    config: Mapping[str, object], thetas: Mapping[str, str], file: str, problems: Problems
+) -> dict[str, object]:
+    """The new spelling: a section for each type of layer. rope_scaling is of full attention."""
+    given = _section(config, "rope_parameters", file, problems)
+    result = dict(given)
+    for layer_type, theta in thetas.items():
+        rope = dict(_section(given, layer_type, file, problems) or {"rope_type": "default"})
+        if layer_type == "full_attention":
+            rope |= _section(config, "rope_scaling", file, problems)
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+        if config.get(theta) is not None:
+            rope.setdefault("rope_theta", config[theta])
+        result[layer_type] = rope
+    return {"rope_parameters": result}
 
 
 def _rope_settings(

@@ -161,6 +161,11 @@ class ModelConfig:
         """Settings that would change the model, and the only values that are supported."""
         return {}
 
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotary embeddings; `Attention` has the index of its own."""
+        return () if self.rope is None else (self.rope,)
+
     def padded_vocabulary(self, shards: int) -> int:
         """V: the vocabulary, rounded up to a multiple of the shard count."""
         return -(-self.vocab_size // shards) * shards

@@ -168,7 +168,7 @@ class CausalTransformer(hk.Module):
         projection: Callable[..., Projection] = Projection,
     ) -> None:
         super().__init__(name=NAME)
-        self.rope = config.rope
+        self.ropes = config.ropes
         self.embedding = embedding(params, name="embedding_shard")
         make_layer = partial(layer, norm=norm, feed_forward=feed_forward)
         self.layers = [

@@ -254,5 +254,5 @@ class Forward:
     def _shardings(self, specs: Tree) -> Tree:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
 
-    def _frequencies(self, totals: np.ndarray) -> np.ndarray | None:
-        return None if self.config.rope is None else frequency_table(self.config.rope, totals)
+    def _frequencies(self, totals: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(frequency_table(rope, totals) for rope in self.config.ropes)

@@ -59,6 +59,10 @@ class LlamaLikeConfig(ModelConfig):
         windowed = "sliding_window" in cls.defaults and reader.has("sliding_window")
         return reader.integer("sliding_window") if windowed else None
 
+    def rope_index(self, layer: int) -> int:
+        """Which of the model's rotary embeddings a layer has."""
+        return 0
+
 
 def windows_by_layer(
     reader: ConfigReader, layers: int, window: int | None, slides: Callable[[int], bool]
@@ -111,6 +115,7 @@ def make_llama_like(
             "kv_heads": "g",
             "window": config.windows[layer],
             "rotate": rotate_halves,
+            "rope": config.rope_index(layer),
         }
         return Attention(params, **options | dict(attention or {}))
 

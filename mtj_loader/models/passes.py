@@ -16,6 +16,8 @@ from mtj_loader.models.decoder import CausalTransformer
 from mtj_loader.models.layers.attention import KVCache
 from mtj_loader.models.layers.positions import Positions, rotation
 
+Frequencies = tuple[jax.Array, ...]  # of each rotary embedding, float32 [b, r/2]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Cache:
 
     Attributes:
       keys, values: a list with one array per layer, [b, T, h, k], placed P("dp", None, "mp").
-      frequencies: rotary inverse frequencies of each row, float32 [b, r/2], placed P("dp"); None
-        without rotary embedding.
+      frequencies: rotary inverse frequencies of each row, placed P("dp"); a tuple with one float32
+        [b, r/2] for each rotary embedding.
     """
 
     keys: Any
@@ -36,7 +38,7 @@ class Cache:
 def whole(
     model: CausalTransformer,
     ids: jax.Array,  # int32 [b, t]
-    frequencies: jax.Array | None,  # float32 [b, r/2]
+    frequencies: Frequencies,
 ) -> tuple[jax.Array, None]:  # float32 [b, t, V/n]
     """Logits after every token."""
     x, _ = _run_rows(model, ids, frequencies)
@@ -47,7 +49,7 @@ def prefill(
     model: CausalTransformer,
     ids: jax.Array,  # int32 [b, t]
     lengths: jax.Array,  # int32 [b]
-    frequencies: jax.Array | None,  # float32 [b, r/2]
+    frequencies: Frequencies,
     cache_length: int,
 ) -> tuple[jax.Array, Cache]:  # float32 [b, V/n]
     """Logits after each row's last token, and a cache with room for `cache_length` tokens."""
@@ -76,7 +78,7 @@ def step(
 def _run_rows(
     model: CausalTransformer,
     ids: jax.Array,  # int32 [b, t]
-    frequencies: jax.Array | None,  # float32 [b, r/2]
+    frequencies: Frequencies,
 ) -> tuple[jax.Array, list[KVCache]]:  # [b, t, d]
     """A pass over whole rows; padding on the right of a row does not affect its tokens."""
     t = ids.shape[1]
@@ -87,9 +89,10 @@ def _positions(
     model: CausalTransformer,
     queries: jax.Array,  # int32 [b or 1, t]
     keys: int,
-    frequencies: jax.Array | None,  # float32 [b, r/2]
+    frequencies: Frequencies,
 ) -> Positions:
-    angles = None
-    if model.rope is not None and frequencies is not None:
-        angles = rotation(frequencies, queries, model.rope.scale)
-    return Positions(queries, jnp.arange(keys), angles)
+    rotations = tuple(
+        rotation(each, queries, rope.scale)
+        for each, rope in zip(frequencies, model.ropes, strict=True)
+    )
+    return Positions(queries, jnp.arange(keys), rotations)

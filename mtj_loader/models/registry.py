@@ -34,11 +34,14 @@ FAMILIES = {
     "mixtral": "mixtral",
     "mpt": "mpt",
     "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "stablelm": "stablelm",
 }
+
+_HINTS = {"gemma3": "of multimodal Gemma 3, only checkpoints of the text model are supported"}
 
 
 class Family(Protocol):
@@ -69,6 +72,7 @@ def family(model_type: str, *, file: str | None = None) -> Family:
             key="model_type",
             expected=f"one of {known}",
             found=shorten(model_type),
+            hint=_HINTS.get(model_type),
         )
     return cast(Family, importlib.import_module(f"mtj_loader.models.families.{model_type}"))
 

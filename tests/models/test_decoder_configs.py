@@ -167,6 +167,54 @@ def test_gemma_2_9b() -> None:
     assert (uncapped.score_cap, uncapped.logit_cap) == (None, 30)
 
 
+GEMMA_3_1B = {
+    "cache_implementation": "hybrid",
+    "head_dim": 256,
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262144,
+}
+
+
+def test_gemma_3_1b_of_transformers_4_and_5() -> None:
+    old = read(GEMMA_3_1B)
+    assert old.windows == ((512,) * 5 + (None,)) * 4 + (512, 512)
+    assert [rope.theta for rope in old.ropes] == [1e6, 1e4]
+    assert [old.rope_index(layer) for layer in (4, 5)] == [1, 0]
+    assert (old.score_cap, old.logit_cap, old.ignored_settings) == (
+        None,
+        None,
+        ("cache_implementation",),
+    )
+    gone = {"rope_local_base_freq", "rope_scaling", "rope_theta", "sliding_window_pattern"}
+    new = {key: value for key, value in GEMMA_3_1B.items() if key not in gone}
+    types = ["full_attention" if window is None else "sliding_attention" for window in old.windows]
+    new |= {"_sliding_window_pattern": 6, "layer_types": types}
+    for rope_theta in ({}, {"rope_theta": 1e4}):
+        sections = {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", **rope_theta},
+        }
+        assert read({**new, "rope_parameters": sections}) == old
+
+
+def test_the_multimodal_gemma_3_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="only checkpoints of the text model") as caught:
+        models.family("gemma3")
+    assert caught.value.found == "gemma3"
+
+
 def test_long_rope_of_phi_3() -> None:
     """Published files have the length before stretching at the top level, and three names."""
     lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
@@ -217,6 +265,7 @@ SMALL = {
     "intermediate_size": 48,
 }
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}
+FULL, LOCAL = (f"rope_parameters.{kind}_attention." for kind in ("full", "sliding"))
 REFUSED = [
     ("llama", {"num_key_value_heads": 3}, "num_key_value_heads", "cannot share key-value heads"),
     ("llama", {"num_key_value_heads": 0}, "num_key_value_heads", "not a legal value"),
@@ -237,6 +286,10 @@ REFUSED = [
     ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar", "not a legal value"),
     ("gemma2", {"sliding_window": None}, "layer_types", "gives no width"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention", "supported"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping", "not supported"),
+    ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern", "not a legal value"),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "x"}}, FULL + "rope_type", "not a legal value"),
+    ("gemma3_text", {"rope_local_base_freq": 0}, LOCAL + "rope_theta", "a number above 1"),
     ("phi3", {"rope_scaling": {"type": "linear"}}, "rope_parameters.rope_type", "one of default"),
     ("phi3", {"rope_scaling": LONGROPE}, "original_max_position_embeddings", "is missing"),
     ("qwen2", {"layer_types": ["full_attention"]}, "layer_types", "32 of full_attention"),

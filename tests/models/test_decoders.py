@@ -75,6 +75,7 @@ TREES = [
         "mixtral": {"published": (1, 2, 8), "twelve_experts": (3, 6)},
         "mpt": {"mpt_7b": (1, 2, 6), "clipped": (8,)},
         "gemma2": {"published": (1, 8), "untied_biased": (3,), "twelve_heads": (4,)},
+        "gemma3_text": {"published": (2, 8), "untied_biased": (6,), "twelve_heads": (4,)},
         "phi3": {"windowed": (1, 8), "longrope": (6,), "su_tied": (4,)},
         "qwen2": {"published": (1, 8), "windowed": (3,), "layer_types": (4,)},
         "stablelm": {"published": (8,), "parallel_normed": (1, 3), "normed_tied": (2, 4)},

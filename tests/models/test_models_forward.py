@@ -125,8 +125,8 @@ def test_the_cache_is_split_by_rows_and_heads():
     for array in (*cache.keys, *cache.values):
         assert array.shape == (4, 16, 6, 8)
         assert array.sharding == NamedSharding(forward.mesh, P("dp", None, "mp"))
-    assert cache.frequencies.shape == (4, 1)
-    assert cache.frequencies.dtype == jnp.float32
+    (frequencies,) = cache.frequencies
+    assert (frequencies.shape, frequencies.dtype) == ((4, 1), jnp.float32)
 
 
 def test_a_step_donates_its_cache():
@@ -283,7 +283,7 @@ def test_norms_are_float32_in_bfloat16():
 def test_the_scale_of_an_embedding_is_rounded_to_its_dtype():
     """As in transformers: √3072 = 55.43 is 55.5 in bfloat16, as published Gemmas expect."""
     table = ParameterBuilder({"V": 4, "e": 2}, 1, False, np.dtype(jnp.bfloat16))
-    positions = Positions(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), None)
+    positions = Positions(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32))
 
     def embed(ids):
         return Embedding(table, name="embedding", scale=3072**0.5)(ids, positions)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.parity.decoder_cases import LLAMA, MISTRAL, MIXTRAL, MPT, QWEN3
-from tests.parity.llama_like_cases import GEMMA2, PHI3, QWEN2, STABLELM
+from tests.parity.llama_like_cases import GEMMA2, GEMMA3_TEXT, PHI3, QWEN2, STABLELM
 
 Settings = dict[str, Any]
 
@@ -262,6 +262,7 @@ CASES: dict[str, dict[str, Settings]] = {
     "mixtral": MIXTRAL,
     "mpt": MPT,
     "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3_TEXT,
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,

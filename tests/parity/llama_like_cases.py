@@ -59,6 +59,63 @@ GEMMA2: dict[str, Settings] = {
     },
 }
 
+GEMMA3_TEXT: dict[str, Settings] = {
+    # As in files of transformers 4.
+    "published": {
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "head_dim": 6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 40,
+        "intermediate_size": 56,
+        "max_position_embeddings": 64,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "query_pre_attn_scalar": 11,
+        "rms_norm_eps": 3e-4,
+        "rope_local_base_freq": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "rope_theta": 500.0,
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+        "vocab_size": 53,
+    },
+    # As in those of transformers 5.
+    "untied_biased": {
+        "_sliding_window_pattern": 6,
+        "attention_bias": True,
+        "final_logit_softcapping": 3.0,
+        "head_dim": 8,
+        "hidden_activation": "silu",
+        "hidden_size": 36,
+        "intermediate_size": 42,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "max_position_embeddings": 48,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 3,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "linear", "factor": 3.0},
+        },
+        "sliding_window": 5,
+        "tie_word_embeddings": False,
+        "vocab_size": 61,
+    },
+    "twelve_heads": {
+        "head_dim": 4,
+        "hidden_size": 60,
+        "intermediate_size": 24,
+        "max_position_embeddings": 40,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 4,
+        "sliding_window": 3,
+        "vocab_size": 67,
+    },
+}
+
 PHI3: dict[str, Settings] = {
     "windowed": {
         "hidden_size": 48,

@@ -98,7 +98,8 @@ class _AttentionBase:
       scale: of the scores; 1/√k if None.
       cap: the soft bound of the scaled scores; None for no bound.
       window: how many positions back a query sees, its own included; None for all.
-      rotate: the rotary embedding, such as `rotate_halves`; None without one.
+      rotate: applies a rotary embedding, such as `rotate_halves`; None without one.
+      rope: the index of the rotary embedding among those of the model.
       q_norm, k_norm: create norms of queries and keys, [b, t, h, k], under the name they are
         given; None without.
       score_bias: what is added to the scores, float32 [b or 1, h, t, T]; None for nothing.
@@ -113,11 +114,13 @@ class _AttentionBase:
         cap: float | None = None,
         window: int | None = None,
         rotate: Callable[[jax.Array, Rotation], jax.Array] | None = None,
+        rope: int = 0,
         q_norm: Callable[..., Callable[[jax.Array], jax.Array]] | None = None,
         k_norm: Callable[..., Callable[[jax.Array], jax.Array]] | None = None,
         score_bias: Callable[[Positions], jax.Array] | None = None,
     ) -> None:
-        self._head_dim, self._window, self._rotate = params.sizes["k"], window, rotate
+        self._head_dim, self._window = params.sizes["k"], window
+        self._rotate, self._rope = rotate, rope
         self._scale = self._head_dim**-0.5 if scale is None else scale
         self._cap, self._score_bias = cap, score_bias
         self._q_norm = None if q_norm is None else q_norm(name="q_norm")
@@ -132,8 +135,8 @@ class _AttentionBase:
         q = q if self._q_norm is None else self._q_norm(q)
         k = k if self._k_norm is None else self._k_norm(k)
         if self._rotate is not None:
-            assert positions.rotation is not None  # the config of such a family has a rope
-            q, k = self._rotate(q, positions.rotation), self._rotate(k, positions.rotation)
+            rotation = positions.rotations[self._rope]
+            q, k = self._rotate(q, rotation), self._rotate(k, rotation)
         q, k, v = (y.astype(x.dtype) for y in (q, k, v))
         cache = update_cache(cache, (k, v), positions.queries)
         bias = None if self._score_bias is None else self._score_bias(positions)

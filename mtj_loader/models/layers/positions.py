@@ -20,12 +20,12 @@ class Positions:
     Attributes:
       queries: int32 [b, t], or [1, t] if all rows have the same positions.
       keys: int32 [T], of the keys that are attended to.
-      rotation: None without rotary embedding.
+      rotations: one for each rotary embedding of the model.
     """
 
     queries: jax.Array
     keys: jax.Array
-    rotation: Rotation | None
+    rotations: tuple[Rotation, ...] = ()
 
     def visible(self, window: int | None = None) -> jax.Array:  # bool [b, t, T]
         """The keys that each query may attend to.

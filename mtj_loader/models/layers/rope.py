@@ -303,6 +303,7 @@ def read_rope(
     theta: float = DEFAULT_THETA,
     whole_heads: bool = False,
     types: Mapping[str, str] | None = None,
+    layer_type: str | None = None,
 ) -> Rope:
     """Reads the rotary embedding of a config.
 
@@ -314,12 +315,13 @@ def read_rope(
       theta: the base of the wavelengths, if the config does not say.
       whole_heads: refuse fractions other than 1, because transformers ignores them here.
       types: the names of the types that the family has, and the key of `TYPES`; all if None.
+      layer_type: the layers whose settings are read, if there are several rotary embeddings.
 
     Raises:
       ConfigError: an unknown rope type (the message lists the known ones), a key that does not
         belong to the type, or an invalid value.
     """
-    rope = config.rope()
+    rope = config.rope() if layer_type is None else config.rope().section(layer_type)
     types = types or {name: name for name in TYPES}
     rope_type = types[rope.choice("rope_type", types, "default")]
     kind = TYPES[rope_type]
