@@ -76,9 +76,17 @@ def test_a_bias_is_added_to_the_scaled_scores():
     keys = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)
     q = jnp.full((1, 1, 1, 1), 2.0)
     bias = jnp.array([0.5, 0.0, -4.0]).reshape(1, 1, 1, 3)
-    out = attend(q, (keys, keys), jnp.ones((1, 1, 3), bool), 0.25, bias)
+    out = attend(q, (keys, keys), jnp.ones((1, 1, 3), bool), 0.25, bias=bias)
     scores = np.exp([2 * 1 * 0.25 + 0.5, 2 * 2 * 0.25, 2 * 3 * 0.25 - 4])
     np.testing.assert_allclose(out.item(), scores @ [1, 2, 3] / scores.sum(), rtol=1e-6)
+
+
+def test_a_cap_bounds_the_scaled_scores():
+    keys = jnp.array([1.0, 2.0, 30.0]).reshape(1, 3, 1, 1)
+    q = jnp.full((1, 1, 1, 1), 2.0)
+    out = attend(q, (keys, keys), jnp.ones((1, 1, 3), bool), 0.25, cap=0.5)
+    scores = np.exp(0.5 * np.tanh(np.array([0.5, 1, 15]) / 0.5))
+    np.testing.assert_allclose(out.item(), scores @ [1, 2, 30] / scores.sum(), rtol=1e-6)
 
 
 def test_a_window_includes_the_query():
