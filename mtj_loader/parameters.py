@@ -16,6 +16,11 @@ from dataclasses import dataclass
 ROOT = "causal_transformer_shard/~/"  # every MTJ module path begins with this
 
 
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is at least the number."""
+    return -(-number // multiple) * multiple
+
+
 @dataclass(frozen=True)
 class Axis:
     """One axis of a parameter: a letter of the vocabulary above, and its full (unsplit) size."""

@@ -14,6 +14,7 @@ from mtj_loader.formats.hf_config import Problems, Reader, canonicalize
 from mtj_loader.formats.known_settings import reads
 from mtj_loader.models.layers.feed_forward import ACTIVATIONS
 from mtj_loader.models.layers.rope import Rope, read_rope
+from mtj_loader.parameters import round_up
 
 # Larger sizes are refused before anything is allocated; each limit is at least ten times what any
 # published model has.
@@ -168,7 +169,7 @@ class ModelConfig:
 
     def padded_vocabulary(self, shards: int) -> int:
         """V: the vocabulary, rounded up to a multiple of the shard count."""
-        return -(-self.vocab_size // shards) * shards
+        return round_up(self.vocab_size, shards)
 
     def cache_bytes_per_token(self, shards: int, dtype: np.dtype) -> int:
         """Bytes of KV cache per token of a row on each device.

@@ -89,12 +89,12 @@ def resolve(
     """
     tensors, problems = convert(index.records, weight_map.conversions)
     resolver = _Resolver(
-        weight_map.file,
-        weight_map.expand(layers),
-        {(spec.module, spec.param): spec for spec in specs},
-        ties or {},
-        weight_map.zeros(layers),
-        context,
+        map_file=weight_map.file,
+        entries=weight_map.expand(layers),
+        specs={(spec.module, spec.param): spec for spec in specs},
+        ties=ties or {},
+        zeros=weight_map.zeros(layers),
+        context=context,
         problems=problems,
     )
     for tensor in tensors:
@@ -197,20 +197,17 @@ class _Resolver:
 
     def bind(self, key: TargetKey, spec: ParamSpec) -> None:
         """Makes the view of one parameter, or records why it cannot be made."""
-        match self.assigned.get(key, []):
-            case [(tensor, target)]:
-                self._bind_one(spec, tensor, target)
-            case [] if key in self.unusable:
-                pass
-            case [] if key in self.zeros:
-                self.bindings.append(Binding(spec, zeros(spec.shape)))
-            case []:
-                self.problems.append(self._unfilled(key))
-            case many:
-                names = ", ".join(tensor.name for tensor, _ in many)
-                what = "two tensors for one parameter"
-                file = many[0][0].file
-                self.problems.append(Problem(what, file, target=" ".join(key), found=names))
+        assigned = self.assigned.get(key, [])
+        if len(assigned) == 1:
+            self._bind_one(spec, *assigned[0])
+        elif assigned:
+            names = ", ".join(tensor.name for tensor, _ in assigned)
+            what, file = "two tensors for one parameter", assigned[0][0].file
+            self.problems.append(Problem(what, file, target=" ".join(key), found=names))
+        elif key in self.zeros:
+            self.bindings.append(Binding(spec, zeros(spec.shape)))
+        elif key not in self.unusable:
+            self.problems.append(self._unfilled(key))
 
     def _bind_one(self, spec: ParamSpec, tensor: SourceTensor, target: Target) -> None:
         if problem := self._mismatch(spec, tensor, target):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from mtj_loader.parameters import Axis, ParamSpec
+from mtj_loader.parameters import Axis, ParamSpec, round_up
 from mtj_loader.weights.view import View
 
 # They are applied in this order, whatever the order in the map. `divide_by_shards` moves no
@@ -39,7 +39,7 @@ class TransformContext:
         """The shape that the tensor must have in the file, before any transform."""
         shape = list(spec.shape)
         if self._transposes(len(shape), transforms):
-            shape[-2:] = shape[:-3:-1]
+            shape[-1], shape[-2] = shape[-2], shape[-1]
         if "vocab_pad" in transforms:
             shape[0] = self.vocab_size
         if "remove_first_two_rows" in transforms:
@@ -58,10 +58,7 @@ class TransformContext:
 
     def apply(self, view: View, spec: ParamSpec, transforms: Set[str]) -> View:
         """The parameter's elements, from a tensor of `file_shape`."""
-        if "remove_first_two_rows" in transforms:
-            view = slice_rows(view, 2, view.shape[0])
-        if "vocab_pad" in transforms:
-            view = view.pad(0, -(-view.shape[0] // self.shards) * self.shards)
+        view = self._change_rows(view, transforms)
         if self._transposes(len(view.shape), transforms):
             view = _swap_last_two(view)
         if "qkv_blocks_to_heads" in transforms:
@@ -82,17 +79,21 @@ class TransformContext:
         Returns:
           Views whose product equals `apply` of b · a: [..., rows, r] and [..., r, columns].
         """
-        if "remove_first_two_rows" in transforms:
-            b = slice_rows(b, 2, b.shape[0])
-        if "vocab_pad" in transforms:
-            b = b.pad(0, -(-b.shape[0] // self.shards) * self.shards)
-        left, right = b, a
+        left, right = self._change_rows(b, transforms), a
         if self._transposes(len(spec.shape), transforms):
-            left, right = _swap_last_two(a), _swap_last_two(b)
+            left, right = _swap_last_two(right), _swap_last_two(left)
         if "qkv_blocks_to_heads" in transforms:
             left = _blocks_to_heads(left, spec.groups[:-1])
             right = _blocks_to_heads(right, spec.groups[-1:], first_dim=1)
         return left, right
+
+    def _change_rows(self, view: View, transforms: Set[str]) -> View:
+        """The view without the rows that are removed, and with the padding of the vocabulary."""
+        if "remove_first_two_rows" in transforms:
+            view = slice_rows(view, 2, view.shape[0])
+        if "vocab_pad" in transforms:
+            view = view.pad(0, round_up(view.shape[0], self.shards))
+        return view
 
     def _transposes(self, ndim: int, transforms: Set[str]) -> bool:
         """Whether torch's [out, in] becomes Haiku's [in, out]; for experts, each one's matrix."""
