@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -213,6 +214,30 @@ def test_the_multimodal_gemma_3_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="only checkpoints of the text model") as caught:
         models.family("gemma3")
     assert caught.value.found == "gemma3"
+
+
+# Sizes and the number of parameters of published models; those that are left out are the defaults.
+QWEN_2_5_0_5B = {
+    "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "model_type": "qwen2",
+    "num_hidden_layers": 24, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+STABLELM_2_1_6B = {
+    "hidden_size": 2048, "intermediate_size": 5632, "model_type": "stablelm",
+    "num_hidden_layers": 24, "use_qkv_bias": True, "vocab_size": 100352,
+}  # fmt: skip
+COUNTS = [
+    (QWEN_2_5_0_5B, 494_032_768),
+    (STABLELM_2_1_6B, 1_644_515_328),
+    ({"model_type": "phi3"}, 3_821_079_552),  # Phi-3 mini
+    ({"model_type": "gemma2"}, 2_614_341_888),  # Gemma 2 2B
+    (GEMMA_3_1B, 999_885_952),
+]
+
+
+@pytest.mark.parametrize(("config", "count"), COUNTS)
+def test_published_models_have_the_published_number_of_parameters(config: dict, count: int) -> None:
+    specs = models.parameters(read(config), 1, False)
+    assert sum(math.prod(spec.shape) for spec in specs) == count
 
 
 def test_long_rope_of_phi_3() -> None:
