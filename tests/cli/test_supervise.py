@@ -1,4 +1,4 @@
-"""Several hosts from the command line: joining, who prints, and how a parent sees its child end."""
+"""Several hosts from the command line: joining, output, and parents that supervise a child."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def place(port: int, index: int, count: int = 2) -> list[str]:
+def process_options(port: int, index: int, count: int = 2) -> list[str]:
     where = f"--coordinator=127.0.0.1:{port}"
     return [where, f"--processes={count}", f"--process-id={index}", "--cpu-devices=2"]
 
 
 @contextmanager
 def started(*programs: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Starts processes, each the head of a group of its own; none of a group is left."""
+    """Starts processes, each in its own group; kills the groups at the end."""
     running = [
         subprocess.Popen(
             program,
@@ -67,13 +67,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return neox.write(tmp_path_factory.mktemp("checkpoint"), max_position_embeddings=4096)
 
 
-def test_process_0_prints_and_writes_for_all_and_every_host_verifies(
+def test_process_0_prints_and_writes_and_every_host_verifies(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     port = free_port()
     load = [*CLI, "load", str(checkpoint), "--mesh=mp=4", "--verify", "--json"]
     load += [f"--digests={tmp_path / 'digests.json'}"]
-    with started(*([*load, *place(port, index)] for index in range(2))) as (first, second):
+    with started(*([*load, *process_options(port, index)] for index in range(2))) as (
+        first,
+        second,
+    ):
         output, _ = first.communicate(timeout=WAIT_SECONDS)
         nothing, notes = second.communicate(timeout=WAIT_SECONDS)
     document = json.loads(output)
@@ -90,48 +93,51 @@ def test_process_0_prints_and_writes_for_all_and_every_host_verifies(
     assert {tuple(digests) for digests in of} == {("0", "1", "2", "3")}
 
 
-def test_a_file_that_cannot_be_written_is_told_before_the_load(checkpoint: Path) -> None:
+def test_a_file_that_cannot_be_written_is_reported_before_the_load(checkpoint: Path) -> None:
     port = free_port()
     load = [*CLI, "load", str(checkpoint), "--mesh=mp=4", "--report=/no/such/folder/x.json"]
-    with started(*([*load, *place(port, index)] for index in range(2))) as hosts:
-        said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in hosts]
+    with started(*([*load, *process_options(port, index)] for index in range(2))) as hosts:
+        stderr = [process.communicate(timeout=WAIT_SECONDS)[1] for process in hosts]
     assert [process.returncode for process in hosts] == [4, 4]
-    assert "error: cannot write the file\n  file: /no/such/folder/x.json" in said[0]
-    assert "error: host 0 failed in 'files': cannot write the file" in said[1]
+    assert "error: cannot write the file\n  file: /no/such/folder/x.json" in stderr[0]
+    assert "error: host 0 failed in 'files': cannot write the file" in stderr[1]
 
 
-def test_hosts_that_continue_different_prompts_say_so(checkpoint: Path) -> None:
+def test_different_prompts_are_reported_on_every_host(checkpoint: Path) -> None:
     port = free_port()
     generate = [*CLI, "generate", str(checkpoint), "--mesh=mp=4"]
     prompts = ["--ids=1 2 3"], ["--ids=1 2 4", "--seed=7"]
     with started(
-        *([*generate, *own, *place(port, index)] for index, own in enumerate(prompts))
+        *([*generate, *own, *process_options(port, index)] for index, own in enumerate(prompts))
     ) as hosts:
-        said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in hosts]
-    for process, words in zip(hosts, said, strict=True):
+        stderr = [process.communicate(timeout=WAIT_SECONDS)[1] for process in hosts]
+    for process, words in zip(hosts, stderr, strict=True):
         assert process.returncode == 2
         assert "error: the hosts are not about to generate the same\n  found: prompts: " in words
         assert "seed: 7 on host 1, 0 on host 0" in words
 
 
-def test_when_process_0_is_killed_both_parents_say_how_it_ended(checkpoint: Path) -> None:
+def test_both_parents_report_that_process_0_was_killed(checkpoint: Path) -> None:
     port = free_port()
     generate = [*CLI, "generate", str(checkpoint), "--ids=1 2 3", "--max-new-tokens=4000"]
     generate += ["--mesh=mp=4"]
-    with started(*([*generate, *place(port, index)] for index in range(2))) as (first, second):
+    with started(*([*generate, *process_options(port, index)] for index in range(2))) as (
+        first,
+        second,
+    ):
         assert first.stdout is not None
-        assert first.stdout.read(1)  # text is made now
+        assert first.stdout.read(1)  # generation has started
         (work,) = children(first.pid)
         (other,) = children(second.pid)
         os.kill(work, signal.SIGKILL)
-        said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in (first, second)]
+        stderr = [process.communicate(timeout=WAIT_SECONDS)[1] for process in (first, second)]
     assert (first.returncode, second.returncode) == (4, 4)
-    assert f"error: host 0: process {work} was killed by SIGKILL" in said[0]
+    assert f"error: host 0: process {work} was killed by SIGKILL" in stderr[0]
     aborted = (
         f"error: host 1: process {other} was killed by SIGABRT\n  found: JAX aborts every host"
     )
-    lost = "error: the connection to host 0 is lost"  # if Python code still came to say it
-    assert aborted in said[1] or lost in said[1]
+    lost = "error: the connection to host 0 is lost"  # if Python code could still report it
+    assert aborted in stderr[1] or lost in stderr[1]
 
 
 def children(parent: int) -> list[int]:
@@ -158,7 +164,7 @@ def supervised_work(seconds: float = 60, code: int = 0) -> Iterator[tuple[subpro
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_the_exit_code_is_the_childs(code: int) -> None:
+def test_the_parent_exits_with_the_code_of_its_child(code: int) -> None:
     with supervised_work(seconds=0, code=code) as (parent, child):
         assert parent.pid != child
         assert parent.wait(WAIT_SECONDS) == code
@@ -174,12 +180,12 @@ def test_ctrl_c_reaches_the_child() -> None:
 def test_a_child_that_a_signal_ends_is_named() -> None:
     with supervised_work() as (parent, child):
         parent.send_signal(signal.SIGTERM)
-        _, said = parent.communicate(timeout=WAIT_SECONDS)
-    assert f"host 3: process {child} was killed by SIGTERM" in said
+        _, stderr = parent.communicate(timeout=WAIT_SECONDS)
+    assert f"host 3: process {child} was killed by SIGTERM" in stderr
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_without_its_parent_the_child_is_gone(stopped: bool) -> None:
+def test_the_child_ends_with_its_parent(stopped: bool) -> None:
     with supervised_work() as (parent, child):
         if stopped:
             os.kill(child, signal.SIGSTOP)
@@ -201,12 +207,12 @@ def test_without_its_parent_the_child_is_gone(stopped: bool) -> None:
         ([], False),
     ],
 )
-def test_who_is_supervised(arguments: list[str], expected: bool) -> None:
+def test_commands_that_are_supervised(arguments: list[str], expected: bool) -> None:
     assert supervise.joins_other_hosts(arguments) is expected
 
 
 @pytest.mark.parametrize(("command", "expected"), [("load", True), ("plan", False)])
-def test_on_a_tpu_machine_what_uses_devices_is_supervised(
+def test_commands_with_devices_are_supervised_on_a_tpu_machine(
     monkeypatch: pytest.MonkeyPatch, command: str, expected: bool
 ) -> None:
     monkeypatch.setattr(supervise, "on_cloud_tpu", lambda: True)
@@ -219,19 +225,19 @@ def test_this_machine_has_no_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "words"),
     [
         ({"processes": 2, "process_id": 0}, "no --coordinator"),
         ({"coordinator": "a:1"}, "no --processes, --process-id"),
     ],
 )
-def test_options_that_are_missing_are_named(given: dict, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_missing_options_are_named(given: dict, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
         Cluster(**given).join(Machine())
 
 
 @pytest.mark.parametrize(
-    ("coordinator", "processes", "process_id", "said"),
+    ("coordinator", "processes", "process_id", "words"),
     [
         ("a:1", 2, 2, "0 to 1, for 2 processes"),
         ("a:1", 0, 0, "invalid process id"),
@@ -241,35 +247,35 @@ def test_options_that_are_missing_are_named(given: dict, said: str) -> None:
         ("a:70000", 2, 0, "HOST:PORT"),
     ],
 )
-def test_places_that_cannot_be(
-    coordinator: str, processes: int, process_id: int, said: str
+def test_invalid_process_settings(
+    coordinator: str, processes: int, process_id: int, words: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=words):
         ProcessConfig(coordinator, processes, process_id)
 
 
-def test_an_address_of_ipv6() -> None:
+def test_an_ipv6_address() -> None:
     assert ProcessConfig("[::1]:80", 1, 0).address == ("::1", 80)
 
 
-def test_a_port_that_is_taken() -> None:
+def test_a_port_in_use() -> None:
     with socket.create_server(("", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(HostError, match=f"cannot listen on port {port}"):
             join_processes(ProcessConfig(f"127.0.0.1:{port}", 2, 0), timeout_seconds=1)
 
 
-def test_nobody_answers() -> None:
+def test_no_coordinator() -> None:
     with pytest.raises(HostError, match=r"no answer at 127.0.0.1:\d+ for 0.1 s"):
         join_processes(ProcessConfig(f"127.0.0.1:{free_port()}", 2, 1), timeout_seconds=0.1)
 
 
-def test_not_all_come() -> None:
-    arguments = [*CLI, "load", "x", *place(free_port(), 0), "--host-timeout=2"]
+def test_not_all_processes_join() -> None:
+    arguments = [*CLI, "load", "x", *process_options(free_port(), 0), "--host-timeout=2"]
     with started(arguments) as (process,):
-        _, said = process.communicate(timeout=WAIT_SECONDS)
+        _, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 4
-    assert said.startswith("error: not all 2 processes connected to 127.0.0.1:")
+    assert stderr.startswith("error: not all 2 processes connected to 127.0.0.1:")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What hosts say to each other, with threads for hosts and a dictionary for JAX's store."""
+"""Communication between hosts, with threads as hosts and a dictionary as JAX's store."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LONG = 60.0
 
 
 class Client:
-    """JAX's client as far as it is used, over a dictionary that threads share."""
+    """The part of JAX's client that is used, over a dictionary that threads share."""
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
@@ -49,13 +49,13 @@ class Client:
     def blocking_key_value_get_bytes(self, key: str, milliseconds: int) -> bytes:
         with self.changed:
             if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
-                raise JaxRuntimeError("DEADLINE_EXCEEDED: nobody wrote it")
+                raise JaxRuntimeError("DEADLINE_EXCEEDED: no such key")
             return self.values[key]
 
     def key_value_set_bytes(self, key: str, value: bytes, overwrite: bool = False) -> None:
         with self.changed:
             if key in self.values and not overwrite:
-                raise JaxRuntimeError("ALREADY_EXISTS: somebody wrote it")
+                raise JaxRuntimeError("ALREADY_EXISTS: the key exists")
             self.values[key] = value
             self.changed.notify_all()
 
@@ -67,7 +67,7 @@ class Client:
         return [(k, v) for k, v in self.values.items() if k.startswith(f"{folder}/")]
 
 
-def on_each(
+def run_on_hosts(
     monkeypatch: pytest.MonkeyPatch,
     count: int,
     work: Callable[[HostGroup], object],
@@ -76,7 +76,7 @@ def on_each(
     client: Client | None = None,
     number: int = 0,
 ) -> list[Any]:
-    """Runs something on several hosts at once: what each returns, or the error it raises."""
+    """Runs `work` on several hosts at once; returns the result or the error of each."""
     monkeypatch.setattr(host_group, "_load_numbers", itertools.repeat(number))
     monkeypatch.setattr(host_group.jax, "devices", list)
     client = client or Client()
@@ -94,18 +94,20 @@ def on_each(
 
 
 def test_values_are_gathered_in_the_order_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = on_each(monkeypatch, 3, lambda hosts: hosts.gather("x", b"of %d" % hosts.index))
+    made = run_on_hosts(monkeypatch, 3, lambda hosts: hosts.gather("x", b"of %d" % hosts.index))
     assert made == [[b"of 0", b"of 1", b"of 2"]] * 3
 
 
-def test_what_the_load_before_wrote_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_keys_of_the_previous_load_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client()
     for number in range(3):
-        on_each(monkeypatch, 2, lambda hosts: hosts.gather("x", b"y"), client=client, number=number)
+        run_on_hosts(
+            monkeypatch, 2, lambda hosts: hosts.gather("x", b"y"), client=client, number=number
+        )
     assert {key.split("/")[1] for key in client.values} == {"2"}
 
 
-def test_who_waits_gives_up_with_the_first_that_waited_in_vain(
+def test_a_timeout_of_one_call_ends_all_waiting_calls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Silent(Client):
@@ -114,7 +116,7 @@ def test_who_waits_gives_up_with_the_first_that_waited_in_vain(
 
     silent, shared = threading.Event(), KeyValueStore(Silent(), 1, 2)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(shared.overwrite, "a", b"")  # for 10 s, it believes
+        waiting = pool.submit(shared.overwrite, "a", b"")  # its limit is 10 s
         while not [t for t in threading.enumerate() if t.name == "mtj_loader_call"]:
             time.sleep(0.001)
         monkeypatch.setattr(key_value_store, "ANSWER_TIMEOUT_SECONDS", 0.1)
@@ -125,30 +127,30 @@ def test_who_waits_gives_up_with_the_first_that_waited_in_vain(
     silent.set()
 
 
-def test_only_the_first_makes_what_all_get(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_process_0_makes_the_broadcast_value(monkeypatch: pytest.MonkeyPatch) -> None:
     large = np.random.default_rng(0).bytes(5 << 20)  # nothing compresses it
     makers: list[int] = []
 
     def work(hosts: HostGroup) -> bytes:
         return hosts.broadcast("x", lambda: (makers.append(hosts.index), large)[1])
 
-    assert on_each(monkeypatch, 2, work) == [large, large]
+    assert run_on_hosts(monkeypatch, 2, work) == [large, large]
     assert makers == [0]
 
 
-def test_the_error_of_one_is_the_error_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_on_one_host_is_reported_on_every_host(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(hosts: HostGroup) -> None:
         with hosts.phase("read"):
             if hosts.index == 1:
                 raise CheckpointError("the file is truncated", file="a")
 
-    first, second, third = on_each(monkeypatch, 3, work)
+    first, second, third = run_on_hosts(monkeypatch, 3, work)
     assert str(first) == str(third) == "host 1 failed in 'read': the file is truncated\n  file: a"
     assert isinstance(second, CheckpointError)
     assert (first.host, first.exit_code) == (1, 3)
 
 
-def test_who_works_stops_when_another_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_host_stops_when_another_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(hosts: HostGroup) -> None:
         with hosts.phase("read"):
             if hosts.index == 0:
@@ -157,45 +159,45 @@ def test_who_works_stops_when_another_fails(monkeypatch: pytest.MonkeyPatch) -> 
                 hosts.check()
                 time.sleep(0.01)
 
-    first, second = on_each(monkeypatch, 2, work)
+    first, second = run_on_hosts(monkeypatch, 2, work)
     assert isinstance(first, MemoryLimitError)
     assert str(second) == "host 0 failed in 'read': out of memory"
 
 
-def test_who_is_late_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_hosts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(hosts: HostGroup) -> None:
         with hosts.phase("read"):
             while hosts.index in (1, 2):
                 hosts.check()
                 time.sleep(0.01)
 
-    found = on_each(monkeypatch, 4, work, timeout_seconds=2)
-    said = {str(error).rpartition(" of host")[0] for error in found}
-    assert said == {"hosts 1, 2 did not finish 'read' within 2 s"}
+    found = run_on_hosts(monkeypatch, 4, work, timeout_seconds=2)
+    message = {str(error).rpartition(" of host")[0] for error in found}
+    assert message == {"hosts 1, 2 did not finish 'read' within 2 s"}
 
 
-def test_who_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_heartbeats_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_group, "HEARTBEAT_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(host_group, "_LEAVE_SECONDS", 0.1)
     beat = HostGroup._run_heartbeat
     monkeypatch.setattr(HostGroup, "_run_heartbeat", lambda hosts: hosts.index != 1 and beat(hosts))
-    said = threading.Event()
+    message = threading.Event()
 
     def work(hosts: HostGroup) -> None:
         hosts._store.overwrite(hosts._key("heartbeat", 1), b"the last")
         try:
             with hosts.phase("read"):
                 if hosts.index == 1:
-                    said.wait(60)
+                    message.wait(60)
                     raise KeyboardInterrupt
         finally:
-            said.set()
+            message.set()
 
-    first, _ = on_each(monkeypatch, 2, work)
+    first, _ = run_on_hosts(monkeypatch, 2, work)
     assert str(first).startswith("no heartbeat from host 1 for 0.5 s: its process died or is")
 
 
-def test_an_error_of_the_runtime_is_blamed_on_the_host_that_is_gone(
+def test_an_error_of_the_runtime_is_attributed_to_the_missing_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def work(hosts: HostGroup) -> None:
@@ -204,12 +206,12 @@ def test_an_error_of_the_runtime_is_blamed_on_the_host_that_is_gone(
                 raise JaxRuntimeError("Connection closed by peer")
             raise KeyboardInterrupt
 
-    first, _ = on_each(monkeypatch, 2, work)
+    first, _ = run_on_hosts(monkeypatch, 2, work)
     assert str(first) == "host 1 was interrupted in 'exchange'"
     assert first.exit_code == 130
 
 
-def test_who_is_told_to_stop_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminated_host_is_reported_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(hosts: HostGroup) -> None:
         if hosts.index == 1:
             monkeypatch.setattr(host_group, "_active", [hosts])
@@ -217,12 +219,14 @@ def test_who_is_told_to_stop_tells_the_others(monkeypatch: pytest.MonkeyPatch) -
             raise SystemExit
         hosts.barrier("end")
 
-    first, _ = on_each(monkeypatch, 2, work)
+    first, _ = run_on_hosts(monkeypatch, 2, work)
     assert str(first) == "host 1 was terminated"
     assert first.exit_code == 143
 
 
-def test_who_waits_inside_jax_stops_when_another_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_waits_inside_jax_stops_when_another_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     forever = threading.Event()
 
     def work(hosts: HostGroup) -> object:
@@ -232,7 +236,7 @@ def test_who_waits_inside_jax_stops_when_another_fails(monkeypatch: pytest.Monke
             monkeypatch.setattr(host_group, "_active", [hosts])
             return call_on_devices(forever.wait)
 
-    _, second = on_each(monkeypatch, 2, work)
+    _, second = run_on_hosts(monkeypatch, 2, work)
     forever.set()
     assert str(second) == "host 0 failed in 'generate': out of memory"
 
@@ -246,7 +250,7 @@ def test_calls_on_devices_return_and_raise(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("error", "said", "code"),
+    ("error", "message", "code"),
     [
         (UsageError("no"), "host 2 failed in 'plan': no", 2),
         (KeyboardInterrupt(), "host 2 was interrupted in 'plan'", 130),
@@ -256,12 +260,12 @@ def test_calls_on_devices_return_and_raise(monkeypatch: pytest.MonkeyPatch) -> N
         (KeyError("x"), "host 2 failed in 'plan': KeyError: 'x'", 1),
     ],
 )
-def test_what_others_say_of_an_error(error: BaseException, said: str, code: int) -> None:
+def test_the_message_on_other_hosts(error: BaseException, message: str, code: int) -> None:
     failure = Failure.from_error(2, "plan", error)
-    assert (failure.message, failure.exit_code) == (said, code)
+    assert (failure.message, failure.exit_code) == (message, code)
 
 
-def test_one_late_host() -> None:
+def test_the_message_for_one_late_host() -> None:
     assert (
         Failure.from_timeout([3], "read", 300, 0).message
         == "host 3 did not finish 'read' within 300 s of host 0"
@@ -305,7 +309,7 @@ def test_the_real_store_of_jax() -> None:
         service.shutdown()
 
 
-def test_a_store_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_connection_to_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client()
 
     def fail(*_: object) -> None:
@@ -316,7 +320,7 @@ def test_a_store_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
         KeyValueStore(client, 1, 2).get("key")
 
 
-def test_alone_nothing_is_waited_for_and_no_thread_is_begun() -> None:
+def test_a_single_host_does_not_wait_and_starts_no_thread() -> None:
     before = threading.active_count()
     with connect_hosts() as hosts, hosts.phase("read"):
         hosts.check()
@@ -327,13 +331,13 @@ def test_alone_nothing_is_waited_for_and_no_thread_is_begun() -> None:
         assert threading.active_count() == before
 
 
-def test_several_processes_that_did_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_are_not_connected_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax_runtime.jax, "process_count", lambda: 2)
     with pytest.raises(UsageError, match="2 processes share these devices"), connect_hosts():
         pass
 
 
-def test_waiting_for_devices_looks_at_the_others() -> None:
+def test_waiting_for_devices_checks_the_other_hosts() -> None:
     class Never:
         def is_ready(self) -> bool:
             return False
@@ -345,7 +349,7 @@ def test_waiting_for_devices_looks_at_the_others() -> None:
         wait_for_arrays([Never()], check)
 
 
-def test_headers_survive_being_handed_on(tmp_path: Path) -> None:
+def test_headers_are_unpacked_as_they_were_packed(tmp_path: Path) -> None:
     opened = open_checkpoint(Source(neox.write(tmp_path)))
     headers, commit = unpack(pack(opened))
     assert headers.index == opened.index
@@ -357,12 +361,12 @@ def test_headers_survive_being_handed_on(tmp_path: Path) -> None:
     assert unpack(pack(replace(opened, commit="0f" * 20)))[1] == "0f" * 20
 
 
-def test_copies_of_other_times_are_the_same_checkpoint(
+def test_copies_may_differ_in_modification_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folders = [neox.write(tmp_path / name) for name in "ab"]
     os.utime(folders[1] / "model.safetensors", (1, 1))
-    made = on_each(
+    made = run_on_hosts(
         monkeypatch,
         2,
         lambda hosts: open_on_all_hosts(
@@ -374,7 +378,7 @@ def test_copies_of_other_times_are_the_same_checkpoint(
     assert stamp.version == str(10**9)
 
 
-def test_every_difference_is_told() -> None:
+def test_every_difference_is_listed() -> None:
     facts = [{"map": "a" * 64, "dtype": "x"}, {"map": "a" * 64, "dtype": "y"}, {"map": "b" * 64}]
     error = disagreement(facts, "load")
     assert error.exit_code == 2
@@ -385,7 +389,7 @@ def test_every_difference_is_told() -> None:
     ])  # fmt: skip
 
 
-def test_facts_follow_what_a_plan_is_made_from(tmp_path: Path) -> None:
+def test_facts_depend_on_everything_in_a_plan(tmp_path: Path) -> None:
     mesh = mtj_loader.make_mesh("mp=2")
     neox.write(tmp_path / "a")
     one = plan_facts(mtj_loader.plan(tmp_path / "a", mesh), mesh)
@@ -396,7 +400,7 @@ def test_facts_follow_what_a_plan_is_made_from(tmp_path: Path) -> None:
     assert {name for name in one if one[name] != other[name]} == {"config", "check_finite"}
 
 
-def test_other_weights_in_a_file_of_the_same_size_are_told_apart(tmp_path: Path) -> None:
+def test_different_weights_in_files_of_equal_size_are_detected(tmp_path: Path) -> None:
     mesh = mtj_loader.make_mesh("mp=2")
     path = neox.write(tmp_path) / "model.safetensors"
     one = plan_facts(mtj_loader.plan(tmp_path, mesh), mesh)
@@ -407,14 +411,14 @@ def test_other_weights_in_a_file_of_the_same_size_are_told_apart(tmp_path: Path)
     assert {n for n in one if one[n] != other[n]} == {"content of model.safetensors"}
 
 
-def test_a_mesh_without_this_host_is_refused(tmp_path: Path, monkeypatch) -> None:
+def test_a_mesh_without_devices_of_this_host_is_rejected(tmp_path: Path, monkeypatch) -> None:
     plan = mtj_loader.plan(neox.write(tmp_path), mtj_loader.make_mesh("mp=2"))
     monkeypatch.setattr("jax.process_index", lambda: 1)
     with pytest.raises(MeshError, match="no device of this host"):
         mtj_loader.load(plan=plan)
 
 
-def test_the_private_names_of_jax_are_where_they_are_expected() -> None:
+def test_the_private_names_of_jax_exist() -> None:
     """`jax_runtime` and `key_value_store` use them; a new JAX that moves them fails here."""
     state = jax_runtime.distributed.global_state
     assert {"client", "process_id", "num_processes"} <= vars(type(state)).keys() | vars(

@@ -1,4 +1,4 @@
-"""Several hosts, each a real process: what they load, what each reads, and what befalls them."""
+"""Several hosts, each a real process: results, reads, and failures."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, Outcome]:
-    """All cases of this file, a few at a time: they mostly wait."""
+    """The results of all cases of this file, which run a few at a time."""
     copies = [folder / str(host) for host in range(4)]
-    everything = ["logits", "greedy", "sampled", "stream", "state", "adapted"]
+    queries = ["logits", "greedy", "sampled", "stream", "state", "adapted"]
     other_map = folder / "map.json"
     other_map.write_text((hosts.ROOT / "configs/gpt_neox.json").read_text() + "\n")
-    unlike = [
+    differing = [
         step([copies[0], folder / "longer"], SHARDS),
         step(copies, SHARDS, of_host_1={"dtype": "float16"}),
         step(copies, SHARDS, of_host_1={"map": str(other_map)}),
@@ -60,7 +60,7 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
         "two": (
             2,
             [
-                step(copies, SHARDS, [*everything, "verified"]),
+                step(copies, SHARDS, [*queries, "verified"]),
                 step(copies, REPLICAS, ["logits", "verified"]),
             ],
         ),
@@ -68,7 +68,7 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
             4,
             [step(copies, {"dtype": "float32", "mesh": "dp=2,mp=4"}, ["logits", "verified"])],
         ),
-        "unlike": (2, unlike),
+        "differing": (2, differing),
         "kill-0": (2, [step(copies, REPLICAS, fault=_fault(0, "read", "kill"))]),
         "stop-0": (2, [step(copies, REPLICAS, fault=_fault(0, "read", "stop"))]),
         "stop-0-generate": (
@@ -84,55 +84,55 @@ def _fault(host: int, phase: str, kind: str) -> Json:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> mtj_loader.Model:
+def single(folder: Path) -> mtj_loader.Model:
     """The same model in this process, on one shard."""
     return mtj_loader.load(folder / "0", "mp=1", dtype="float32", progress=False)
 
 
 @pytest.mark.parametrize("case", ["two", "four"])
-def test_logits_are_those_of_one_process(
-    outcomes: dict[str, Outcome], alone: mtj_loader.Model, case: str
+def test_logits_equal_those_of_one_process(
+    outcomes: dict[str, Outcome], single: mtj_loader.Model, case: str
 ) -> None:
     assert all(code == 0 for code in outcomes[case].codes)
-    expected = np.asarray(alone.logits(IDS))
-    for steps in outcomes[case].said:
-        for said in steps:
-            np.testing.assert_allclose(said["logits"], expected, rtol=1e-5, atol=1e-5)
+    expected = np.asarray(single.logits(IDS))
+    for steps in outcomes[case].results:
+        for result in steps:
+            np.testing.assert_allclose(result["logits"], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_every_host_makes_the_text_of_one_process(
-    outcomes: dict[str, Outcome], alone: mtj_loader.Model
+def test_every_host_generates_the_text_of_one_process(
+    outcomes: dict[str, Outcome], single: mtj_loader.Model
 ) -> None:
-    for said in outcomes["two"].step(0):
-        assert said["greedy"] == alone.generate(IDS, max_new_tokens=6, temperature=0)
-        assert said["sampled"] == alone.generate(IDS[:3], max_new_tokens=6, seed=5)
-        assert said["stream"] == alone.generate(IDS[0], max_new_tokens=6)
-        assert said["state"] == [0]
+    for result in outcomes["two"].step(0):
+        assert result["greedy"] == single.generate(IDS, max_new_tokens=6, temperature=0)
+        assert result["sampled"] == single.generate(IDS[:3], max_new_tokens=6, seed=5)
+        assert result["stream"] == single.generate(IDS[0], max_new_tokens=6)
+        assert result["state"] == [0]
 
 
 def test_adapters_are_added_on_all_hosts(
-    outcomes: dict[str, Outcome], alone: mtj_loader.Model, folder: Path
+    outcomes: dict[str, Outcome], single: mtj_loader.Model, folder: Path
 ) -> None:
-    expected = np.asarray(alone.with_adapter(folder / ADAPTER).logits(IDS))
-    for said in outcomes["two"].step(0):
-        np.testing.assert_allclose(said["adapted"], expected, rtol=1e-5, atol=1e-5)
+    expected = np.asarray(single.with_adapter(folder / ADAPTER).logits(IDS))
+    for result in outcomes["two"].step(0):
+        np.testing.assert_allclose(result["adapted"], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("case", "number", "mesh"),
     [("two", 0, "mp=4"), ("two", 1, "dp=2,mp=2"), ("four", 0, "dp=2,mp=4")],
 )
-def test_hosts_read_what_is_planned_and_each_byte_once(
+def test_hosts_read_the_planned_bytes_once(
     outcomes: dict[str, Outcome], folder: Path, case: str, number: int, mesh: str
 ) -> None:
-    said = outcomes[case].step(number)
-    pod = make_abstract_mesh(mesh, hosts=len(said))
+    results = outcomes[case].step(number)
+    pod = make_abstract_mesh(mesh, hosts=len(results))
     planned = mtj_loader.plan(folder / "0", pod, dtype="float32")
-    weights = [_weight_bytes(one["reads"]) for one in said]
+    weights = [_weight_bytes(one["reads"]) for one in results]
     assert weights == list(planned.bytes_of_hosts.values())
     assert sum(weights) == sum(array.nbytes for array in neox.tensors().values())
-    assert [one["report"]["bytes_read"] for one in said] == weights
-    for one in said:
+    assert [one["report"]["bytes_read"] for one in results] == weights
+    for one in results:
         assert [host["bytes_read"] for host in one["report"]["hosts"]] == weights
 
 
@@ -142,24 +142,24 @@ def _weight_bytes(reads: list[list]) -> int:
 
 def test_only_process_0_reads_headers_and_config(outcomes: dict[str, Outcome]) -> None:
     first, *others = [
-        [(file, size) for method, file, _, size in said["reads"] if method == "read"]
-        for said in outcomes["four"].step(0)
+        [(file, size) for method, file, _, size in result["reads"] if method == "read"]
+        for result in outcomes["four"].step(0)
     ]
     assert {file for file, _ in first} >= {"config.json", "model.safetensors"}
-    for samples in others:  # which tell fine-tunes apart
+    for samples in others:  # that distinguish fine-tunes
         assert {file for file, _ in samples} == {"model.safetensors"}
         assert max(size for _, size in samples) <= 4096
 
 
-def test_shards_are_verified_where_they_are(
-    outcomes: dict[str, Outcome], alone: mtj_loader.Model
+def test_every_host_verifies_its_shards(
+    outcomes: dict[str, Outcome], single: mtj_loader.Model
 ) -> None:
-    whole = sum(array.nbytes for arrays in alone.params.values() for array in arrays.values())
-    verified = [said["verified"] for said in outcomes["two"].step(1)]
+    whole = sum(array.nbytes for arrays in single.params.values() for array in arrays.values())
+    verified = [result["verified"] for result in outcomes["two"].step(1)]
     assert verified[0] == verified[1] > whole // 2
 
 
-UNLIKE = {
+DIFFERENCES = {
     0: "this host's copy of a file differs in size from host 0's",
     1: "dtype: 'float16' on host 1, 'float32' on host 0",
     2: "map: ",
@@ -167,33 +167,35 @@ UNLIKE = {
 }
 
 
-@pytest.mark.parametrize("number", UNLIKE)
-def test_a_host_that_differs_is_named_on_all(outcomes: dict[str, Outcome], number: int) -> None:
-    first, second = _after(outcomes["unlike"], number)
-    assert UNLIKE[number] in first["error"]
-    assert UNLIKE[number] in second["error"]
+@pytest.mark.parametrize("number", DIFFERENCES)
+def test_a_host_that_differs_is_named_on_every_host(
+    outcomes: dict[str, Outcome], number: int
+) -> None:
+    first, second = _after(outcomes["differing"], number)
+    assert DIFFERENCES[number] in first["error"]
+    assert DIFFERENCES[number] in second["error"]
     assert "host 1" in first["error"]
 
 
 def _after(outcome: Outcome, number: int) -> list[Json]:
-    """What all hosts said after a step, without the lines that tell of faults."""
-    return [[line for line in lines if "injected" not in line][number] for lines in outcome.said]
+    """The results of one step on all hosts, without the records of injected faults."""
+    return [[line for line in lines if "injected" not in line][number] for lines in outcome.results]
 
 
 @pytest.mark.parametrize(("number", "phase"), list(enumerate(MISSING_IN, start=3)))
-def test_a_missing_file_is_named_on_all(
+def test_a_missing_file_is_named_on_every_host(
     outcomes: dict[str, Outcome], number: int, phase: str
 ) -> None:
-    first, second = _after(outcomes["unlike"], number)
-    said = "finish" if phase == "exchange" else phase  # files are looked at before and after
+    first, second = _after(outcomes["differing"], number)
+    reported = "finish" if phase == "exchange" else phase  # files are checked before and after
     assert "model.safetensors" in second["error"]
-    assert first["error"] == f"host 1 failed in {said!r}: {second['error']}"
+    assert first["error"] == f"host 1 failed in {reported!r}: {second['error']}"
     assert first["exit_code"] == second["exit_code"] == 3
     assert first["type"] == "HostError"
 
 
 def test_after_failures_the_next_load_works(outcomes: dict[str, Outcome]) -> None:
-    assert all("verified" in said for said in _after(outcomes["unlike"], 7))
+    assert all("verified" in result for result in _after(outcomes["differing"], 7))
 
 
 @pytest.mark.parametrize("kind", ["kill", "stop"])
@@ -202,22 +204,22 @@ def test_a_host_that_dies_or_is_stopped_is_named(
     outcomes: dict[str, Outcome], kind: str, phase: str
 ) -> None:
     outcome = outcomes[f"{kind}-{phase}"]
-    (said,) = outcome.said[0]
+    (result,) = outcome.results[0]
     late, silent = "host 1 did not finish 'join'", "no heartbeat from host 1"
-    assert said["error"].startswith(late if phase == "join" else silent)
-    assert said["exit_code"] == 4
+    assert result["error"].startswith(late if phase == "join" else silent)
+    assert result["exit_code"] == 4
     assert outcome.codes == (0, -9)
 
 
 @pytest.mark.parametrize("case", ["stop-0", "stop-0-generate"])
-def test_when_process_0_is_stopped_the_others_say_so(
+def test_a_stopped_process_0_is_reported_on_the_others(
     outcomes: dict[str, Outcome], case: str
 ) -> None:
-    (said,) = outcomes[case].said[1]
-    assert (said["type"], said["exit_code"]) == ("HostError", 4)
-    assert said["error"].startswith("host 0 has not answered for 10 s")
+    (result,) = outcomes[case].results[1]
+    assert (result["type"], result["exit_code"]) == ("HostError", 4)
+    assert result["error"].startswith("host 0 has not answered for 10 s")
 
 
-def test_when_process_0_dies_jax_ends_the_others(outcomes: dict[str, Outcome]) -> None:
+def test_jax_ends_the_other_hosts_when_process_0_dies(outcomes: dict[str, Outcome]) -> None:
     assert outcomes["kill-0"].codes == (-9, -6)
     assert "another task died" in outcomes["kill-0"].logs[1]

@@ -1,4 +1,4 @@
-"""Hosts for tests: one process that forks the hosts of several loads and sees them end.
+"""Hosts for tests: one process that forks the hosts of several loads and waits for them.
 
     python -m tests.support.host_program FOLDER    reads cases.json; writes <case>-<host>.jsonl
 
@@ -33,10 +33,10 @@ from mtj_loader.loading.verify import verify
 from mtj_loader.storage.local import LocalStorage
 
 DEVICES = 2  # of each host
-SILENT_SECONDS = 4.0  # where a fault is waited for; less than the package's own
-JOIN_SECONDS = 6.0  # where that fault is that a host does not come
-CASE_SECONDS = 120.0  # who takes longer hangs, and is killed
-_AT_ONCE = 3  # cases; they mostly wait
+HEARTBEAT_SECONDS = 4.0  # until a host without heartbeats is reported, where a test waits for it
+JOIN_SECONDS = 6.0  # until a host that does not join is missing
+CASE_SECONDS = 120.0  # a case that takes longer is killed
+_AT_ONCE = 3  # cases, which mostly wait
 
 Json = dict[str, Any]
 
@@ -46,8 +46,8 @@ class Host:
     """One host of a case.
 
     Attributes:
-      index, count: which one, of how many.
-      output: where it says what came of each step.
+      index, count: its number, and the number of hosts.
+      output: the file for the result of each step.
       reads: [method, file, offset, bytes] of all reads of the step.
     """
 
@@ -56,34 +56,34 @@ class Host:
     output: Path
     reads: list[list[object]] = field(default_factory=list)
 
-    def say(self, **what: object) -> None:
+    def write(self, **result: object) -> None:
         """Appends a line to the output."""
         with self.output.open("a") as file:
-            file.write(json.dumps(what) + "\n")
+            file.write(json.dumps(result) + "\n")
 
-    def take(self, step: Json) -> None:
-        """One load, and what is asked of the model; or the error that came instead."""
+    def run_step(self, step: Json) -> None:
+        """Runs one load and its queries; writes the results, or the error."""
         self.reads.clear()
         path, options = step["paths"][self.index], step["options"][self.index]
-        self._arm(step["fault"], Path(path))
+        self._install_fault(step["fault"], Path(path))
         waits = step["fault"].get("kind") in ("kill", "stop")
-        host_group.HEARTBEAT_TIMEOUT_SECONDS = SILENT_SECONDS if waits else CASE_SECONDS
+        host_group.HEARTBEAT_TIMEOUT_SECONDS = HEARTBEAT_SECONDS if waits else CASE_SECONDS
         late = JOIN_SECONDS if waits and step["fault"]["phase"] == "join" else CASE_SECONDS
         try:
             model = mtj_loader.load(path, host_timeout=late, progress=False, **options)
             reads = list(self.reads)
-            answers = {name: ASKED[name](model) for name in step["ask"]}
-            self.say(report=model.report.to_dict(), reads=reads, **answers)
+            answers = {name: QUERIES[name](model) for name in step["queries"]}
+            self.write(report=model.report.to_dict(), reads=reads, **answers)
         except MtjLoaderError as error:
-            self.say(error=str(error), exit_code=error.exit_code, type=type(error).__name__)
+            self.write(error=str(error), exit_code=error.exit_code, type=type(error).__name__)
 
-    def _arm(self, fault: Json, path: Path) -> None:
-        """Injects the fault when this host begins the phase; `join` is where the load begins."""
+    def _install_fault(self, fault: Json, path: Path) -> None:
+        """Injects the fault when this host starts the phase; `join` is the start of the load."""
 
         def begin(phase: str) -> None:
             if (fault.get("host"), fault.get("phase")) == (self.index, phase):
-                self.say(injected=phase)
-                INJECTED[fault["kind"]](path)
+                self.write(injected=phase)
+                FAULTS[fault["kind"]](path)
 
         def phase(hosts: HostGroup, name: str) -> AbstractContextManager[None]:
             begin(name)
@@ -102,7 +102,7 @@ def generate_connected(model: mtj_loader.Model) -> object:
         return model.generate(IDS, max_new_tokens=6, temperature=0)
 
 
-ASKED: dict[str, Callable[[mtj_loader.Model], object]] = {
+QUERIES: dict[str, Callable[[mtj_loader.Model], object]] = {
     "logits": lambda model: np.asarray(model.logits(IDS)).tolist(),
     "greedy": lambda model: model.generate(IDS, max_new_tokens=6, temperature=0),
     "connected": generate_connected,
@@ -115,7 +115,7 @@ ASKED: dict[str, Callable[[mtj_loader.Model], object]] = {
 IDS = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]]
 ADAPTER = "adapter"  # beside the cases
 
-INJECTED: dict[str, Callable[[Path], object]] = {
+FAULTS: dict[str, Callable[[Path], object]] = {
     "kill": lambda path: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda path: os.kill(os.getpid(), signal.SIGSTOP),
     "missing": lambda path: (path / "model.safetensors").unlink(),
@@ -126,8 +126,8 @@ INJECTED: dict[str, Callable[[Path], object]] = {
 _reading = threading.local()
 
 
-def _count(host: Host, method: str) -> None:
-    """Has all reads of a kind noted down, but not those that another one is made of."""
+def _record_reads(host: Host, method: str) -> None:
+    """Records the calls of a method of LocalStorage, except those from another such call."""
     read = getattr(LocalStorage, method)
 
     def counted(storage: LocalStorage, path: str, offset: int, what: Any) -> object:
@@ -144,15 +144,15 @@ def _count(host: Host, method: str) -> None:
     setattr(LocalStorage, method, counted)
 
 
-def _be_host(host: Host, port: int, steps: list[Json]) -> None:
-    """All that a host does."""
+def _run_host(host: Host, port: int, steps: list[Json]) -> None:
+    """Joins the other hosts and runs the steps."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.distributed.initialize(f"127.0.0.1:{port}", host.count, host.index)
     for method in ("read", "read_into"):
-        _count(host, method)
+        _record_reads(host, method)
     for step in steps:
-        host.take(step)
+        host.run_step(step)
 
 
 def _fork(host: Host, port: int, steps: list[Json]) -> int:
@@ -164,7 +164,7 @@ def _fork(host: Host, port: int, steps: list[Json]) -> int:
         with host.output.with_suffix(".log").open("wb") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        _be_host(host, port, steps)
+        _run_host(host, port, steps)
         code = 0
     except BaseException:  # noqa: BLE001 -- the process ends here, and no other code may run
         traceback.print_exc()
@@ -183,8 +183,8 @@ class Running:
     begun: float = field(default_factory=time.monotonic)
     codes: dict[int, int] = field(default_factory=dict)
 
-    def look(self) -> bool:
-        """Whether all have ended. When all others have, or time is up, the rest are killed."""
+    def poll(self) -> bool:
+        """Whether all have ended; kills those left if they are stopped or late."""
         for child in list(self.children):
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
@@ -210,7 +210,7 @@ def main(folder: Path) -> None:
         while waiting and len(running) < _AT_ONCE:
             running.append(_start(waiting.pop(0)))
         time.sleep(0.02)
-        for case in [case for case in running if case.look()]:
+        for case in [case for case in running if case.poll()]:
             running.remove(case)
             codes[case.name] = case.codes
     Path("codes.json").write_text(json.dumps(codes))

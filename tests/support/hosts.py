@@ -1,4 +1,4 @@
-"""Runs several hosts as processes of this machine, and says what came of each."""
+"""Runs several hosts as processes of this machine, and collects their results."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-_SECONDS = 240  # for all cases together; whoever hangs is killed long before
+_SECONDS = 240  # for all cases together; a case that hangs is killed long before
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case.
+    """The results of a case.
 
     Attributes:
-      said: for each host, what it said after each step, in order.
-      codes: how each ended; negative: the signal, as subprocess has it.
-      logs: what each printed.
+      results: for each host, the result of each step, in order.
+      codes: the exit code of each, or minus the signal that killed it.
+      logs: the output of each.
     """
 
-    said: tuple[tuple[Json, ...], ...]
+    results: tuple[tuple[Json, ...], ...]
     codes: tuple[int, ...]
     logs: tuple[str, ...]
 
     def step(self, number: int) -> list[Json]:
-        """What all hosts said after one step."""
-        return [lines[number] for lines in self.said]
+        """The results of one step on all hosts."""
+        return [lines[number] for lines in self.results]
 
 
 def step(
     paths: Sequence[Path | str],
     options: Json,
-    ask: Sequence[str] = (),
+    queries: Sequence[str] = (),
     *,
     of_host_1: Json | None = None,
     fault: Json | None = None,
 ) -> Json:
-    """A load, as `tests.support.host_program` takes it.
+    """A load, as input of `tests.support.host_program`.
 
     Args:
-      paths: the checkpoint as each host sees it.
+      paths: of the checkpoint on each host.
       options: of `mtj_loader.load`.
-      ask: keys of `host_program.ASKED`.
-      of_host_1: options that host 1 alone has.
+      queries: keys of `host_program.QUERIES`.
+      of_host_1: options of host 1 only.
       fault: as `dict(host=1, phase="read", kind="kill")`.
     """
     return {
         "paths": [str(path) for path in paths],
         "options": [options, options | (of_host_1 or {}), options, options][: len(paths)],
-        "ask": list(ask),
+        "queries": list(queries),
         "fault": fault or {},
     }
 
@@ -74,10 +74,12 @@ def run(folder: Path, cases: Mapping[str, tuple[int, Sequence[Json]]]) -> dict[s
 
 
 def _outcome(folder: Path, name: str, codes: Mapping[str, int]) -> Outcome:
-    said, logs = [], []
+    results, logs = [], []
     for host in range(len(codes)):
         output = folder / f"{name}-{host}.jsonl"
         lines = output.read_text().splitlines() if output.exists() else []
-        said.append(tuple(json.loads(line) for line in lines))
+        results.append(tuple(json.loads(line) for line in lines))
         logs.append(output.with_suffix(".log").read_text())
-    return Outcome(tuple(said), tuple(codes[str(host)] for host in range(len(codes))), tuple(logs))
+    return Outcome(
+        tuple(results), tuple(codes[str(host)] for host in range(len(codes))), tuple(logs)
+    )
