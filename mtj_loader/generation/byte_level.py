@@ -60,33 +60,35 @@ CLASSES: Mapping[str, ByteLevelClass] = {
 }
 
 
-def build(vocab: File, merges: File, rules: ByteLevelClass, *, add_space: bool) -> Tokenizer:
-    """Builds the tokenizer, without its added tokens.
+def build(vocab: File, merges: File) -> Tokenizer:
+    """Builds a tokenizer without the steps of its class and without its added tokens.
 
     Args:
       vocab: vocab.json: token → id.
       merges: merges.txt: two tokens per line, in merge order.
-      rules: of the tokenizer's class.
-      add_space: insert a space before a text that begins without one.
 
     Raises:
       FormatError: a file is damaged, or the files do not match.
     """
-    tokenizer = Tokenizer(_model(vocab, merges))
-    if rules.composes:
-        tokenizer.normalizer = normalizers.NFC()
+    return Tokenizer(_model(vocab, merges))
+
+
+def set_steps(tokenizer: Tokenizer, kind: str, config: Mapping[str, object]) -> None:
+    """Sets the steps before and after the model.
+
+    Args:
+      tokenizer: is changed.
+      kind: one of `CLASSES`.
+      config: tokenizer_config.json, for its `add_prefix_space`.
+    """
+    rules, add_space = CLASSES[kind], config.get("add_prefix_space") is True
     words = pre_tokenizers.ByteLevel(add_prefix_space=add_space, use_regex=rules.words is None)
     if rules.words is not None:
         split = pre_tokenizers.Split(Regex(rules.words), behavior="isolated")
         words = pre_tokenizers.Sequence([split, words])
+    tokenizer.normalizer = normalizers.NFC() if rules.composes else None
     tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def adds_space(settings: Mapping[str, object]) -> bool:
-    """Whether a space is inserted before a text that begins without one."""
-    return settings.get("add_prefix_space") is True
 
 
 def _model(vocab: File, merges: File) -> models.BPE:

@@ -1,7 +1,7 @@
 """Builds a tokenizer from SentencePiece's tokenizer.model.
 
-The rules are those of the tokenizer classes of transformers 5, where they differ from the
-`sentencepiece` library: models are trained and run with their ids.
+The rules are those of the tokenizer classes of transformers 5, also where the `sentencepiece`
+library has others.
 """
 
 from __future__ import annotations
@@ -33,19 +33,13 @@ _SPACE = "▁"  # SentencePiece's spelling of a space
 
 
 def build(
-    model: SentencePieceModel,
-    kind: str,
-    config: Mapping[str, object],
-    settings: TokenSettings,
-    *,
-    file: object,
+    model: SentencePieceModel, kind: str, settings: TokenSettings, *, file: object
 ) -> Tokenizer:
-    """Builds the tokenizer, without its added tokens.
+    """Builds a tokenizer, without its added tokens, and unless it is plain without its steps.
 
     Args:
       model: tokenizer.model.
       kind: one of `CLASSES`.
-      config: tokenizer_config.json, for its `legacy` and `add_prefix_space`.
       settings: the added tokens of the checkpoint.
       file: for messages.
 
@@ -56,11 +50,37 @@ def build(
     if model.model_type is not ModelType.BPE and kind != "TokenizersBackend":
         raise _unsupported(model, kind, file)
     with backend_errors("the tokenizer cannot be built", file=file):
-        if kind == "LlamaTokenizer":
-            return _llama(model, config)
-        if kind == "GemmaTokenizer":
-            return _gemma(model, settings)
-        return _plain(model, settings, file)
+        if kind == "TokenizersBackend":
+            return _plain(model, settings, file)
+        return Tokenizer(_bpe(model))
+
+
+def set_steps(tokenizer: Tokenizer, kind: str, config: Mapping[str, object]) -> None:
+    """Sets the steps before and after the model.
+
+    Args:
+      tokenizer: is changed.
+      kind: `LlamaTokenizer` or `GemmaTokenizer`.
+      config: tokenizer_config.json, for its `legacy` and `add_prefix_space`.
+    """
+    core = tokenizer.model
+    assert isinstance(core, models.BPE), "these classes have no other model"
+    core.byte_fallback = core.fuse_unk = True
+    if kind == "GemmaTokenizer":
+        tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+        tokenizer.decoder = decoders.Sequence(_decoding_steps())
+        return
+    core.unk_token = None
+    # LlamaTokenizer puts a space before the text, and with `legacy` also after special tokens.
+    add_space = config.get("add_prefix_space") is not False
+    first = "always" if config.get("legacy") is True else "first"
+    steps = [*_decoding_steps(), decoders.Strip(" ", 1, 0)] if add_space else _decoding_steps()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=_SPACE, prepend_scheme=first if add_space else "never", split=False
+    )
+    tokenizer.decoder = decoders.Sequence(steps)
 
 
 def own_tokens(model: SentencePieceModel) -> list[AddedToken]:
@@ -73,37 +93,10 @@ def own_tokens(model: SentencePieceModel) -> list[AddedToken]:
     ]
 
 
-def _llama(model: SentencePieceModel, config: Mapping[str, object]) -> Tokenizer:
-    """LlamaTokenizer: a space before the text, and in `legacy` after each special token too."""
-    add_space = config.get("add_prefix_space") is not False
-    first = "always" if config.get("legacy") is True else "first"
-    tokenizer = Tokenizer(_bpe(model, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=_SPACE, prepend_scheme=first if add_space else "never", split=False
-    )
-    steps = _decoding_steps()
-    tokenizer.decoder = decoders.Sequence(
-        [*steps, decoders.Strip(" ", 1, 0)] if add_space else steps
-    )
-    return tokenizer
-
-
-def _gemma(model: SentencePieceModel, settings: TokenSettings) -> Tokenizer:
-    """GemmaTokenizer: no space is added."""
-    unk = settings.special.get("unk_token")
-    name = unk.content if unk else "<unk>"
-    tokenizer = Tokenizer(_bpe(model, byte_fallback=True, unk_token=name))
-    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
-    tokenizer.decoder = decoders.Sequence(_decoding_steps())
-    return tokenizer
-
-
 def _plain(model: SentencePieceModel, settings: TokenSettings, file: object) -> Tokenizer:
     """TokenizersBackend: what the file says, but no space is added."""
     if model.model_type is ModelType.BPE:
-        unk, names = model.special_tokens.get("unk_token"), _renamed(model, settings)
-        core = _bpe(model, byte_fallback=model.byte_fallback, unk_token=unk, renamed=names)
+        core = _bpe(model, _renamed(model, settings))
     elif model.model_type is ModelType.UNIGRAM:
         scores = [(piece.text, piece.score) for piece in model.pieces]
         core = models.Unigram(scores, model.unk_id, model.byte_fallback)
@@ -131,9 +124,6 @@ def _renamed(model: SentencePieceModel, settings: TokenSettings) -> dict[int, st
 
 def _bpe(
     model: SentencePieceModel,
-    *,
-    byte_fallback: bool,
-    unk_token: str | None = None,
     renamed: Mapping[int, str] | None = None,
 ) -> models.BPE:
     vocab = {piece.text: number for number, piece in enumerate(model.pieces)}
@@ -141,9 +131,9 @@ def _bpe(
     return models.BPE(
         {text: number for number, text in texts.items()},
         find_merges(vocab),
-        unk_token=unk_token,
+        unk_token=model.special_tokens.get("unk_token"),
         fuse_unk=True,
-        byte_fallback=byte_fallback,
+        byte_fallback=model.byte_fallback,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import tokenizers
+from tokenizers import models
 
 from mtj_loader.errors import PromptError, TokenizerMissingError
 from mtj_loader.formats import strict_json
@@ -17,7 +18,7 @@ from mtj_loader.generation import byte_level, from_sentencepiece
 from mtj_loader.generation.added_tokens import add_tokens, read_token_settings
 from mtj_loader.generation.backend_errors import backend_errors
 from mtj_loader.generation.byte_level import File
-from mtj_loader.generation.tokenizer_json import read_tokenizer_json
+from mtj_loader.generation.tokenizer_json import is_byte_level, read_tokenizer_json
 from mtj_loader.storage.base import read_small
 
 Files = Mapping[str, File]
@@ -127,34 +128,39 @@ def load_tokenizer(
     """
     config = _optional_json(files, "tokenizer_config.json")
     kind = choose_class(model_type, config.get("tokenizer_class") or class_name)
-    add_space = byte_level.adds_space(config)
-    rules = byte_level.CLASSES.get(kind)
     if "tokenizer.json" in files:
-        space = None if rules is None else add_space
-        return Tokenizer(read_tokenizer_json(files["tokenizer.json"], add_space=space))
+        tokenizer = read_tokenizer_json(files["tokenizer.json"])
+        if isinstance(tokenizer.model, models.BPE):
+            _set_steps(tokenizer, kind, config)
+        return Tokenizer(tokenizer)
     has_merges = "vocab.json" in files and "merges.txt" in files
     if not has_merges and "tokenizer.model" not in files:
         return None
-    others = (
-        _optional_json(files, f"{name}.json") for name in ("special_tokens_map", "added_tokens")
-    )
-    settings = read_token_settings(config, *others)
-    if has_merges and rules is not None:
-        built = byte_level.build(
-            files["vocab.json"], files["merges.txt"], rules, add_space=add_space
-        )
-        defaults, own = rules.special_tokens, ()
+    old = (_optional_json(files, f"{name}.json") for name in ("special_tokens_map", "added_tokens"))
+    settings = read_token_settings(config, *old)
+    if has_merges and kind in byte_level.CLASSES:
+        tokenizer = byte_level.build(files["vocab.json"], files["merges.txt"])
+        defaults, own = byte_level.CLASSES[kind].special_tokens, ()
     elif "tokenizer.model" in files and kind in from_sentencepiece.CLASSES:
         file = files["tokenizer.model"]
         model = parse_model(read_small(file, _MAX_MODEL_BYTES), file=str(file))
-        built = from_sentencepiece.build(model, kind, config, settings, file=file)
+        tokenizer = from_sentencepiece.build(model, kind, settings, file=file)
         defaults = from_sentencepiece.CLASSES[kind] or model.special_tokens
         own = from_sentencepiece.own_tokens(model)
     else:
         raise _unsupported(files, kind)
+    _set_steps(tokenizer, kind, config)
     with backend_errors("the tokens of the checkpoint cannot be added"):
-        add_tokens(built, settings, defaults, own)
-    return Tokenizer(built)
+        add_tokens(tokenizer, settings, defaults, own)
+    return Tokenizer(tokenizer)
+
+
+def _set_steps(tokenizer: tokenizers.Tokenizer, kind: str, config: Mapping[str, object]) -> None:
+    """Sets the steps before and after the model, if the class has its own."""
+    if kind in byte_level.CLASSES:
+        byte_level.set_steps(tokenizer, kind, config)
+    elif kind == "GemmaTokenizer" or (kind == "LlamaTokenizer" and not is_byte_level(tokenizer)):
+        from_sentencepiece.set_steps(tokenizer, kind, config)
 
 
 def choose_class(model_type: str | None, named: object) -> str:

@@ -7,7 +7,7 @@ import binascii
 import re
 from collections.abc import Iterator
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 
 from mtj_loader.errors import FormatError
 from mtj_loader.formats import strict_json
@@ -21,13 +21,8 @@ from mtj_loader.storage.base import read_small
 _MAY_HAVE_CHARSMAP = re.compile(rb"precompiled_charsmap|\\u00[567]")
 
 
-def read_tokenizer_json(file: File, *, add_space: bool | None) -> Tokenizer:
+def read_tokenizer_json(file: File) -> Tokenizer:
     """Reads a tokenizer.json.
-
-    Args:
-      file: the file.
-      add_space: whether a byte-level tokenizer inserts a space before a text that begins without
-        one; None leaves that to the file.
 
     Raises:
       FormatError: the file is damaged.
@@ -39,11 +34,13 @@ def read_tokenizer_json(file: File, *, add_space: bool | None) -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(data)
         tokenizer.no_padding()
         tokenizer.no_truncation()  # a prompt that is too long is rejected later, not truncated
-        current = tokenizer.pre_tokenizer
-        if add_space is not None and isinstance(current, pre_tokenizers.ByteLevel):
-            current.add_prefix_space = add_space
-            tokenizer.pre_tokenizer = current
     return tokenizer
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer splits texts into bytes, as Llama 3's."""
+    steps = (tokenizer.pre_tokenizer, tokenizer.decoder)
+    return any(step is not None and b"ByteLevel" in step.__getstate__() for step in steps)
 
 
 def _check_charsmaps(document: object, file: File) -> None:

@@ -2,11 +2,12 @@
 
 python -m tests.oracle.make_tokenizers    (needs transformers 5.23, sentencepiece and protobuf)
 
-The vocabularies are trained on this repository's own documents.
+The vocabularies are trained on this repository's LICENSE, which does not change.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -14,8 +15,16 @@ import tempfile
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, Qwen2Tokenizer
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests" / "data" / "tokenizers"
@@ -165,6 +174,71 @@ CASES: dict[str, tuple[str, str, dict[str, dict]]] = {
             }
         },
     ),
+    "json_llama": (
+        "llama",
+        "bpe_json",
+        {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}},
+    ),
+    "json_llama_legacy": (
+        "llama",
+        "bpe_json",
+        {
+            "tokenizer_config": {
+                "tokenizer_class": "LlamaTokenizerFast",
+                "legacy": True,
+                "add_bos_token": True,
+            }
+        },
+    ),
+    "json_llama_no_space": (
+        "llama",
+        "bpe_json",
+        {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}},
+    ),
+    "json_llama_without_bytes": (
+        "llama",
+        "bpe_plain_json",
+        {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}},
+    ),
+    "json_plain": (
+        "llama",
+        "bpe_json",
+        {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}},
+    ),
+    "json_mistral": (
+        "mistral",
+        "bpe_json",
+        {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}},
+    ),
+    "json_gemma": (
+        "gemma2",
+        "bpe_json",
+        {
+            "tokenizer_config": {
+                "tokenizer_class": "GemmaTokenizer",
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "pad_token": "<unk>",
+                "mask_token": None,
+            }
+        },
+    ),
+    "json_llama_3": (
+        "llama",
+        "byte_level_json",
+        {"tokenizer_config": {"tokenizer_class": "LlamaTokenizerFast"}},
+    ),
+    "json_qwen2": (
+        "qwen2",
+        "byte_level_json",
+        {"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer"}},
+    ),
+    "json_gpt2": (
+        "gptj",
+        "byte_level_json",
+        {"tokenizer_config": {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}},
+    ),
+    "json_neox": ("gpt_neox", "byte_level_json", {}),
     "unigram": ("llama", "unigram", {}),
     "unigram_bytes": ("llama", "unigram_bytes", {"tokenizer_config": {"add_eos_token": True}}),
     "qwen2": (
@@ -229,8 +303,7 @@ CASES: dict[str, tuple[str, str, dict[str, dict]]] = {
 
 
 def sentences() -> list[str]:
-    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return "\n".join(path.read_text() for path in paths).split("\n")
+    return (ROOT / "LICENSE").read_text().split("\n")
 
 
 def train_sentencepiece(**options: object) -> bytes:
@@ -269,6 +342,25 @@ def train_byte_level() -> dict[str, str]:
     return {"vocab.json": vocab, "merges.txt": "#version: 0.2\n" + merges}
 
 
+def as_json(files: dict[str, bytes]) -> dict[str, bytes]:
+    """A tokenizer.json as in Llama 2's checkpoints, or as in Qwen2's, with the same vocabulary."""
+    with tempfile.TemporaryDirectory() as name:
+        for file, data in files.items():
+            (Path(name) / file).write_bytes(data)
+        is_llama = "tokenizer.model" in files
+        kind = LlamaTokenizer if is_llama else Qwen2Tokenizer
+        backend = kind.from_pretrained(name).backend_tokenizer
+    if is_llama:
+        backend.pre_tokenizer = None
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        backend.post_processor = processors.TemplateProcessing(
+            single=["<s>", "$A"], special_tokens=[("<s>", 1)]
+        )
+    return {"tokenizer.json": backend.to_str().encode()}
+
+
 def vocabularies(rules: Path) -> dict[str, dict[str, bytes]]:
     """The files of each vocabulary.
 
@@ -286,6 +378,8 @@ def vocabularies(rules: Path) -> dict[str, dict[str, bytes]]:
     }
     made = {name: {"tokenizer.model": data} for name, data in spm.items()}
     made["byte_level"] = {name: text.encode() for name, text in train_byte_level().items()}
+    for name in ("bpe", "bpe_plain", "byte_level"):
+        made[f"{name}_json"] = as_json(made[name])
     return made
 
 
@@ -310,8 +404,8 @@ def run_case(model_type: str, files: dict[str, bytes], settings: dict[str, dict]
 
 def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as name:
-        made = vocabularies(Path(name) / "rules.tsv")
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        made = vocabularies(Path("rules.tsv"))  # the path is stored in the tokenizer.model
     for vocabulary, files in made.items():
         (FOLDER / vocabulary).mkdir(parents=True)
         for name, data in files.items():
