@@ -1,16 +1,16 @@
 """Host memory in which shards are assembled, and the transfer from there to the devices.
 
-There are two policies with one interface. The CPU backend adopts a new, aligned buffer without a
-copy; the buffer then belongs to the parameter and is never written again. Accelerators copy from
-staging memory, which is reused after the copy.
+There are two policies. The CPU backend adopts a new, aligned buffer without a copy; the buffer then
+belongs to the parameter and is never written again. Accelerators copy from staging memory, which is
+reused after the copy.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,51 +23,33 @@ ALIGNMENT_BYTES = 64  # the CPU backend adopts buffers with this alignment, and 
 _HUGE_PAGE_BYTES = 2 << 20  # smaller buffers gain nothing from huge pages
 
 
-class Buffers(Protocol):
-    """A policy for the memory between file and device."""
+class Buffers:
+    """The memory between file and device; this class is the policy for CPU devices.
 
-    @property
-    def batch_bytes(self) -> int:
-        """How many bytes are assembled and transferred at a time."""
-        ...
+    Every batch gets new memory, which the CPU backend keeps as the parameter itself.
 
-    @property
-    def block_bytes(self) -> int | None:
-        """A larger shard is transferred in blocks of at most this size; None: never."""
-        ...
+    Attributes:
+      batch_bytes: how many bytes are assembled and transferred at a time.
+      block_bytes: a larger shard is transferred in blocks of at most this size; None: never.
+    """
+
+    batch_bytes: int = 64 << 20  # large enough for huge pages, small enough to overlap with reading
+    block_bytes: int | None = None
 
     def acquire(self, size_bytes: int) -> np.ndarray:
         """At least this much memory, uint8, aligned to ALIGNMENT_BYTES, with undefined content."""
-        ...
-
-    def put(self, arrays: list[np.ndarray], devices: list[Device]) -> list[jax.Array]:
-        """Transfers each array to its device; afterwards its memory may be released."""
-        ...
-
-    def release(self, memory: np.ndarray) -> None:
-        """Returns memory from `acquire`, which the loader no longer uses."""
-        ...
-
-
-class AdoptedBuffers:
-    """New memory for every batch; the CPU backend keeps it as the parameter itself."""
-
-    batch_bytes = 64 << 20  # large enough for huge pages, small enough to overlap with reading
-    block_bytes = None
-
-    def acquire(self, size_bytes: int) -> np.ndarray:
-        """See `Buffers.acquire`."""
         return allocate(size_bytes)
 
     def put(self, arrays: list[np.ndarray], devices: list[Device]) -> list[jax.Array]:
-        """See `Buffers.put`."""
-        return _device_put(arrays, devices)
+        """Transfers each array to its device; afterwards its memory may be released."""
+        with device_errors():
+            return jax.device_put(arrays, devices)
 
     def release(self, memory: np.ndarray) -> None:
-        """Does nothing: the arrays own the memory."""
+        """Returns memory from `acquire`, which the loader no longer uses."""
 
 
-class StagingBuffers:
+class StagingBuffers(Buffers):
     """Memory that is reused as soon as it was copied to the devices.
 
     Args:
@@ -84,7 +66,7 @@ class StagingBuffers:
 
     def put(self, arrays: list[np.ndarray], devices: list[Device]) -> list[jax.Array]:
         """See `Buffers.put`."""
-        return jax.block_until_ready(_device_put(arrays, devices))
+        return jax.block_until_ready(super().put(arrays, devices))
 
     def release(self, memory: np.ndarray) -> None:
         """See `Buffers.release`."""
@@ -100,7 +82,7 @@ SCRATCH_BYTES = 16 << 20
 def buffers_for(platform: str, host_memory_bytes: int, threads: int) -> Buffers:
     """The policy for a backend; batches and scratch memory stay within `host_memory_bytes`."""
     if platform == "cpu":
-        return AdoptedBuffers()
+        return Buffers()
     return StagingBuffers((host_memory_bytes - threads * SCRATCH_BYTES) // _STAGED_BATCHES)
 
 
@@ -141,8 +123,3 @@ def device_errors() -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         raise DeviceError("a device refused an allocation", found=str(error)) from error
-
-
-def _device_put(arrays: Sequence[np.ndarray], devices: Sequence[Device]) -> list[jax.Array]:
-    with device_errors():
-        return jax.device_put(list(arrays), list(devices))

@@ -17,6 +17,7 @@ import numpy as np
 from mtj_loader.loading.buffers import ALIGNMENT_BYTES, Buffers, align
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan
+from mtj_loader.planning.read_assignment import distinct
 from mtj_loader.weights import kernels
 from mtj_loader.weights.copies import Copy, clip, join_shards, runs, shard_copies
 from mtj_loader.weights.view import Layout
@@ -148,7 +149,7 @@ class Target:
     Attributes:
       param: the plan of the parameter.
       shards: the distinct layouts to read, each with the shard numbers that share it; see
-        `ParamPlan.distinct`.
+        `read_assignment.distinct`.
       corner: for a block, its first element's position in the shard; None for whole shards.
       is_whole: it includes everything that this host's devices read of the parameter.
     """
@@ -204,7 +205,7 @@ def list_targets(plan: LoadPlan, host: int, block_bytes: int | None) -> list[Tar
     device_indices = plan.topology.device_indices_of(host)
     targets: list[Target] = []
     for param in plan.params:
-        whole = Target(param, param.distinct(device_indices), is_whole=True)
+        whole = Target(param, distinct(param.reads, device_indices), is_whole=True)
         if block_bytes is None or whole.size_bytes <= block_bytes:
             targets.append(whole)
         else:

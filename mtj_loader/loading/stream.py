@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -47,15 +47,14 @@ class ReadStats:
     bytes_read: int = 0
     read_seconds: float = 0.0
     transform_seconds: float = 0.0
-    nonfinite: dict[str, int] = field(default_factory=dict)  # tensor → count
+    nonfinite: Counter[str] = field(default_factory=Counter)  # by tensor
 
     def add(self, other: ReadStats) -> None:
         """Adds another thread's counts to these."""
         self.bytes_read += other.bytes_read
         self.read_seconds += other.read_seconds
         self.transform_seconds += other.transform_seconds
-        for name, count in other.nonfinite.items():
-            self.nonfinite[name] = self.nonfinite.get(name, 0) + count
+        self.nonfinite.update(other.nonfinite)
 
 
 class Streamer:
@@ -216,8 +215,7 @@ class Streamer:
                 hint="use another dtype: float32 holds all values, bfloat16 nearly all",
             )
         if self.plan.options.check_finite and (count := kernels.count_nonfinite(before)):
-            nonfinite = self._stats.nonfinite
-            nonfinite[record.name] = nonfinite.get(record.name, 0) + count
+            self._stats.nonfinite[record.name] += count
 
     @property
     def _stats(self) -> ReadStats:

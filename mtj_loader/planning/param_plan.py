@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from mtj_loader.lora.low_rank import LowRank
 from mtj_loader.names import fold_all
 from mtj_loader.parameters import ParamSpec
 from mtj_loader.planning.assign_reads import assign_reads
-from mtj_loader.planning.read_assignment import OwnShards, ReadAssignment, distinct
+from mtj_loader.planning.read_assignment import OwnShards, ReadAssignment
 from mtj_loader.planning.topology import Topology
 from mtj_loader.storage.base import ReadCosts
 from mtj_loader.weights.view import ZEROS, Layout, Piece, View
@@ -117,10 +117,6 @@ class ParamPlan:
     def shard_bytes(self) -> int:
         """Bytes of one shard on its device."""
         return self.shards[0].size * self.dtype.itemsize
-
-    def distinct(self, device_indices: Sequence[int]) -> Mapping[Layout, Sequence[int]]:
-        """The different layouts that some devices read, each with the numbers that share it."""
-        return distinct(self.reads, device_indices)
 
     def source_bytes(self, device_indices: Sequence[int]) -> int:
         """Bytes that some devices have to read, each distinct layout once."""

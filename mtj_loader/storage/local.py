@@ -7,7 +7,6 @@ import os
 import stat
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +41,7 @@ class LocalStorage(Storage):
 
     costs = DISK
     checks_versions = False
+    extra_bytes = 0  # see `Reader`
 
     def __init__(self, root: Path) -> None:
         super().__init__()
@@ -117,9 +117,12 @@ class LocalStorage(Storage):
                 raise truncated_error(path, offset_bytes, len(view), done)
             done += count
 
-    def reader(self, runs: Iterable[Run], budget_bytes: int) -> DirectReader:
-        """Reads each file on demand, because the operating system reads ahead by itself."""
-        return DirectReader(self)
+    def reader(self, runs: Iterable[Run], budget_bytes: int) -> LocalStorage:
+        """This storage: the operating system reads ahead by itself."""
+        return self
+
+    def stop(self) -> None:
+        """Does nothing: no request is in flight; see `Reader.stop`."""
 
     def close(self) -> None:
         """Closes every file; a later read reopens it."""
@@ -204,18 +207,3 @@ def _readable_folders(root: Path) -> list[Path]:
 
 def _os_error(what: str, path: object, error: OSError) -> StorageError:
     return StorageError(what, file=path, found=error.strerror or str(error))
-
-
-@dataclass(frozen=True)
-class DirectReader:
-    """Passes every read on to the storage."""
-
-    storage: LocalStorage
-    extra_bytes: int = 0
-
-    def read_into(self, path: str, offset_bytes: int, buffer: np.ndarray) -> None:
-        """See `Reader.read_into`."""
-        self.storage.read_into(path, offset_bytes, buffer)
-
-    def stop(self) -> None:
-        """Does nothing: no request is in flight."""

@@ -88,7 +88,7 @@ def test_a_kept_error_has_its_variables_but_not_the_parameters(
     fail: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, owners: list
 ):
     """A debugger sees the variables of every function; at most a few batches stay in memory."""
-    monkeypatch.setattr(buffers.AdoptedBuffers, "batch_bytes", 100_000)
+    monkeypatch.setattr(buffers.Buffers, "batch_bytes", 100_000)
     fail(monkeypatch)
     before = live_bytes()
     with pytest.raises(StorageError, match="at the very end") as kept:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mtj_loader.errors import StorageError
 from mtj_loader.storage.base import ReadCosts
-from mtj_loader.storage.local import DirectReader, LocalStorage
+from mtj_loader.storage.local import LocalStorage
 from mtj_loader.storage.prefetch import PrefetchReader, Request, merge_runs, prefetch_bytes
 
 MIB = 1 << 20
@@ -125,7 +125,7 @@ def test_only_a_remote_storage_prefetches(tmp_path):
         buffer = np.zeros(3, np.uint8)
         reader.read_into("f", 2, buffer)
         reader.stop()
-    assert isinstance(reader, DirectReader)
+    assert reader is local
     assert buffer.tobytes() == b"345"
     assert reader.extra_bytes == 0
 
