@@ -47,10 +47,16 @@ def check_target(target: Path, *, overwrite: bool) -> list[str]:
         if any(map(is_locked, find_hidden(target))):
             raise UsageError("another process is writing this output", file=target)
         restored = restore(target)
-        left = find_hidden(target)
+        left = [_describe_left(path) for path in find_hidden(target)]
     if os.path.lexists(target):
         _check_existing(target, overwrite=overwrite, restored=restored)
-    return [f"left by a conversion that was killed; delete it: {path}" for path in left]
+    return left
+
+
+def _describe_left(path: Path) -> str:
+    if is_locked(path) is None:
+        return f"left by a conversion that was killed, or of one that still runs: {path}"
+    return f"left by a conversion that was killed; delete it: {path}"
 
 
 def _check_existing(target: Path, *, overwrite: bool, restored: bool) -> None:

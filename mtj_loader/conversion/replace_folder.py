@@ -56,16 +56,16 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether another process works on a hidden folder."""
+def is_locked(folder: Path) -> bool | None:
+    """Whether another process works on a hidden folder; None if the file system cannot tell."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # gone meanwhile
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno == errno.EWOULDBLOCK
+    except OSError as error:  # NFS cannot lock a folder
+        return True if error.errno == errno.EWOULDBLOCK else None
     finally:
         os.close(descriptor)
     return False

@@ -33,7 +33,6 @@ _ZIP64_EXTRA = 1
 _ENCRYPTED, _HAS_DESCRIPTOR, _UTF8 = 0x1, 0x8, 0x800  # flags; torch sets the last two
 _MAX_MEMBERS = 25_000  # one per tensor; each takes two short reads
 _MAX_DIRECTORY_BYTES = 4 << 20  # 25,000 members take 2,500,000
-_CHUNK_BYTES = 1 << 20  # of a member whose checksum is computed
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,11 @@ def check_sums(storage: Storage, file: str, members: Iterable[Member]) -> None:
     Raises:
       FormatError: a member is damaged.
     """
+    step = storage.costs.range_bytes
     for member in members:
         crc, end = 0, member.offset_bytes + member.size_bytes
-        for start in range(member.offset_bytes, end, _CHUNK_BYTES):
-            chunk = storage.read(file, start, min(_CHUNK_BYTES, end - start))
+        for start in range(member.offset_bytes, end, step):
+            chunk = storage.read(file, start, min(step, end - start))
             crc = zlib.crc32(chunk, crc)
         _check_sum(file, member, crc)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import resource
@@ -240,6 +241,19 @@ def test_killed_process_leaves_a_folder_that_the_next_conversion_names(source):
     report = mtj_loader.convert(source, dtype="float16")
     path = source.with_name(name)
     assert report.warnings == (f"left by a conversion that was killed; delete it: {path}",)
+
+
+def test_a_folder_that_may_be_in_use_is_not_called_abandoned(source, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")  # NFS
+
+    hidden = source.with_name(".tiny-float16.0123abcd.partial")
+    hidden.mkdir()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    report = mtj_loader.convert(source, dtype="float16")
+    words = "left by a conversion that was killed, or of one that still runs"
+    assert report.warnings == (f"{words}: {hidden}",)
+    assert hidden.exists()
 
 
 # Overwriting.
