@@ -126,6 +126,7 @@ class Matcher:
 
     def _reachable(self, positions: _Positions, at_start: bool, *, at_end: bool) -> _Positions:
         """The positions reached from others without consuming a character."""
+        holds = {"^": at_start, "$": at_end}
         found: set[int] = set()
         waiting = list(positions)
         while waiting:
@@ -137,7 +138,7 @@ class Matcher:
             match self._program[position] if position < len(self._program) else None:
                 case _Jump(to):
                     waiting += [position + distance for distance in to]
-                case _Anchor(sign) if at_start if sign == "^" else at_end:
+                case _Anchor(sign) if holds[sign]:
                     waiting.append(position + 1)
         return frozenset(found)
 
@@ -158,7 +159,7 @@ def compile_pattern(pattern: str, work: Work) -> Program:
     return program
 
 
-@lru_cache(maxsize=64)  # `.`, `\\d` and the like
+@lru_cache(maxsize=64)  # `.`, `\d` and the like
 def _compile_class(atom: str) -> Callable[[str], object]:
     return re.compile(atom).fullmatch
 
