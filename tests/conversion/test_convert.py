@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub.constants
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -20,59 +15,28 @@ from safetensors.numpy import load_file
 
 import mtj_loader
 from mtj_loader.conversion import convert_tensors
-from mtj_loader.conversion import output_folder as folder_module
 from mtj_loader.conversion.convert_plan import plan_files
-from mtj_loader.errors import CheckpointError, FormatError, NonFiniteError, StorageError, UsageError
+from mtj_loader.errors import CheckpointError, FormatError, NonFiniteError, UsageError
 from mtj_loader.formats.checkpoint import open_checkpoint
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.options import Source
 from tests.support import neox
 from tests.support.checkpoints import safetensors_bytes, write_checkpoint
-from tests.support.command_line import run
+from tests.support.conversions import (
+    BF16,
+    INDEX,
+    ONE,
+    TENSORS,
+    TWO,
+    bfloat16,
+    leftovers,
+    refusal,
+    snapshot,
+    write,
+)
 from tests.support.hub import serve
 
 ROOT = Path(__file__).parents[2]
-BF16 = np.dtype(ml_dtypes.bfloat16)
-ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-INDEX = "model.safetensors.index.json"
-RANDOM = np.random.default_rng(0)
-
-
-def bfloat16(*shape):
-    return RANDOM.normal(size=shape).astype(BF16)
-
-
-TENSORS = {
-    "h.0.w": bfloat16(5, 7),
-    "h.1.w": bfloat16(5, 7),
-    "bias": np.array([1, 2, -3], np.float32),
-    "wide": np.array([0.1, 1e-3]),
-    "mask": np.array([[True, False, True]]),
-    "ids": np.array([2**40, -1]),
-    "scalar": np.array(0.5, BF16),
-    "empty": np.empty((0, 3), np.float32),
-}
-
-
-def write(folder: Path, tensors=TENSORS, **config) -> Path:
-    config = {"model_type": "mpt", "torch_dtype": "bfloat16", "d_model": 4} | config
-    return write_checkpoint(folder, {"model.safetensors": tensors}, config)
-
-
-@pytest.fixture
-def source(tmp_path):
-    return write(tmp_path / "tiny")
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def refusal(kind, *arguments, **options) -> str:
-    with pytest.raises(kind) as caught:
-        mtj_loader.convert(*arguments, **options)
-    assert type(caught.value) is kind
-    return f"{caught.value}\n"
 
 
 # Contents of the output files.
@@ -325,10 +289,6 @@ def test_unknown_id(hub):
 # Errors.
 
 
-def leftovers(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def test_overflow_is_rejected(tmp_path):
     tensors = {f"h.{i}.w": np.array([1.0, 7e4, *[-1e30] * i], BF16) for i in range(3)}
     source = write(tmp_path / "s", tensors)
@@ -413,103 +373,6 @@ def test_invalid_path(source, path):
         assert message.startswith(("cannot use this path", "no such file"))
 
 
-# The target.
-
-
-def test_existing_target_is_not_changed(source):
-    out = Path(mtj_loader.convert(source, dtype="float16").out)
-    before = snapshot(out)
-    message = refusal(UsageError, source, dtype="float16")
-    assert "the output exists already" in message
-    assert f"file: {out}\n" in message
-    assert "overwrite" in message
-    assert snapshot(out) == before
-
-
-def test_overwrite_replaces_the_target(source):
-    out = Path(mtj_loader.convert(source, dtype="float16").out)
-    (out / "old.txt").write_text("old")
-    mtj_loader.convert(source, out, dtype="float32", overwrite=True)
-    assert load_file(out / "model.safetensors")["h.0.w"].dtype == np.float32
-    assert not (out / "old.txt").exists()
-    assert leftovers(source.parent) == ["tiny", "tiny-float16"]
-
-
-def test_overwrite_replaces_only_checkpoints(source, tmp_path):
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "thesis.tex").write_text("ten years")
-    message = refusal(UsageError, source, home, dtype="float16", overwrite=True)
-    assert "is not a checkpoint, so it is not replaced" in message
-    file = tmp_path / "file"
-    file.write_text("text")
-    assert "is not a" in refusal(UsageError, source, file, dtype="float16", overwrite=True)
-    assert (home / "thesis.tex").exists()
-    assert file.read_text() == "text"
-
-
-def test_overwrite_of_an_empty_folder(source, tmp_path):
-    (tmp_path / "out").mkdir()
-    mtj_loader.convert(source, tmp_path / "out", dtype="float16", overwrite=True)
-    assert (tmp_path / "out/model.safetensors").exists()
-
-
-def test_the_source_is_never_replaced(source, tmp_path):
-    for out in (source, source / ".", tmp_path):
-        shutil.copy(source / "config.json", tmp_path / "config.json")
-        message = refusal(UsageError, source, out, dtype="float16", overwrite=True)
-        assert "would replace its source" in message
-    link = tmp_path / "link"
-    link.symlink_to(source)
-    assert "would replace" in refusal(UsageError, source, link, dtype="float16", overwrite=True)
-
-
-def test_target_inside_the_source(source):
-    out = source / "half"
-    mtj_loader.convert(source, out, dtype="float16")
-    assert leftovers(out) == ["config.json", "model.safetensors"]
-
-
-def test_overwrite_through_a_link_replaces_its_target(source, tmp_path):
-    real = write(tmp_path / "real", {"w": bfloat16(2)})
-    (tmp_path / "link").symlink_to(real)
-    report = mtj_loader.convert(source, tmp_path / "link", dtype="float16", overwrite=True)
-    assert report.out == str(real)
-    assert (tmp_path / "link").is_symlink()
-    assert load_file(real / "model.safetensors").keys() == TENSORS.keys()
-
-
-def test_missing_parent(source, tmp_path):
-    message = refusal(UsageError, source, tmp_path / "a/b", dtype="float16")
-    assert "the parent folder of the output does not exist" in message
-    assert leftovers(tmp_path) == ["tiny"]
-
-
-def test_target_created_during_the_conversion_is_kept(source, monkeypatch):
-    out = source.with_name("out")
-
-    def racing(*arguments, **options):
-        out.mkdir()
-        (out / "theirs").touch()
-        return original(*arguments, **options)
-
-    original = convert_tensors.convert_tensors
-    monkeypatch.setattr("mtj_loader.conversion.convert_checkpoint.convert_tensors", racing)
-    message = refusal(StorageError, source, out, dtype="float16")
-    assert "found: Directory not empty" in message
-    assert leftovers(out) == ["theirs"]
-    assert leftovers(source.parent) == ["out", "tiny"]
-
-
-def test_not_enough_disk_space(source, monkeypatch):
-    usage = shutil.disk_usage(source)
-    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda _: usage._replace(free=100))
-    message = refusal(StorageError, source, dtype="float16")
-    assert message.startswith("not enough disk space\n")
-    assert "found: 100 B\n" in message
-    assert leftovers(source.parent) == ["tiny"]
-
-
 # The plan.
 
 
@@ -526,92 +389,3 @@ def test_shards_of_many_tensors_are_filled():
         ends = [t.target.offset_bytes + t.target.size_bytes for t in file.tensors]
         assert [t.target.offset_bytes for t in file.tensors] == [len(file.header), *ends[:-1]]
         assert ends[-1] == file.size_bytes
-
-
-# The command line.
-
-
-def test_command(tmp_path):
-    tensors = {f"h.{i}.w": np.array([1, 1e-30, 7e4], BF16) for i in range(2)}
-    source = write(tmp_path / "s", tensors | {"h.0.b": bfloat16(2)})
-    (source / "tokenizer.json").write_text("{}")
-    (source / "pytorch_model.bin").write_text("x")
-    result = run("convert", source, "--dtype", "float16", "--on-overflow", "clamp")
-    assert result.exit_code == 0
-    assert result.stderr == ""
-    first, second, *rest = result.stdout.splitlines()
-    assert first.startswith("3 tensors to float16: 16 B read, 16 B written in ")
-    assert first.endswith(f"1 file in {tmp_path}/s-float16")
-    assert second == "2 overflowed, 2 became zero, 0 are NaN or infinite"
-    assert rest[:2] == ["copied: tokenizer.json", "left out: pytorch_model.bin"]
-    rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in rest[2:]]
-    assert rows[0] == ["tensor", "dtype", "overflowed", "became zero", "NaN or infinite"]
-    assert rows[2] == ["h.{0...1}.w", "BF16 → F16", "2", "2", "0"]
-    assert len(rows) == 3  # no row for tensors without losses
-
-
-def test_command_warns(tmp_path):
-    source = write_checkpoint(
-        tmp_path / "s", {ONE: {"a": bfloat16(2)}, TWO: {"b": bfloat16(2)}}, {"model_type": "mpt"}
-    )
-    shutil.copy(source / ONE, source / "other.safetensors")
-    result = run("convert", source, "--dtype", "float16", "--out", tmp_path / "out")
-    assert result.stderr.startswith("warning: not in model.safetensors.index.json")
-    assert "left out: other.safetensors\n" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("code", "message", "arguments"),
-    [
-        (2, "the output exists already", ["--dtype", "float16", "--out", "{source}"]),
-        (2, "Missing option '--dtype'", []),
-        (2, "Invalid value for '--dtype'", ["--dtype", "float64"]),
-        (3, "finite weights are too large for float16", ["--dtype", "float16"]),
-    ],
-)
-def test_command_fails(tmp_path, code, message, arguments):
-    source = write(tmp_path / "s", {"w": np.array([1e5], np.float32)})
-    result = run("convert", source, *[argument.format(source=source) for argument in arguments])
-    assert result.exit_code == code
-    assert message in result.stderr
-    assert result.stdout == ""
-
-
-def test_help_has_an_example():
-    result = run("convert", "--help")
-    assert result.exit_code == 0
-    assert "Example: mtj-loader convert mosaicml/mpt-7b-instruct --dtype float16" in result.stdout
-
-
-def test_command_does_not_import_jax(source):
-    script = (
-        "import sys; from mtj_loader.cli.app import app\n"
-        "app(sys.argv[1:], standalone_mode=False); sys.exit('jax' in sys.modules)"
-    )
-    command = [sys.executable, "-c", script, "convert", str(source), "--dtype", "float16"]
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-
-
-def leaves(value, path=""):
-    """The keys of a JSON document, in the notation of docs/json.md."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(item, f"{path}.{key}".removeprefix("."))
-    elif isinstance(value, list):
-        for item in value or [None]:
-            yield from leaves(item, f"{path}[]")
-    else:
-        yield path
-
-
-def test_json_has_the_documented_keys(source):
-    (source / "tokenizer.json").write_text("{}")
-    result = run("convert", source, "--dtype", "float16", "--json")
-    assert result.exit_code == 0
-    pages = (ROOT / "docs/json.md").read_text().split("\n## ")
-    [page] = [page for page in pages if page.startswith("convert\n")]
-    cells = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
-    documented = {key for cell in cells for key in re.findall(r"`([^`]+)`", cell)}
-    document = json.loads(result.stdout)
-    assert set(leaves(document)) == documented
-    assert document["underflow"] == sum(tensor["underflow"] for tensor in document["tensors"])

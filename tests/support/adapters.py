@@ -60,3 +60,15 @@ def merged(
             total = result[base].astype(np.float64) + scale * (b.astype(np.float64) @ a)
             result[base] = total.astype(np.float32)
     return result
+
+
+# An adapter of `tests.support.neox`.
+QKV = "gpt_neox.layers.{}.attention.query_key_value"
+DENSE = "gpt_neox.layers.{}.attention.dense"
+UP = "gpt_neox.layers.{}.mlp.dense_h_to_4h"
+TERMS = (
+    linear(QKV.format(0), 72, 24, seed=1)
+    | linear(DENSE.format(1), 24, 24, seed=2)
+    | linear(UP.format(1), 40, 24, seed=3)
+    | linear("embed_out", 29, 24, seed=4)
+)
