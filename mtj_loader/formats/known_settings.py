@@ -101,7 +101,8 @@ def _family_keys(model_type: str) -> frozenset[str] | None:
 def ignored_settings(config: Mapping[str, object]) -> list[str]:
     """The keys that a load will let in although nothing reads them; for a known family.
 
-    The reader of a family finds the same keys; this is for those who need no model.
+    The reader of a family finds the same keys, and others in the sections that only it knows; this
+    is for those who need no model.
     """
     known = HARMLESS | _READ_HERE | SUPPORTED_AT.keys()
     given = {key: value for key, value in config.items() if value is not None}

@@ -13,7 +13,8 @@ from mtj_loader.errors import ConfigError, raise_all
 from mtj_loader.formats.hf_config import Problems, Reader, canonicalize
 from mtj_loader.formats.known_settings import reads
 from mtj_loader.models.layers.feed_forward import ACTIVATIONS
-from mtj_loader.models.layers.rope import Rope, read_rope
+from mtj_loader.models.layers.rope import Rope
+from mtj_loader.models.layers.rope_config import read_rope
 from mtj_loader.parameters import round_up
 
 # Larger sizes are refused before anything is allocated; each limit is at least ten times what any
@@ -55,7 +56,7 @@ class ModelConfig:
         means derived: `head_dim` is hidden_size / num_attention_heads, `num_key_value_heads` is
         num_attention_heads, `intermediate_size` is 4 · hidden_size. A standard setting that is
         missing here is required; `head_dim` and `num_key_value_heads` are not read then.
-      rotary: options of `rope.read_rope`; None for a family without rotary embedding.
+      rotary: options of `rope_config.read_rope`; None for a family without rotary embedding.
       ignored_keys: settings that transformers reads for this family and that never change the
         logits.
       d_model: width of the residual stream, d.

@@ -10,11 +10,12 @@ import pytest
 from mtj_loader.errors import ConfigError
 from mtj_loader.formats.hf_config import Reader, normalize
 from mtj_loader.models.layers import rope
+from mtj_loader.models.layers.rope_config import read_rope
 
 
 def read(head_dim=8, max_positions=64, fraction=1.0, **settings):
     config = normalize({"rope_parameters": settings}, file="config.json")
-    return rope.read_rope(
+    return read_rope(
         Reader(config, "config.json"),
         head_dim=head_dim,
         max_positions=max_positions,

@@ -14,7 +14,8 @@ from mtj_loader.models.config import ConfigReader
 from mtj_loader.models.decoder import CausalTransformer
 from mtj_loader.models.families import gemma2
 from mtj_loader.models.layers.norms import RMSNorm
-from mtj_loader.models.layers.rope import Rope, read_rope
+from mtj_loader.models.layers.rope import Rope
+from mtj_loader.models.layers.rope_config import read_rope
 from mtj_loader.models.llama_like import Windows, windows_by_layer
 from mtj_loader.models.parameter_table import ParameterBuilder
 

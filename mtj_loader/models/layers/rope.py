@@ -15,15 +15,13 @@ with: the exponent 2i/r is rounded to float32 before the power, which matters at
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mtj_loader.formats.hf_config import Reader
-from mtj_loader.formats.known_settings import reads_rope
 from mtj_loader.formats.typed_reader import MAX_INT
 
 HEAD_SIZES = ("head_dim", "hidden_size", "num_attention_heads")  # settings that give head_dim
@@ -39,12 +37,14 @@ class Rope:
       head_dim: size of a head, k.
       fraction: share of each head that is rotated.
       trained_positions: the context length that the model was trained on.
+      factor: how much longer a context may be.
     """
 
     theta: float
     head_dim: int
     fraction: float
     trained_positions: int
+    factor: float = 1.0
 
     @property
     def exponent_dim(self) -> int:
@@ -67,7 +67,7 @@ class Rope:
 
     def longest_context(self, stated: int) -> int:
         """The longest context in tokens, given max_position_embeddings."""
-        return stated
+        return int(min(max(stated, self.trained_positions * self.factor), MAX_INT))
 
     def _exponents(self) -> np.ndarray:  # float32 [r/2]
         return np.arange(0, self.exponent_dim, 2, dtype=np.float32) / np.float32(self.exponent_dim)
@@ -85,15 +85,9 @@ class Rope:
 class Linear(Rope):
     """Position interpolation (Chen et al., 2023, arXiv:2306.15595): positions are divided."""
 
-    factor: float
-
     def frequencies(self, total: int) -> np.ndarray:
         """Inverse frequencies, float32 [r/2]."""
         return super().frequencies(total) / np.float32(self.factor)
-
-    def longest_context(self, stated: int) -> int:
-        """At least the trained length times the factor."""
-        return _stretch(self, stated)
 
     @classmethod
     def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
@@ -244,7 +238,6 @@ class LongRope(Rope):
 
     short_factor: tuple[float, ...]  # for rows within the trained context
     long_factor: tuple[float, ...]  # for longer rows
-    factor: float  # how much longer than the trained context rows may be
     attention_factor: float
 
     @property
@@ -258,10 +251,6 @@ class LongRope(Rope):
         return np.float32(1) / (
             np.asarray(divisors, np.float32) * _power(self.theta, self._exponents())
         )
-
-    def longest_context(self, stated: int) -> int:
-        """At least the trained length times the factor."""
-        return _stretch(self, stated)
 
     @classmethod
     def read(cls, config: Reader, shared: dict[str, Any]) -> Rope:
@@ -283,109 +272,15 @@ class LongRope(Rope):
         return rope
 
 
-TYPES: dict[str, type[Rope]] = {
-    "default": Rope,
-    "linear": Linear,
-    "dynamic": Dynamic,
-    "llama3": Llama3,
-    "yarn": Yarn,
-    "longrope": LongRope,
-    "proportional": Proportional,
-}
-
-
-def read_rope(
-    config: Reader,
-    *,
-    head_dim: int,
-    max_positions: int,
-    fraction: float,
-    theta: float = DEFAULT_THETA,
-    whole_heads: bool = False,
-    types: Mapping[str, str] | None = None,
-    layer_type: str | None = None,
-) -> Rope:
-    """Reads the rotary embedding of a config.
-
-    Args:
-      config: the family's reader.
-      head_dim: size of a head.
-      max_positions: the longest context, as the config states it.
-      fraction: share of the head that is rotated, if the config does not say.
-      theta: the base of the wavelengths, if the config does not say.
-      whole_heads: refuse fractions other than 1, because transformers ignores them here.
-      types: the names of the types that the family has, and the key of `TYPES`; all if None.
-      layer_type: the layers whose settings are read, if there are several rotary embeddings.
-
-    Raises:
-      ConfigError: an unknown rope type (the message lists the known ones), a key that does not
-        belong to the type, or an invalid value.
-    """
-    rope = config.rope() if layer_type is None else config.rope().section(layer_type)
-    types = types or {name: name for name in TYPES}
-    rope_type = types[rope.choice("rope_type", types, "default")]
-    kind = TYPES[rope_type]
-    shared: dict[str, Any] = {
-        "theta": rope.number("rope_theta", theta),
-        "head_dim": head_dim,
-        "fraction": rope.number("partial_rotary_factor", fraction),
-        "trained_positions": max_positions,
-    }
-    _check_shared(rope, shared)
-    if whole_heads and shared["fraction"] != 1 and kind is not Proportional:
-        what = "this family rotates whole heads"
-        config.refuse(what, "partial_rotary_factor", "1")
-    result = kind.read(rope, shared)
-    rope.refuse_unsupported(partial(reads_rope, rope_type))
-    if not rope.has_problems:
-        _check_usable(rope, result)
-    return result
-
-
 def frequency_table(rope: Rope, totals: Sequence[int] | np.ndarray) -> np.ndarray:
     """Inverse frequencies of a batch, float32 [b, r/2]; row i is for `totals[i]` tokens."""
     rows = {total: rope.frequencies(total) for total in {int(total) for total in totals}}
     return np.stack([rows[int(total)] for total in totals])
 
 
-def _stretch(rope: Linear | LongRope, stated: int) -> int:
-    return int(min(max(stated, rope.trained_positions * rope.factor), MAX_INT))
-
-
 def _power(theta: float, exponents: np.ndarray) -> np.ndarray:
     """theta^exponents, rounded once to float32."""
     return np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
-
-
-def _check_usable(config: Reader, rope: Rope) -> None:
-    """Raises ConfigError if positions are indistinguishable, up to twice the trained length."""
-    try:
-        with np.errstate(all="ignore"):
-            usable = all(_is_distinct(rope, n * rope.trained_positions) for n in (1, 2))
-    except (ArithmeticError, ValueError):
-        usable = False
-    if not usable:
-        what = "settings of the rotary embedding give angles that are zero or not finite"
-        config.refuse(what, "rope_type", "settings of the usual size")
-
-
-def _is_distinct(rope: Rope, total: int) -> bool:
-    """Whether every pair rotates in a row of `total` tokens, and nothing overflows."""
-    row = rope.frequencies(total)
-    angles = row * np.float32(total)
-    product = np.float32(rope.scale) ** 2  # a query's times a key's
-    rotates = (row[: rope.rotated_pairs] > 0).all()
-    return bool(rotates and np.isfinite(angles).all() and 0 < product < np.inf)
-
-
-def _check_shared(config: Reader, shared: Mapping[str, Any]) -> None:
-    if shared["theta"] <= 1:
-        config.refuse("not a legal value", "rope_theta", "a number above 1")
-    share = min(shared["fraction"], 2.0)  # anything above 1 is refused, however large
-    pairs = math.ceil(int(shared["head_dim"] * share) / 2)
-    if not 2 <= 2 * pairs <= shared["head_dim"]:
-        what = f"the rotated dimensions are not pairs within a head of {shared['head_dim']}"
-        config.refuse(what, "partial_rotary_factor", "a share from 0 to 1", given=HEAD_SIZES)
 
 
 def _factor(config: Reader, default: float | None = None) -> float:
@@ -418,3 +313,14 @@ def _check_length(config: Reader, key: str, values: Sequence[float], pairs: int)
     if len(values) != pairs or not all(values):
         expected = f"{pairs} numbers above 0"
         config.refuse("not a divisor for every pair", key, expected, given=HEAD_SIZES)
+
+
+TYPES: dict[str, type[Rope]] = {
+    "default": Rope,
+    "linear": Linear,
+    "dynamic": Dynamic,
+    "llama3": Llama3,
+    "yarn": Yarn,
+    "longrope": LongRope,
+    "proportional": Proportional,
+}
