@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import json
 import re
-from collections.abc import Iterator
 
 from tokenizers import Tokenizer
 
@@ -17,8 +16,9 @@ from mtj_loader.generation.backend_errors import backend_errors
 from mtj_loader.generation.byte_level import File
 from mtj_loader.storage.base import read_small
 
-# A charsmap, or an escaped letter or underscore, which its key may contain.
-_MAY_HAVE_CHARSMAP = re.compile(rb"precompiled_charsmap|\\u00[567]")
+# The library decodes escapes. Those in a key are decoded first; a charsmap with one is rejected.
+_CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"')
+_ESCAPED_LETTER = re.compile(rb"\\u00(5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 
 
 def read_tokenizer_json(file: File) -> Tokenizer:
@@ -28,8 +28,7 @@ def read_tokenizer_json(file: File) -> Tokenizer:
       FormatError: the file is damaged.
     """
     data = read_small(file, MAX_TOKENIZER_BYTES)
-    if _MAY_HAVE_CHARSMAP.search(data):
-        _check_charsmaps(strict_json.parse(data, file=str(file)), file)
+    _check_charsmaps(data, file)
     with backend_errors("not a tokenizer", file=file):
         tokenizer = Tokenizer.from_buffer(data)
         tokenizer.no_padding()
@@ -43,24 +42,13 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
     return any(step is not None and b"ByteLevel" in step.__getstate__() for step in steps)
 
 
-def _check_charsmaps(document: object, file: File) -> None:
+def _check_charsmaps(data: bytes, file: File) -> None:
     """Checks every charsmap before the library allocates memory for it."""
-    for charsmap in _find(document, "precompiled_charsmap"):
+    if _ESCAPED_LETTER.search(data):
+        data = json.dumps(strict_json.parse(data, file=str(file))).encode()
+    for charsmap in _CHARSMAP.findall(data):
         try:
-            if charsmap is not None:
-                check_charsmap(base64.b64decode(str(charsmap), validate=True))
-        except (ValueError, binascii.Error) as error:
+            check_charsmap(base64.b64decode(charsmap, validate=True))
+        except ValueError as error:
             key = "precompiled_charsmap"
             raise FormatError("not a tokenizer", file=file, key=key, found=error) from error
-
-
-def _find(value: object, key: str) -> Iterator[object]:
-    """All values of a key, at any depth."""
-    if isinstance(value, dict):
-        if key in value:
-            yield value[key]
-        for item in value.values():
-            yield from _find(item, key)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _find(item, key)
