@@ -28,6 +28,7 @@ from mtj_loader.storage.urls import is_url, open_url
 T = TypeVar("T")
 
 CONFIG_FILE = "adapter_config.json"
+PATTERN_KEYS = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _MAX_ALPHA = 1e29  # keeps the scale well inside the range of float32
 _MAX_PARAMETERS = 1_000  # each module is compared with each; models have a few per layer

@@ -17,7 +17,7 @@ import numpy as np
 from mtj_loader import dtypes
 from mtj_loader.errors import AdapterError, AdapterMismatchError, Problem
 from mtj_loader.formats.records import TensorIndex, TensorRecord
-from mtj_loader.lora.adapter import CONFIG_FILE, Adapter
+from mtj_loader.lora.adapter import CONFIG_FILE, PATTERN_KEYS, Adapter
 from mtj_loader.lora.low_rank import (
     AdapterTerms,
     CarriedCopy,
@@ -77,7 +77,7 @@ def resolve_adapter(
             resolver.place(module, pair)
     except UnsupportedPatternError as error:
         file = f"{adapter.location}/{CONFIG_FILE}"
-        raise AdapterError(str(error), file=file, key="rank_pattern or alpha_pattern") from error
+        raise AdapterError(str(error), file=file, key=" or ".join(PATTERN_KEYS)) from error
     resolver.merge()
     if not resolver.terms and not resolver.problems:
         what = "the adapter has no LoRA tensor"
