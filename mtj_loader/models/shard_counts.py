@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterable, Mapping
 
 from mtj_loader.errors import MeshError
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.models.registry import parameters
+from mtj_loader.parameters import ParamSpec
 
 # Names of axes in messages.
 _AXIS_NAMES = {
@@ -24,16 +25,17 @@ def usable_shards(config: ModelConfig, limit: int) -> list[int]:
 
     Fewer KV heads than shards may divide the shards: neighboring shards then hold the same head.
     """
-    return [n for n in range(1, limit + 1) if not _undivided(config, n)]
+    sizes = _split_sizes(parameters(config, 1, False))
+    return [n for n in range(1, limit + 1) if not _undivided(sizes, n)]
 
 
-def check_shards(config: ModelConfig, shards: int) -> None:
+def check_shards(config: ModelConfig, shards: int, transposed_linear: bool = False) -> None:
     """Raises MeshError unless the model can be split into this many shards.
 
     The message names each dimension that does not divide, and the possible shard counts.
     """
-    undivided = _undivided(config, shards)
-    if undivided:
+    specs = parameters(config, shards, transposed_linear)  # which the caller needs next
+    if undivided := _undivided(_split_sizes(specs), shards):
         sizes = ", ".join(f"{_AXIS_NAMES[axis]} ({size})" for axis, size in undivided.items())
         usable = usable_shards(config, config.n_heads)  # heads are split in every family
         raise MeshError(
@@ -44,16 +46,15 @@ def check_shards(config: ModelConfig, shards: int) -> None:
         )
 
 
-def _undivided(config: ModelConfig, shards: int) -> dict[str, int]:
+def _undivided(sizes: Mapping[str, int], shards: int) -> dict[str, int]:
     """The split axes that so many shards do not divide, and their sizes."""
-    return {axis: n for axis, n in _split_axes(config).items() if not _divides(axis, n, shards)}
+    return {axis: size for axis, size in sizes.items() if not _divides(axis, size, shards)}
 
 
-@functools.lru_cache(maxsize=16)  # of one model, asked for many shard counts
-def _split_axes(config: ModelConfig) -> dict[str, int]:
-    """The axes that are split over the shards, and their sizes."""
-    specs = parameters(config, 1, False)
-    return {spec.split: spec.split_size() or 0 for spec in specs if spec.split is not None}
+def _split_sizes(specs: Iterable[ParamSpec]) -> dict[str, int]:
+    """The axes that are split over the shards, and their full sizes."""
+    examples = {spec.split: spec for spec in specs}
+    return {axis: spec.split_size() or 0 for axis, spec in examples.items() if axis is not None}
 
 
 def _divides(axis: str, size: int, shards: int) -> bool:

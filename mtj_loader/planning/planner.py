@@ -117,7 +117,7 @@ def make_plan(
     config, weight_map = model.config, model.weight_map
     if options.expert_parallel:
         config = _with_whole_experts(config)
-    models.check_shards(config, topology.mp)
+    models.check_shards(config, topology.mp, options.transposed_linear)
     specs = models.parameters(config, topology.mp, options.transposed_linear)
     _check_map_values(weight_map, config, model.hf_config, checkpoint)
     notices = outside_vocabulary(checkpoint.config, checkpoint.generation_config, config.vocab_size)

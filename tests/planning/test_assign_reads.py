@@ -19,7 +19,7 @@ from mtj_loader.formats.records import TensorRecord
 from mtj_loader.loading.schedule import byte_runs, list_targets
 from mtj_loader.parameters import axes
 from mtj_loader.planning.param_plan import ParamPlan, with_reads
-from mtj_loader.planning.read_assignment import ReadAssignment, SharedBlocks, slowest_axis
+from mtj_loader.planning.read_assignment import ReadAssignment, SharedBlocks, distinct, slowest_axis
 from mtj_loader.storage.base import ReadCosts
 from mtj_loader.storage.local import DISK
 from mtj_loader.storage.object_store import OBJECT_STORE
@@ -161,7 +161,7 @@ def held_elsewhere(param: ParamPlan, device_indices: tuple[int, ...]) -> int:
     """Elements of the file that devices hold and none of them reads, counted one by one."""
     if not param.reads.is_shared:
         return 0
-    read = {e for layout in param.distinct(device_indices) for e in elements(layout)}
+    read = {e for layout in distinct(param.reads, device_indices) for e in elements(layout)}
     held = {
         e
         for device_index in device_indices
