@@ -258,7 +258,8 @@ def test_patterns_that_take_too_long_to_match_are_refused(
     with pytest.raises(AdapterError, match="the patterns take too long") as caught:
         mtj_loader.plan(model, "mp=1", adapter=folder)
     assert caught.value.file == f"{folder}/adapter_config.json"
-    assert caught.value.key == "rank_pattern or alpha_pattern"
+    assert caught.value.key is not None
+    assert caught.value.key.startswith("rank_pattern or alpha_pattern or ")
 
 
 def test_a_flipped_bit_in_the_data_of_a_bin_adapter_is_found(tmp_path: Path) -> None:  # C51
