@@ -312,7 +312,8 @@ def _yarn_attention_factor(config: Reader, factor: float) -> float:
 def _check_length(config: Reader, key: str, values: Sequence[float], pairs: int) -> None:
     if len(values) != pairs or not all(values):
         expected = f"{pairs} numbers above 0"
-        config.refuse("not a divisor for every pair", key, expected, given=HEAD_SIZES)
+        given = (*HEAD_SIZES, "rope_parameters.partial_rotary_factor")
+        config.refuse("not a divisor for every pair", key, expected, given=given)
 
 
 TYPES: dict[str, type[Rope]] = {

@@ -83,11 +83,14 @@ def _is_distinct(rope: Rope, total: int) -> bool:
     return bool(rotates and np.isfinite(angles).all() and 0 < product < np.inf)
 
 
-def _check_shared(config: Reader, shared: Mapping[str, Any]) -> None:
+def _check_shared(config: Reader, shared: dict[str, Any]) -> None:
+    """Refuses a base or a share out of range, and puts a legal one in its place."""
     if shared["theta"] <= 1:
         config.refuse("not a legal value", "rope_theta", "a number above 1")
+        shared["theta"] = DEFAULT_THETA
     share = min(shared["fraction"], 2.0)  # anything above 1 is refused, however large
     pairs = math.ceil(int(shared["head_dim"] * share) / 2)
     if not 2 <= 2 * pairs <= shared["head_dim"]:
         what = f"the rotated dimensions are not pairs within a head of {shared['head_dim']}"
         config.refuse(what, "partial_rotary_factor", "a share from 0 to 1", given=HEAD_SIZES)
+        shared["fraction"] = 1.0
