@@ -18,20 +18,14 @@ from mtj_loader.models.layers.norms import AllHeadsLayerNorm, LayerNorm
 from mtj_loader.models.parameter_table import ParameterBuilder
 
 _NORMS = ("low_precision_layernorm", "layernorm")  # float32 in both: it is at least as precise
-_INVERSE_ROOT = "inv_sqrt_d_model"
 
 # Of `attn_config`.
 _ATTENTION_IGNORED = ("attn_impl", "rope_dail_config", "rope_hf_config", "rope_impl", "rope_theta")
 _ATTENTION_SUPPORTED = {
-    "attn_logit_softcapping": None,
-    "attn_type": "multihead_attention",
-    "attn_uses_sequence_id": False,
-    "fc_type": "torch",
-    "prefix_lm": False,
-    "qk_gn": False,
-    "rope": False,
-    "sliding_window_size": -1,
-}
+    "attn_logit_softcapping": None, "attn_type": "multihead_attention",
+    "attn_uses_sequence_id": False, "fc_type": "torch", "prefix_lm": False, "qk_gn": False,
+    "rope": False, "sliding_window_size": -1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +85,12 @@ class Config(ModelConfig):
         reader.choice("norm_type", _NORMS)
         _check_feed_forward(reader.section("ffn_config"))
         learned = reader.flag("learned_pos_emb") and attention["alibi_bias_max"] is None
+        inverse_root = reader.raw("logit_scale") == "inv_sqrt_d_model"
         return {
             "d_ff": _read_d_ff(reader, width),
             "bias": not reader.flag("no_bias"),
             "learned_positions": learned,
-            "logit_scale": _read_logit_scale(reader, width),
+            "logit_scale": width**-0.5 if inverse_root else reader.number("logit_scale", 1.0),
             **attention,
         }
 
@@ -138,13 +133,6 @@ def _read_d_ff(reader: ConfigReader, width: int) -> int:
         reader.refuse(what, "expansion_ratio", expected, given=["hidden_size"])
         return width
     return int(ratio * width)
-
-
-def _read_logit_scale(reader: ConfigReader, width: int) -> float:
-    if isinstance(reader.raw("logit_scale"), str):
-        reader.choice("logit_scale", [_INVERSE_ROOT])
-        return width**-0.5
-    return reader.number("logit_scale", 1.0)
 
 
 def make_model(config: Config, params: ParameterBuilder) -> CausalTransformer:
