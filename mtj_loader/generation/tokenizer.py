@@ -15,7 +15,7 @@ from mtj_loader.formats import strict_json
 from mtj_loader.formats.file_names import MAX_TOKENIZER_BYTES
 from mtj_loader.formats.sentencepiece import parse_model
 from mtj_loader.generation import byte_level, from_sentencepiece
-from mtj_loader.generation.added_tokens import add_tokens, read_token_settings
+from mtj_loader.generation.added_tokens import TokenSettings, add_tokens, read_token_settings
 from mtj_loader.generation.backend_errors import backend_errors
 from mtj_loader.generation.byte_level import File
 from mtj_loader.generation.tokenizer_json import is_byte_level, read_tokenizer_json
@@ -23,9 +23,9 @@ from mtj_loader.storage.base import read_small
 
 Files = Mapping[str, File]
 
-# The class that transformers 5 uses for a family; for others it is the plain one. It uses the class
-# that the checkpoint names instead, unless the class here is the plain one or the family is in
-# `_OVERRULED`, whose checkpoints name wrong ones.
+# The class that transformers 5 uses for a family; the plain one for others. A class that the
+# checkpoint names is used instead, unless the class here is the plain one, or the family is in
+# `_OVERRULED` because its checkpoints name wrong ones.
 _CLASSES = {
     "gemma": "GemmaTokenizer",
     "gemma2": "GemmaTokenizer",
@@ -51,7 +51,8 @@ _RENAMED = {
     "LLaMATokenizer": "LlamaTokenizer",  # in the first conversions, before transformers had it
 }
 
-_MAX_MODEL_BYTES = 20_000_000  # of a tokenizer.model; four times the largest published ones
+_MODEL = "tokenizer.model"
+_MAX_MODEL_BYTES = 20_000_000  # four times the largest published ones
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a single byte
 
 
@@ -133,26 +134,35 @@ def load_tokenizer(
         if isinstance(tokenizer.model, models.BPE):
             _set_steps(tokenizer, kind, config)
         return Tokenizer(tokenizer)
-    has_merges = "vocab.json" in files and "merges.txt" in files
-    if not has_merges and "tokenizer.model" not in files:
+    if not (_has_merges(files) or _MODEL in files):
         return None
     old = (_optional_json(files, f"{name}.json") for name in ("special_tokens_map", "added_tokens"))
     settings = read_token_settings(config, *old)
-    if has_merges and kind in byte_level.CLASSES:
-        tokenizer = byte_level.build(files["vocab.json"], files["merges.txt"])
-        defaults, own = byte_level.CLASSES[kind].special_tokens, ()
-    elif "tokenizer.model" in files and kind in from_sentencepiece.CLASSES:
-        file = files["tokenizer.model"]
-        model = parse_model(read_small(file, _MAX_MODEL_BYTES), file=str(file))
-        tokenizer = from_sentencepiece.build(model, kind, settings, file=file)
-        defaults = from_sentencepiece.CLASSES[kind] or model.special_tokens
-        own = from_sentencepiece.own_tokens(model)
-    else:
-        raise _unsupported(files, kind)
+    tokenizer, defaults, own = _read_vocabulary(files, kind, settings)
     _set_steps(tokenizer, kind, config)
     with backend_errors("the tokens of the checkpoint cannot be added"):
         add_tokens(tokenizer, settings, defaults, own)
     return Tokenizer(tokenizer)
+
+
+def _read_vocabulary(
+    files: Files, kind: str, settings: TokenSettings
+) -> tuple[tokenizers.Tokenizer, Mapping[str, str], Sequence[tokenizers.AddedToken]]:
+    """The tokenizer for the files of a class, its usual special tokens, and those of the file."""
+    if kind in byte_level.CLASSES and _has_merges(files):
+        tokenizer = byte_level.build(files["vocab.json"], files["merges.txt"])
+        return tokenizer, byte_level.CLASSES[kind].special_tokens, ()
+    if kind not in from_sentencepiece.CLASSES or _MODEL not in files:
+        raise _unsupported(files, kind)
+    file = files[_MODEL]
+    model = parse_model(read_small(file, _MAX_MODEL_BYTES), file=str(file))
+    tokenizer = from_sentencepiece.build(model, kind, settings, file=file)
+    defaults = from_sentencepiece.CLASSES[kind] or model.special_tokens
+    return tokenizer, defaults, from_sentencepiece.own_tokens(model)
+
+
+def _has_merges(files: Files) -> bool:
+    return "vocab.json" in files and "merges.txt" in files
 
 
 def _set_steps(tokenizer: tokenizers.Tokenizer, kind: str, config: Mapping[str, object]) -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from mtj_loader.formats.sentencepiece import PieceType, parse_model
-from mtj_loader.generation.tokenizer import load_tokenizer
+from mtj_loader.generation.tokenizer import choose_class, load_tokenizer
+from mtj_loader.models.registry import FAMILIES
 from tests.support.tokenizers import CASES, vocabulary
 
 pytestmark = pytest.mark.parity
 
 # The script imports torch and transformers, which only the `parity` extra installs.
 SCRIPT = "tests.oracle.make_tokenizers"
+PLAIN = "TokenizersBackend"
 FIXTURE = Path(__file__).parents[1] / "data" / "shakespeare-neox"
 TEXTS = (
     "To be, or not to be: that is the question.",
@@ -50,6 +52,17 @@ def test_pieces_are_those_of_sentencepiece(name: str):
         assert (piece.type is PieceType.BYTE) == theirs.IsByte(number)
         assert (piece.type is PieceType.UNKNOWN) == theirs.IsUnknown(number)
     assert model.unk_id == theirs.unk_id()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_classes_of_families_are_those_of_transformers(model_type: str):
+    auto = importlib.import_module("transformers.models.auto.tokenization_auto")
+    usual = auto.TOKENIZER_MAPPING_NAMES.get(model_type) or PLAIN
+    usual = PLAIN if usual == "MistralCommonBackend" else usual  # it is only for tekken.json
+    assert choose_class(model_type, None) == usual
+    overruled = model_type in auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    fixed = overruled or (usual == PLAIN and model_type in auto.TOKENIZER_MAPPING_NAMES)
+    assert choose_class(model_type, "OtherTokenizer") == (usual if fixed else "OtherTokenizer")
 
 
 def transformers_tokenizer(folder: Path):
