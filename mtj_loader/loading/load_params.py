@@ -113,8 +113,9 @@ def adapt_params(params: Params, old: LoadPlan, new: LoadPlan, mesh: Mesh) -> Pa
         _compare(new)
         _check_base(new)
     merged = {module: dict(arrays) for module, arrays in params.items()}
-    _merge_adapters(merged, new, mesh, donate=False)
-    _check_adapters(new.adapters[len(old.adapters) :])
+    with release_on_failure(merged):
+        _merge_adapters(merged, new, mesh, donate=False)
+        _check_adapters(new.adapters[len(old.adapters) :])
     return merged
 
 

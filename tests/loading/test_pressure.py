@@ -24,6 +24,7 @@ from mtj_loader.loading import buffers, load_params
 from mtj_loader.loading.stream import Streamer
 from mtj_loader.planning.load_plan import LoadPlan
 from tests.support import neox
+from tests.support.adapters import linear, write_adapter
 from tests.support.command_line import FIXTURE, run
 
 
@@ -100,6 +101,21 @@ def test_a_kept_error_has_its_variables_but_not_the_parameters(
     assert sum(owner() is not None for owner in owners) < len(owners) / 4
     del kept, frames
     assert_released(owners)
+
+
+def test_a_kept_error_of_an_adapter_does_not_have_its_parameters(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    model = mtj_loader.load(FIXTURE, "mp=8")
+    terms = [linear(f"gpt_neox.layers.{i}.mlp.dense_h_to_4h", 768, 192) for i in range(6)]
+    adapter = write_adapter(tmp_path / "adapter", {k: v for one in terms for k, v in one.items()})
+    monkeypatch.setattr(load_params, "_check_adapters", refuse)
+    before = live_bytes()
+    with pytest.raises(StorageError, match="at the very end") as kept:
+        model.with_adapter(adapter)
+    assert live_bytes() - before < 600_000  # of 1.8 MB
+    assert all(frame.f_locals for frame, _ in traceback.walk_tb(kept.value.__traceback__))
+    assert model.generate([5], max_new_tokens=1, temperature=0.0)
 
 
 def live_bytes() -> int:
