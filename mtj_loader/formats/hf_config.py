@@ -1,24 +1,21 @@
-"""Hugging Face's config.json: one spelling for all its versions, and strict reading of its values.
+"""Hugging Face's config.json: one spelling for all its versions.
 
 transformers 5 writes `rope_parameters` and `dtype`; older files write `rotary_pct`,
 `rotary_emb_base`, `rope_theta`, `rope_scaling` and `torch_dtype`. `normalize` returns a config with
 both, so that weight maps can look up either. `canonicalize` gives every setting of a family its
-standard name (`hidden_size`, not `n_embd`). `Reader` returns typed values and finally refuses every
-key that may change what the model computes and was not read.
+standard name (`hidden_size`, not `n_embd`).
 
 Everything here adds its errors to a list of `problems`, or raises the first one without a list.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
 
 from mtj_loader.errors import ConfigError
-from mtj_loader.formats.known_settings import HARMLESS, SUPPORTED_AT, reads
-from mtj_loader.formats.typed_reader import TypedReader, format_value
+from mtj_loader.formats.known_settings import reads
+from mtj_loader.formats.typed_reader import format_value, shorten
 
 Problems = list[ConfigError] | None  # None raises the first
 
@@ -107,17 +104,45 @@ def _rope_settings(
 ) -> dict[str, object]:
     """The rotary settings under their new names; null counts as absent."""
     found: dict[str, list[tuple[str, object]]] = {}
-    for section in _ROPE_SECTIONS if reads(config.get("model_type"), "rope_parameters") else ():
-        settings = _section(config, section, file, problems)
+    for section, settings in _rope_sections(config, file, problems).items():
         for key, value in settings.items():
-            if key == "type" and settings.get("rope_type") is not None:
-                continue  # the old name; transformers keeps it beside the type that it stands for
             setting = "rope_type" if key == "type" else key
             found.setdefault(setting, []).append((f"{section}.{key}", value))
     for setting, names in _top_level_rope(config).items():
         found.setdefault(setting, []).extend((name, config.get(name)) for name in names)
     given = {key: [s for s in spellings if s[1] is not None] for key, spellings in found.items()}
     return {key: _agreed_value(values, file, problems) for key, values in given.items() if values}
+
+
+def _rope_sections(
+    config: Mapping[str, object], file: str, problems: Problems
+) -> dict[str, dict[str, object]]:
+    """The settings of each section that the file has, without nulls."""
+    result: dict[str, dict[str, object]] = {}
+    for name in _ROPE_SECTIONS if reads(config.get("model_type"), "rope_parameters") else ():
+        given = _section(config, name, file, problems)
+        settings = {key: value for key, value in given.items() if value is not None}
+        if "rope_type" in settings:  # transformers keeps the old name beside it
+            settings.pop("type", None)
+        if settings:
+            result[name] = settings
+    keys = [{"rope_type" if key == "type" else key for key in each} for each in result.values()]
+    if len(keys) == 2 and keys[0] != keys[1]:  # transformers would take one of the sections
+        only = ", ".join(map(shorten, sorted(keys[0] ^ keys[1])))
+        what = "two spellings of one setting disagree"
+        error = ConfigError(
+            what, file=file, key=" and ".join(result), found=f"{only} only in one of them"
+        )
+        _report(error, problems)
+    return result
+
+
+def rope_keys(config: Mapping[str, object]) -> set[str]:
+    """The top-level keys that hold settings of the rotary embedding."""
+    return {
+        *_ROPE_SECTIONS,
+        *(name for names in _top_level_rope(config).values() for name in names),
+    }
 
 
 def _top_level_rope(config: Mapping[str, object]) -> dict[str, list[str]]:
@@ -235,61 +260,3 @@ def _report(error: ConfigError, problems: Problems) -> None:
     if problems is None:
         raise error
     problems.append(error)
-
-
-class Reader(TypedReader):
-    """Typed access to a normalized config.json; null means absent. Raises ConfigError.
-
-    Attributes:
-      ignored: paths of keys that `refuse_unsupported` let in although nothing reads them.
-    """
-
-    error_class = ConfigError
-
-    def __init__(
-        self,
-        values: Mapping[str, object],
-        file: str,
-        prefix: str = "",
-        problems: Problems = None,
-    ) -> None:
-        super().__init__(values, file, prefix, problems)
-        self.ignored: list[str] = []
-
-    def rope(self) -> Self:
-        """The settings of the rotary embedding under their new names; empty if there are none."""
-        self._read.update(_ROPE_SECTIONS, *_top_level_rope(self._values).values())
-        return self.section("rope_parameters")
-
-    def refuse_unsupported(
-        self,
-        matters: Callable[[str], bool],
-        harmless: Collection[str] = (),
-        supported: Mapping[str, object] | None = None,
-    ) -> None:
-        """Refuses the keys that were not read and may change the logits; the rest are ignored.
-
-        Args:
-          matters: whether transformers reads a key.
-          harmless: keys of this family that never change the logits.
-          supported: keys of this family that do, and the value at which they do not.
-        """
-        supported = {**SUPPORTED_AT, **(supported or {})}
-        for key in sorted(self._values.keys() - self._read - HARMLESS - set(harmless)):
-            value, neutral = self._values[key], supported.get(key)
-            if value is None or (key in supported and value == neutral):
-                continue
-            if key in supported or matters(key):
-                self._refuse_setting(key, neutral)
-            else:
-                self.ignored.append(self._prefix + self.spelling(key))
-
-    def _refuse_setting(self, key: str, neutral: object) -> None:
-        expected = "no such key" if neutral is None else json.dumps(neutral)
-        hint = "--ignore-setting KEY, or ignore_settings=[KEY], loads the model without a setting"
-        self.refuse("a setting that is not supported", key, expected, hint)
-
-    def _child(self, value: object, name: str) -> Self:
-        child = super()._child(value, name)
-        child.ignored = self.ignored
-        return child

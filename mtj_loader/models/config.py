@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from mtj_loader.errors import ConfigError, raise_all
-from mtj_loader.formats.hf_config import Problems, Reader, canonicalize
+from mtj_loader.formats.config_reader import Reader
+from mtj_loader.formats.hf_config import Problems, canonicalize
 from mtj_loader.formats.known_settings import reads
 from mtj_loader.models.layers.feed_forward import ACTIVATIONS
 from mtj_loader.models.layers.rope import Rope

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mtj_loader.errors import ConfigError
-from mtj_loader.formats.hf_config import Reader, normalize
+from mtj_loader.formats.config_reader import Reader
+from mtj_loader.formats.hf_config import normalize
 from mtj_loader.models.layers import rope
 from mtj_loader.models.layers.rope_config import read_rope
 

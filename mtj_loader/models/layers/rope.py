@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mtj_loader.formats.hf_config import Reader
+from mtj_loader.formats.config_reader import Reader
 from mtj_loader.formats.typed_reader import MAX_INT
 
 HEAD_SIZES = ("head_dim", "hidden_size", "num_attention_heads")  # settings that give head_dim

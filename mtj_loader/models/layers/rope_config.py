@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mtj_loader.formats.hf_config import Reader
+from mtj_loader.formats.config_reader import Reader
 from mtj_loader.formats.known_settings import reads_rope
 from mtj_loader.models.layers.rope import DEFAULT_THETA, HEAD_SIZES, TYPES, Proportional, Rope
 
