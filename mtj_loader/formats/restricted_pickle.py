@@ -24,8 +24,8 @@ from mtj_loader.formats.torch_objects import (
 
 _U8, _U16, _U32, _I32 = Struct("<B"), Struct("<H"), Struct("<I"), Struct("<i")
 _PROTOCOL = 2  # the default of torch.save
-_MAX_WORK = 1_000_000  # opcodes, and items of tuples in tuples; 20,000 tensors take 800,000
-_MAX_MEMO = 250_000  # entries; 20,000 tensors take 160,000
+_MAX_WORK = 700_000  # opcodes, and items of tuples in tuples; 18,000 tensors take 650,000
+_MAX_MEMO = 200_000  # entries; 18,000 tensors take 144,000
 _MAX_STACK = 10_000  # pickle writes dicts in batches of 1,000 items
 _MAX_TUPLE = MAX_RANK  # shapes are the longest tuples
 _MAX_NAME = 200  # characters of a global
@@ -82,7 +82,8 @@ class _Machine:
             if len(self.stack) > _MAX_STACK:
                 _reject("the pickle's stack is too high", f"at most {_MAX_STACK:,}")
             if self.work > _MAX_WORK:
-                _reject("the pickle is too long", f"at most {_MAX_WORK:,} opcodes")
+                expected = f"at most {_MAX_WORK:,} opcodes; safetensors has no such limit"
+                _reject("the pickle is too long", expected)
 
     def stop(self) -> object:
         self.opcode = "STOP"

@@ -31,8 +31,8 @@ _DAMAGED_END = "the end of the archive is damaged"
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # mean: see the zip64 field
 _ZIP64_EXTRA = 1
 _ENCRYPTED, _HAS_DESCRIPTOR, _UTF8 = 0x1, 0x8, 0x800  # flags; torch sets the last two
-_MAX_MEMBERS = 25_000  # one per tensor; each takes two short reads
-_MAX_DIRECTORY_BYTES = 4 << 20  # 25,000 members take 2,500,000
+_MAX_MEMBERS = 20_000  # one per tensor; each takes two short reads
+_MAX_DIRECTORY_BYTES = 4 << 20  # 20,000 members take 2,000,000
 
 
 @dataclass(frozen=True)
