@@ -201,7 +201,10 @@ def _execute(plan: LoadPlan, mesh: Mesh, hosts: Hosts, run: RunOptions, begun: f
         compiled = keep_common_shapes(first_compiled(), hosts)
     report = add_compile_times(report, compiled, loaded)
     if missing is not None:
-        report = replace(report, warnings=(*report.warnings, f"there is no tokenizer: {missing}"))
+        report = replace(
+            report,
+            warnings=(*report.warnings, f"only token ids work: {missing.what}: {missing.found}"),
+        )
     return Model(params, plan.config, mesh, tokenizer, report, plan, forward, compiled, begun)
 
 

@@ -49,7 +49,7 @@ _DEVICE_POLL_SECONDS = 0.02  # a step takes less, or the delay does not matter
 V = TypeVar("V")
 
 _load_numbers = itertools.count()  # equal on all hosts, so that no key is used twice
-_active: list[Hosts] = []  # the load of this process, if it is one of several hosts
+_active: list[HostGroup] = []  # the load of this process, if it is one of several hosts
 
 
 class HostGroup(Hosts):
@@ -150,6 +150,10 @@ class HostGroup(Hosts):
         except HostError as error:  # no host can be reached
             return error
         return failure.error() if published is None else Failure.unpack(published).error()
+
+    def stop_heartbeat(self) -> None:
+        """From now on, failures are not noticed any more."""
+        self._ended.set()
 
     def _wait_for_key(self, key: str, name: str, deadline: float) -> None:
         """Waits for a key until the deadline, or until a host fails."""
@@ -260,6 +264,7 @@ def report_termination(exit_code: int) -> None:
     """Tells the other hosts of an active load that a signal ends this process; returns soon."""
     deadline = time.monotonic() + _TERMINATION_SECONDS
     for hosts in _active:
+        hosts.stop_heartbeat()  # or this host would report its own termination as an error too
         failure = Failure(f"host {hosts.index} was terminated", hosts.index, exit_code)
         with suppress(TimeoutError):
             call_with_timeout(partial(hosts.fail, failure), _REPORT_SECONDS)

@@ -14,6 +14,8 @@ from mtj_loader.errors import FormatError
 from mtj_loader.formats.file_names import MAX_TOKENIZER_BYTES
 from mtj_loader.generation import tokenizer_json
 from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
+from mtj_loader.storage.base import StoredFile
+from mtj_loader.storage.local import LocalStorage
 
 BPE = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
 
@@ -137,13 +139,15 @@ def test_files_that_are_too_large_are_not_read(tmp_path: Path, name: str):
     assert caught.value.file == str(files[name])
 
 
-def test_a_tokenizer_model_may_not_be_large(tmp_path: Path):
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_tokenizer_model_may_not_be_large(tmp_path: Path, stored: bool):
     path = tmp_path / "tokenizer.model"
     path.touch()
     with path.open("r+b") as large:
         large.truncate(20_000_001)
+    file = StoredFile(LocalStorage(tmp_path), path.name) if stored else path
     with pytest.raises(FormatError, match="too large"):
-        load_tokenizer({path.name: path}, "llama", "LlamaTokenizer")
+        load_tokenizer({path.name: file}, "llama", "LlamaTokenizer")
 
 
 def test_a_real_charsmap_is_accepted(tmp_path: Path):
