@@ -77,7 +77,7 @@ def _both_rope_spellings(
     result: dict[str, object] = {"rope_parameters": rope}
     result["rope_scaling"] = None if plain else {**rope, "type": rope["rope_type"]}
     for setting, names in _top_level_rope(config).items():
-        if setting in rope:
+        if setting in rope and setting != "original_max_position_embeddings":  # see Phi-3
             result.update(dict.fromkeys(names, rope[setting]))
     return result
 
@@ -148,6 +148,8 @@ def rope_keys(config: Mapping[str, object]) -> set[str]:
 def _top_level_rope(config: Mapping[str, object]) -> dict[str, list[str]]:
     """The names in _TOP_LEVEL_ROPE that transformers reads in this family."""
     model_type = config.get("model_type")
+    if thetas := _ROPE_BY_LAYER_TYPE.get(str(model_type)):
+        return {"rope_theta": list(thetas.values())}
     return {
         setting: [name for name in names if reads(model_type, name)]
         for setting, names in _TOP_LEVEL_ROPE.items()

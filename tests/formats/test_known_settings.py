@@ -112,6 +112,24 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("mistral", {"default_theta": 5.0}, "default_theta"),
     ("gpt_neo", {"rotary": True}, "rotary"),
+    ("gemma3_text", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    (
+        "gemma3_text",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+        "rope_parameters.full_attention.truncate",
+    ),
+    (
+        "phi3",  # transformers would take 4096 instead, which is the default at the top level
+        {
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0] * 48,
+                "long_factor": [2.0] * 48,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        "original_max_position_embeddings",
+    ),
     ("gpt_neox", {"head_dim": 16}, "head_dim"),
     ("mpt", {"attn_config": {"attn_type": "multiquery_attention"}}, "attn_config.attn_type"),
 ]

@@ -44,7 +44,8 @@ _SHARED = {
     )
 }  # fmt: skip
 _CONFIG_NAMES = {"config", "decoder_config", "effective_config", "layer_config", "text_config"}
-# In the rope mixin, these are attributes only if `convert_rope_params_to_dict` leaves them there.
+# The rope mixin takes these from the top level, unless a family's `convert_rope_params_to_dict` has
+# already filled them in under another name.
 _OLD_ROPE_KEYS = {"rope_theta", "partial_rotary_factor"}
 _ROPE_SECTIONS = {
     "rope_parameters",
@@ -86,15 +87,21 @@ def _keys_of_config(config_class: type[PreTrainedConfig]) -> set[str]:
     """Fields, aliases, and what the methods read; a method that is overridden does not count."""
     keys = {field.name for field in fields(config_class)}  # pyright: ignore[reportArgumentType]
     keys |= {*config_class.attribute_map, *config_class.attribute_map.values()}
-    converted: set[str] = set()
+    filled_in: set[str] = set()
     names = {name for base in config_class.__mro__ for name in vars(base)}
     for name in {n for n in names if n == "__post_init__" or not n.startswith("__")}:
         found = {key for node in _methods(config_class, name) for key in _keys_from_self(node)}
         keys |= found
         if name == "convert_rope_params_to_dict":
-            converted = found
-    keys -= _OLD_ROPE_KEYS - converted
-    return keys if hasattr(config_class, "rope_parameters") else keys - _ROPE_SECTIONS
+            texts = {n.value for node in _methods(config_class, name) for n in _constants(node)}
+            filled_in = (_OLD_ROPE_KEYS & texts) - found
+    if not hasattr(config_class, "rope_parameters"):
+        return keys - _ROPE_SECTIONS - _OLD_ROPE_KEYS
+    return keys - filled_in
+
+
+def _constants(node: ast.AST) -> Iterator[ast.Constant]:
+    return (part for part in ast.walk(node) if isinstance(part, ast.Constant))
 
 
 def _methods(config_class: type, name: str) -> Iterator[ast.AST]:

@@ -44,7 +44,10 @@ class Config(LlamaLikeConfig):
 
     @classmethod
     def read_rope(cls, reader: ConfigReader, *, head_dim: int, max_positions: int) -> Rope | None:
-        """Reads the rotary embedding; LongRope needs the length before stretching."""
+        """Reads the rotary embedding; LongRope needs the length before stretching.
+
+        At the top level: transformers overrides the one in the section, if need be by a default.
+        """
         rope = super().read_rope(reader, head_dim=head_dim, max_positions=max_positions)
         if isinstance(rope, LongRope):
             reader.integer("original_max_position_embeddings")

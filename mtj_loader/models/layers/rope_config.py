@@ -56,6 +56,9 @@ def read_rope(
         what = "this family rotates whole heads"
         config.refuse(what, "partial_rotary_factor", "1")
     result = kind.read(rope, shared)
+    if layer_type is not None and not getattr(result, "truncate", True):
+        what = "transformers does not read this in the section of a layer type"
+        rope.refuse(what, "truncate", "true")
     rope.refuse_unsupported(partial(reads_rope, rope_type))
     if not rope.has_problems:
         _check_usable(rope, result)
