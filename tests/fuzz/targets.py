@@ -127,10 +127,10 @@ def _load_adapter(folder: Path, expected: object) -> mtj_loader.Model:
 
 
 def _check_adapter_config(folder: Path, expected: None, model: mtj_loader.Model) -> None:
-    """The logits are PEFT's, where it loads the variant too."""
+    """The logits are PEFT's, where it loads the variant too and its scales do not overflow."""
     if _HAS_TORCH:
         theirs = _oracle().logits_with_adapter(folder / "base", folder / "adapter", _IDS)
-        if theirs is not None:
+        if theirs is not None and np.isfinite(theirs).all():
             ours = np.asarray(model.logits(_IDS))
             np.testing.assert_allclose(ours, theirs, rtol=_TOLERANCE, atol=_TOLERANCE)
 

@@ -6,6 +6,8 @@ import json
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from tests.support.models import DATA
+
 _BYTES = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 512))][:256]
 
 
@@ -16,7 +18,7 @@ def seeds() -> list[dict[str, bytes]]:
         {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": _json(settings)}
         for backend in (_bpe(), _byte_fallback(), _word_piece(), _word_level(), _unigram())
     ]
-    return [*files, _gpt2()]
+    return [*files, _gpt2(), *_sentencepiece()]
 
 
 def _bpe() -> Tokenizer:
@@ -81,6 +83,14 @@ def _gpt2() -> dict[str, bytes]:
         "tokenizer_config.json": _json(settings),
         "special_tokens_map.json": _json({"eos_token": "<|endoftext|>"}),
     }
+
+
+def _sentencepiece() -> list[dict[str, bytes]]:
+    settings = _json({"tokenizer_class": "LlamaTokenizer", "legacy": False})
+    files = sorted((DATA / "tokenizers").glob("*/tokenizer.model"))
+    return [
+        {"tokenizer.model": path.read_bytes(), "tokenizer_config.json": settings} for path in files
+    ]
 
 
 def _json(value: object) -> bytes:
