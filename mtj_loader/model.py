@@ -186,7 +186,7 @@ class Model:
             return self.base
         if not self.plan.adapters:
             return self
-        unadapted = self.plan.unadapted
+        unadapted = self.plan.without_adapters
         begun = time.perf_counter()
         changed = {param.spec for param in self.plan.adapted}
         again = replace(unadapted, params=tuple(p for p in unadapted.params if p.spec in changed))

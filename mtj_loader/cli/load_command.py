@@ -146,7 +146,7 @@ def simulate(
     from mtj_loader.loading.simulated_host import load_as_host  # noqa: PLC0415
 
     plan = plan_source(source, options, pod)
-    needed_bytes = plan.unshared.host_bytes(number)
+    needed_bytes = plan.without_exchange.host_bytes(number)
     with progress_bar(needed_bytes, shown=machine.progress) as advance:
         params, report = load_as_host(plan, number, advance)
     warn(report.warnings)

@@ -10,9 +10,9 @@ import numpy as np
 from mtj_loader.errors import VerifyError
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.lora.low_rank import CarriedCopy
-from mtj_loader.storage.base import Reader, Run, Storage
+from mtj_loader.storage.base import ByteRange, Reader, Storage
 from mtj_loader.storage.prefetch import prefetch_bytes, range_bytes
-from mtj_loader.weights.gather import gather
+from mtj_loader.weights.read_layouts import read_layout
 from mtj_loader.weights.resolve import Comparison
 from mtj_loader.weights.view import view_of
 
@@ -35,20 +35,23 @@ def compare_tied(
     budget_bytes = prefetch_bytes(storage, host_memory_bytes)
     part_bytes = range_bytes(storage, budget_bytes)
     parts = [
-        (pair, start)
+        (
+            pair,
+            start,
+            _byte_range(pair.copy, start, part_bytes),
+            _byte_range(pair.original, start, part_bytes),
+        )
         for pair in comparisons
         for start in range(0, pair.copy.size_bytes, part_bytes)
     ]
-    runs = [
-        _run(record, at, part_bytes) for pair, at in parts for record in (pair.copy, pair.original)
-    ]
-    reader = storage.reader(runs, budget_bytes)
+    ranges = [one for _, _, *both in parts for one in both]
+    reader = storage.reader(ranges, budget_bytes)
     try:
-        for (pair, start), one, other in zip(parts, runs[::2], runs[1::2], strict=True):
-            _compare(pair, start, _read(reader, one), _read(reader, other))
+        for pair, start, copy, original in parts:
+            _compare(pair, start, _read(reader, copy), _read(reader, original))
     finally:
         reader.stop()
-    return sum(stop - start for _, start, stop in runs) + reader.extra_bytes
+    return sum(stop - start for _, start, stop in ranges) + reader.extra_bytes
 
 
 def compare_carried(storage: Storage, pair: CarriedCopy) -> int:
@@ -64,21 +67,21 @@ def compare_carried(storage: Storage, pair: CarriedCopy) -> int:
     slabs = zip(_slabs(pair.storage, pair.copy), _slabs(storage, pair.original), strict=True)
     if not all(np.array_equal(copy, original, equal_nan=True) for copy, original in slabs):
         raise VerifyError(
-            f"the adapter carries a base weight that differs from {pair.original.name}",
+            f"the adapter contains a base weight that differs from {pair.original.name}",
             file=pair.copy.file,
             tensor=pair.copy.name,
         )
     return pair.copy.size_bytes + pair.original.size_bytes
 
 
-def _run(record: TensorRecord, start: int, part_bytes: int) -> Run:
+def _byte_range(record: TensorRecord, start: int, part_bytes: int) -> ByteRange:
     """The part of a tensor's bytes that begins at `start`."""
     stop = min(start + part_bytes, record.size_bytes)
     return record.file, record.offset_bytes + start, record.offset_bytes + stop
 
 
-def _read(reader: Reader, run: Run) -> np.ndarray:
-    file, start, stop = run
+def _read(reader: Reader, byte_range: ByteRange) -> np.ndarray:
+    file, start, stop = byte_range
     data = np.empty(stop - start, np.uint8)
     reader.read_into(file, start, data)
     return data
@@ -106,4 +109,4 @@ def _slabs(storage: Storage, record: TensorRecord) -> Iterator[np.ndarray]:
     step = max(1, _SLAB_ELEMENTS // max(1, math.prod(rest)))
     for first in range(0, rows, step):
         start, stop = [first, *(0 for _ in rest)], [min(first + step, rows), *rest]
-        yield gather(storage, (record,), layout.slice(start, stop))
+        yield read_layout(storage, (record,), layout.slice(start, stop))

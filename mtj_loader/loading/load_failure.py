@@ -19,7 +19,7 @@ _NO_THREAD = "can't start new thread"  # Python's message; the exception is a pl
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Raises our errors where memory or threads run out; also a decorator.
+    """Raises our errors where memory or threads run out; for `with` and as a decorator.
 
     Raises:
       MemoryLimitError: for any MemoryError; says how much was needed and available.

@@ -61,16 +61,16 @@ def load_params(
     with release_on_failure(params):
         with hosts.phase("read"):
             _check_ready(plan, mesh)
-            base = plan.base
+            as_read = plan.as_read
             started = time.perf_counter()
-            streamer = Streamer(base, mesh, _with_checks(progress, plan, hosts), buffers)
-            with precompile(base, mesh):
+            streamer = Streamer(as_read, mesh, _with_checks(progress, plan, hosts), buffers)
+            with precompile(as_read, mesh):
                 params |= streamer.run()
             stats, threads, placing = streamer.stats, streamer.threads, streamer.device_seconds
             del streamer  # frees the staging memory
         read = time.perf_counter()
         with hosts.phase("exchange"):
-            reshard(params, base, mesh, hosts)
+            reshard(params, as_read, mesh, hosts)
         exchanged = time.perf_counter()
         with hosts.phase("finish"):
             stats.bytes_read += _merge_adapters(params, plan, mesh, donate=True)
@@ -140,7 +140,7 @@ def _check_ready(plan: LoadPlan, mesh: Mesh) -> None:
         wanted, found = (f"{t}, hosts {t.hosts}" for t in (plan.topology, topology(mesh)))
         raise MeshError("the plan is for another mesh", expected=wanted, found=found)
     plan.options.check()
-    check_memory(plan.base, mesh)
+    check_memory(plan.as_read, mesh)
     _check_files(plan)
 
 

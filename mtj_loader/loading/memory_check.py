@@ -48,7 +48,7 @@ def adopted_bytes(plan: LoadPlan, host: int) -> int:
     """
     device_indices = plan.topology.device_indices_of(host)
     return sum(
-        param.reads.final_buffers(device_indices) * align(param.shard_bytes)
+        param.assignment.final_buffers(device_indices) * align(param.shard_bytes)
         for param in plan.params
     )
 

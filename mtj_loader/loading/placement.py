@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtj_loader.loading.buffers import Buffers, Device, device_errors
 from mtj_loader.loading.schedule import Batch, Target
+from mtj_loader.planning.assignments import ReadAssignment
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan
-from mtj_loader.planning.read_assignment import ReadAssignment
 
 Params = dict[str, dict[str, jax.Array]]
 
@@ -92,7 +92,7 @@ class Placer:
     def _make_array(self, target: Target, buffer: np.ndarray) -> jax.Array:
         """A whole parameter in one call; one call per device takes four times as long."""
         by_number = _split_by_number(target, buffer)
-        placement, shape = self._placement(target.param), target.param.reads.array_shape
+        placement, shape = self._placement(target.param), target.param.assignment.array_shape
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # JAX passes the slices of the array that a device holds
@@ -104,7 +104,7 @@ class Placer:
         """A parameter whose shards were transferred one by one."""
         shards = self._shards[_key(param)]
         local = [shards[device] for _, device in self._devices]
-        shape, sharding = param.reads.array_shape, self._placement(param).sharding
+        shape, sharding = param.assignment.array_shape, self._placement(param).sharding
         return jax.make_array_from_single_device_arrays(shape, sharding, local)
 
     def _shards_of(self, target: Target, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, Device]]:
@@ -120,7 +120,7 @@ class Placer:
         if target.corner is None:
             shards[device] = array
             return
-        reads = target.param.reads
+        reads = target.param.assignment
         shard = shards.get(device)
         if shard is None:
             shard = jnp.zeros(reads.block_shape, target.param.dtype, device=device)
@@ -128,7 +128,7 @@ class Placer:
 
     def _placement(self, param: ParamPlan) -> _Placement:
         """Where a parameter is placed; parameters with the same read assignment share it."""
-        reads = param.reads
+        reads = param.assignment
         if reads not in self._placements:
             self._placements[reads] = _Placement(
                 reads.sharding(self._mesh),
@@ -143,7 +143,7 @@ def _split_by_number(target: Target, buffer: np.ndarray) -> dict[int, np.ndarray
     found: dict[int, np.ndarray] = {}
     for flat, (layout, numbers) in zip(target.split(buffer), target.shards.items(), strict=True):
         part = flat.reshape(
-            target.param.reads.block_shape if target.corner is None else layout.shape
+            target.param.assignment.block_shape if target.corner is None else layout.shape
         )
         found |= dict.fromkeys(numbers, part)
     return found

@@ -21,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtj_loader.distributed.hosts import SINGLE_HOST, Hosts
 from mtj_loader.errors import DeviceError
+from mtj_loader.planning.assignments import SharedBlocks
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan
-from mtj_loader.planning.read_assignment import SharedBlocks
 
 _BITS = {2: jnp.uint16, 4: jnp.uint32}
 
@@ -44,7 +44,7 @@ def reshard(
       HostError: another host failed.
     """
     for param in plan.params:
-        if param.reads.is_shared:
+        if param.assignment.is_shared:
             hosts.check()
             module = params[param.spec.path]
             module[param.spec.param] = reshard_param(param, module[param.spec.param], mesh, hosts)
@@ -83,7 +83,7 @@ def precompile(plan: LoadPlan, mesh: Mesh) -> Iterator[None]:
       plan: what is read, without adapters.
       mesh: axes dp and mp, Auto.
     """
-    shared = [param for param in plan.params if param.reads.is_shared]
+    shared = [param for param in plan.params if param.assignment.is_shared]
     if not shared:
         yield
         return
@@ -101,8 +101,8 @@ _Kind = tuple[SharedBlocks, tuple[int, ...], np.dtype, Mesh]
 
 def _kind(param: ParamPlan, mesh: Mesh) -> _Kind:
     """Everything that determines the program of a parameter; layers have equal ones."""
-    assert isinstance(param.reads, SharedBlocks)
-    return param.reads, param.shard_shape, param.dtype, mesh
+    assert isinstance(param.assignment, SharedBlocks)
+    return param.assignment, param.shard_shape, param.dtype, mesh
 
 
 @lru_cache(maxsize=1024)  # kinds of parameters that one process loads

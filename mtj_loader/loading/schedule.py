@@ -15,11 +15,13 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from mtj_loader.loading.buffers import ALIGNMENT_BYTES, Buffers, align
+from mtj_loader.planning.assignments import distinct
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan
-from mtj_loader.planning.read_assignment import distinct
+from mtj_loader.storage.base import ByteRange
 from mtj_loader.weights import kernels
 from mtj_loader.weights.copies import Copy, clip, join_shards, runs, shard_copies
+from mtj_loader.weights.read_layouts import byte_ranges
 from mtj_loader.weights.view import Layout
 
 CHUNK_BYTES = 1 << 20  # one chunk stays in the L2 cache between its read and its copies
@@ -93,8 +95,8 @@ def schedule_reads(
 
 
 def _is_direct(copy: Copy, all_copies: list[Copy], itemsize: int) -> bool:
-    """Whether a copy is one run, shares no element with others, and is long or the only copy."""
-    if not copy.is_run:
+    """Whether a copy is contiguous, shares no element with others, and is long or the only copy."""
+    if not copy.is_contiguous:
         return False
     if len(all_copies) > 1 and copy.size * itemsize < _MIN_DIRECT_READ_BYTES:
         return False
@@ -149,7 +151,7 @@ class Target:
     Attributes:
       param: the plan of the parameter.
       shards: the distinct layouts to read, each with the shard numbers that share it; see
-        `read_assignment.distinct`.
+        `assignments.distinct`.
       corner: for a block, its first element's position in the shard; None for whole shards.
       is_whole: it includes everything that this host's devices read of the parameter.
     """
@@ -160,15 +162,17 @@ class Target:
     is_whole: bool = False
 
     @cached_property
-    def finish(self) -> kernels.Finish | None:
+    def convert(self) -> kernels.Conversion | None:
         """The element-wise work between file and device; None if there is none."""
-        return kernels.make_finish(self.param.source_dtype, self.param.dtype, self.param.divisor)
+        return kernels.make_conversion(
+            self.param.source_dtype, self.param.dtype, self.param.divisor
+        )
 
     @property
     def reads(self) -> tuple[Read, ...]:
         """The reads that fill the buffer."""
         itemsize = self.param.source_dtype.itemsize
-        return schedule_reads(tuple(self.shards), self._spacing, itemsize, self.finish is None)
+        return schedule_reads(tuple(self.shards), self._spacing, itemsize, self.convert is None)
 
     @property
     def size_bytes(self) -> int:
@@ -205,7 +209,7 @@ def list_targets(plan: LoadPlan, host: int, block_bytes: int | None) -> list[Tar
     device_indices = plan.topology.device_indices_of(host)
     targets: list[Target] = []
     for param in plan.params:
-        whole = Target(param, distinct(param.reads, device_indices), is_whole=True)
+        whole = Target(param, distinct(param.assignment, device_indices), is_whole=True)
         if block_bytes is None or whole.size_bytes <= block_bytes:
             targets.append(whole)
         else:
@@ -252,15 +256,11 @@ def _slowest_axis(layout: Layout) -> int:
     return max(long, key=lambda axis: widest.strides[axis])
 
 
-def byte_runs(targets: Iterable[Target]) -> Iterator[tuple[str, int, int]]:
-    """Everything that is read, in order: file, first byte, byte after the last."""
+def list_byte_ranges(targets: Iterable[Target]) -> Iterator[ByteRange]:
+    """Everything that is read, in order."""
     for target in targets:
-        itemsize = target.param.source_dtype.itemsize
-        for read in target.reads:
-            record = target.param.view.records[read.source]
-            for start, stop in read.runs:
-                first = record.offset_bytes + start * itemsize
-                yield record.file, first, first + (stop - start) * itemsize
+        runs_of_records = ((read.source, *run) for read in target.reads for run in read.runs)
+        yield from byte_ranges(target.param.view.records, runs_of_records)
 
 
 # ---- batches

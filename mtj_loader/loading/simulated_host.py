@@ -65,7 +65,7 @@ def plan_for_host(plan: LoadPlan, host: int) -> LoadPlan:
         plan,
         topology=Topology(((0,) * len(numbers),) * len(rows)),
         params=tuple(
-            replace(param, shards=tuple(param.shards[j] for j in numbers)).unshared
+            replace(param, shards=tuple(param.shards[j] for j in numbers)).without_exchange
             for param in plan.params
         ),
         comparisons=plan.comparisons if host == hosts[0] else (),  # as in a real load

@@ -28,7 +28,7 @@ from mtj_loader.loading.schedule import (
     Read,
     Target,
     Work,
-    byte_runs,
+    list_byte_ranges,
     list_targets,
     make_batches,
 )
@@ -82,7 +82,7 @@ class Streamer:
         self.threads = _thread_count(budget)
         self._buffers = buffers or buffers_for(mesh.devices.flat[0].platform, budget, self.threads)
         self._targets = list_targets(plan, host, self._buffers.block_bytes)
-        self._reader = storage.reader(byte_runs(self._targets), ahead)
+        self._reader = storage.reader(list_byte_ranges(self._targets), ahead)
         self._placer = Placer(plan, mesh, host, self._buffers)
         self._thread_stats: list[ReadStats] = []
         self._local = threading.local()
@@ -178,18 +178,18 @@ class Streamer:
         self._check_values(target, read.source, elements, None)
 
     def _read_chunk(self, target: Target, buffer: np.ndarray, read: Read) -> None:
-        dtype, finish = target.param.source_dtype, target.finish
+        dtype, convert = target.param.source_dtype, target.convert
         chunk = self._scratch(read.span * dtype.itemsize).view(dtype)
         inside = [slice(start - read.start, stop - read.start) for start, stop in read.runs]
         for (start, _), run in zip(read.runs, inside, strict=True):
             self._read(target, read.source, start, chunk[run])
         begun = time.perf_counter()
-        finished = chunk if finish is None else finish(chunk)
+        converted = chunk if convert is None else convert(chunk)
         for run in inside:
-            after = None if finish is None else finished[run]
+            after = None if convert is None else converted[run]
             self._check_values(target, read.source, chunk[run], after)
         for copy in read.copies:
-            kernels.run_copy(copy, finished, read.start, buffer)
+            kernels.execute_copy(copy, converted, read.start, buffer)
         self._stats.transform_seconds += time.perf_counter() - begun
 
     def _read(self, target: Target, source: int, first: int, elements: np.ndarray) -> None:

@@ -20,7 +20,7 @@ from mtj_loader.loading.load_failure import translate_errors
 from mtj_loader.planning.load_plan import LoadPlan
 from mtj_loader.planning.param_plan import ParamPlan
 from mtj_loader.storage.base import Storage
-from mtj_loader.weights.gather import gather
+from mtj_loader.weights.read_layouts import read_layout
 from mtj_loader.weights.view import ZEROS
 
 _FLOAT32_TOLERANCE = 1e-6  # of the largest element; for sums of a few products in float32
@@ -36,7 +36,7 @@ def verify(plan: LoadPlan, params: Mapping[str, Mapping[str, jax.Array]]) -> int
     """
     compared = 0
     for param in plan.params:
-        whole = _expected(plan.checkpoint.storage, param.base)
+        whole = _expected(plan.checkpoint.storage, param.as_read)
         if not plan.options.allow_nonfinite and not np.isfinite(whole).all():
             raise NonFiniteError("weights are NaN or infinite", **_source(param))
         total = _add_terms(param, whole) if param.terms else whole
@@ -76,8 +76,8 @@ def _add_terms(param: ParamPlan, whole: np.ndarray) -> np.ndarray:
     for term in param.terms:
         *lead, rows, columns = param.spec.shape
         rank = term.scales.shape[-1]
-        left = gather(term.storage, term.left.records, term.left.layout)
-        right = gather(term.storage, term.right.records, term.right.layout)
+        left = read_layout(term.storage, term.left.records, term.left.layout)
+        right = read_layout(term.storage, term.right.records, term.right.layout)
         scaled = left.reshape((*lead, rows, rank)).astype(np.float64) * term.scales[..., None, :]
         total += scaled @ right.reshape((*lead, rank, columns)).astype(np.float64)
     return total

@@ -142,7 +142,7 @@ class _AdapterResolver:
         if original is None or original.shape != record.shape:
             expected = "none" if original is None else str(list(original.shape))
             self.refuse(
-                "the adapter carries a base weight that the checkpoint does not have",
+                "the adapter contains a base weight that the checkpoint does not have",
                 record,
                 expected=expected,
                 found=str(list(record.shape)),

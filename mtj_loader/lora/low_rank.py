@@ -73,7 +73,7 @@ class CarriedCopy:
 
 @dataclass(frozen=True)
 class AdapterTerms:
-    """What one adapter adds to a model, and the base weights that it carries."""
+    """What one adapter adds to a model, and the base weights that it contains."""
 
     terms: Mapping[TargetKey, LowRank]
     copies: tuple[CarriedCopy, ...]

@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from mtj_loader.errors import NonFiniteError
 from mtj_loader.lora.low_rank import LowRank
 from mtj_loader.parameters import ParamSpec
-from mtj_loader.storage.base import Run, Storage
+from mtj_loader.storage.base import ByteRange, Storage
 from mtj_loader.storage.prefetch import prefetch_bytes
 from mtj_loader.weights.copies import distinct_layouts, shard_layouts
-from mtj_loader.weights.gather import byte_runs, element_ranges, gather_ranges
+from mtj_loader.weights.read_layouts import byte_ranges, element_ranges, read_layouts
 from mtj_loader.weights.view import View
 
 
@@ -89,7 +89,7 @@ class _FactorReader:
         storages = dict.fromkeys(term.storage for term in terms)
         self._readers = {
             storage: storage.reader(
-                self._all_runs(terms, storage),
+                self._all_ranges(terms, storage),
                 prefetch_bytes(storage, host_memory_bytes) // len(storages),
             )
             for storage in storages
@@ -115,8 +115,10 @@ class _FactorReader:
         layouts = shard_layouts(view.layout, spec.groups, spec.split, self._shards)
         mine = distinct_layouts(view.layout, spec, self._shards, self._numbers)
         ranges = element_ranges(mine, len(view.records), merge=storage.costs.high_latency)
-        arrays = gather_ranges(self._readers[storage], view.records, mine, ranges)
-        self._read_bytes += sum(stop - start for _, start, stop in byte_runs(view.records, ranges))
+        arrays = read_layouts(self._readers[storage], view.records, mine, ranges)
+        self._read_bytes += sum(
+            stop - start for _, start, stop in byte_ranges(view.records, ranges)
+        )
         of_layout = dict(zip(mine, arrays, strict=True))
         shape = (1, *spec.shard_shape(self._shards))
 
@@ -127,12 +129,12 @@ class _FactorReader:
         sharding = NamedSharding(self._mesh, PartitionSpec("mp"))
         return jax.make_array_from_callback(spec.array_shape(self._shards), sharding, shard)
 
-    def _all_runs(self, terms: Iterable[LowRank], storage: Storage) -> Iterator[Run]:
+    def _all_ranges(self, terms: Iterable[LowRank], storage: Storage) -> Iterator[ByteRange]:
         """Everything that will be read from a storage, in order."""
         for view, spec in (factor for t in terms if t.storage is storage for factor in t.factors):
             mine = distinct_layouts(view.layout, spec, self._shards, self._numbers)
             ranges = element_ranges(mine, len(view.records), merge=storage.costs.high_latency)
-            yield from byte_runs(view.records, ranges)
+            yield from byte_ranges(view.records, ranges)
 
 
 def _merge(param: AdaptedParam, base: jax.Array, reader: _FactorReader, donate: bool) -> jax.Array:

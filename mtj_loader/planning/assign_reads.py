@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from mtj_loader.planning.read_assignment import (
+from mtj_loader.planning.assignments import (
     OwnShards,
     ReadAssignment,
     SharedBlocks,
@@ -91,7 +91,7 @@ def _hosts_share_a_shard(topology: Topology, repeats: int) -> bool:
 
 
 def _seconds(reads: ReadAssignment, itemsize: int, topology: Topology, costs: ReadCosts) -> float:
-    """Time for the first host to read and exchange a parameter; the other hosts are alike."""
+    """Time for the first host to read and exchange a parameter; the other hosts take as long."""
     device_indices = topology.device_indices_of(topology.host_ids[0])
     read_bytes = reads.read_elements(device_indices) * itemsize
     received_bytes = reads.received_elements(device_indices) * itemsize
@@ -106,8 +106,8 @@ def _requests(reads: ReadAssignment, device_indices: Sequence[int], max_elements
     for layout in distinct(reads, device_indices):
         for copy in shard_copies(layout).copies:
             blocks_of.setdefault(copy.source, []).append((copy.src, copy.loops))
-    alike = Counter(map(tuple, blocks_of.values()))  # hundreds of experts are alike
-    return sum(n * _ranges(blocks, max_elements) for blocks, n in alike.items())
+    counts = Counter(map(tuple, blocks_of.values()))  # hundreds of experts have equal blocks
+    return sum(n * _ranges(blocks, max_elements) for blocks, n in counts.items())
 
 
 def _ranges(blocks: Sequence[tuple[int, tuple[Loop, ...]]], max_elements: int) -> int:

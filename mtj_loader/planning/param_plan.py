@@ -15,7 +15,7 @@ from mtj_loader.lora.low_rank import LowRank
 from mtj_loader.names import fold_all
 from mtj_loader.parameters import ParamSpec
 from mtj_loader.planning.assign_reads import assign_reads
-from mtj_loader.planning.read_assignment import OwnShards, ReadAssignment
+from mtj_loader.planning.assignments import OwnShards, ReadAssignment
 from mtj_loader.planning.topology import Topology
 from mtj_loader.storage.base import ReadCosts
 from mtj_loader.weights.view import ZEROS, Layout, Piece, View
@@ -70,7 +70,7 @@ class ParamPlan:
       source_dtype: in the file.
       dtype: on the devices.
       divisor: what every element is divided by.
-      reads: which part of it each device reads.
+      assignment: which part of it each device reads.
       terms: what adapters add to it.
     """
 
@@ -80,7 +80,7 @@ class ParamPlan:
     source_dtype: np.dtype
     dtype: np.dtype
     divisor: int
-    reads: ReadAssignment
+    assignment: ReadAssignment
     terms: tuple[LowRank, ...] = ()
 
     def __repr__(self) -> str:
@@ -89,18 +89,18 @@ class ParamPlan:
         return f"<ParamPlan {self.spec.module} {self.spec.param}, {array} from {', '.join(names)}>"
 
     @property
-    def base(self) -> ParamPlan:
+    def as_read(self) -> ParamPlan:
         """The plan without its terms, in the file's dtype, so that the sum is rounded once."""
         return replace(self, dtype=self.source_dtype, terms=()) if self.terms else self
 
     @property
-    def unshared(self) -> ParamPlan:
+    def without_exchange(self) -> ParamPlan:
         """The plan in which every device reads its own shard."""
-        return replace(self, reads=own_shards(self.spec, self.shards))
+        return replace(self, assignment=own_shards(self.spec, self.shards))
 
     @property
     def kind(self) -> Hashable:
-        """Equal for the parameters of one plan that are read alike, such as those of layers."""
+        """Equal for parameters of one plan that are read in the same way, such as equal layers."""
         return self.view.layout, self.spec.groups, self.spec.split, self.source_dtype
 
     @cached_property
@@ -120,11 +120,11 @@ class ParamPlan:
 
     def source_bytes(self, device_indices: Sequence[int]) -> int:
         """Bytes that some devices have to read, each distinct layout once."""
-        return self.reads.read_elements(device_indices) * self.source_dtype.itemsize
+        return self.assignment.read_elements(device_indices) * self.source_dtype.itemsize
 
     def received_bytes(self, device_indices: Sequence[int]) -> int:
         """Bytes, in the file's dtype, that some devices receive from other hosts' devices."""
-        return self.reads.received_elements(device_indices) * self.source_dtype.itemsize
+        return self.assignment.received_elements(device_indices) * self.source_dtype.itemsize
 
     @property
     def changes(self) -> Changes:
@@ -153,7 +153,7 @@ class ParamPlan:
             "dtype": self.dtype.name,
             "split": self.spec.split,
             "device_bytes": self.shard_bytes,
-            "read": self.reads.description,
+            "read": self.assignment.description,
             "changes": dict(vars(self.changes)),  # asdict would make deep copies
             "tensors": [record.to_dict() for record in self.view.records],
         }
@@ -161,8 +161,12 @@ class ParamPlan:
 
 def own_shards(spec: ParamSpec, shards: tuple[Layout, ...]) -> OwnShards:
     """The assignment in which every device reads its own shard of a parameter."""
-    sizes = iter(shards[0].shape)
-    return OwnShards(shards, tuple(math.prod(next(sizes) for _ in group) for group in spec.groups))
+    merged: list[int] = []
+    first = 0
+    for group in spec.groups:
+        merged.append(math.prod(shards[0].shape[first : first + len(group)]))
+        first += len(group)
+    return OwnShards(shards, tuple(merged))
 
 
 def with_reads(
@@ -175,13 +179,13 @@ def with_reads(
       topology: the mesh.
       costs: of the storage that they are read from.
     """
-    chosen: dict[Hashable, ReadAssignment] = {}  # layers are alike and share their shards
+    chosen: dict[Hashable, ReadAssignment] = {}  # identical layers share their shards
     for param in params:
         if param.kind not in chosen:
             own, size = own_shards(param.spec, param.shards), param.spec.split_size()
             itemsize = param.source_dtype.itemsize
             chosen[param.kind] = assign_reads(own, size, itemsize, topology, costs)
-    return tuple(replace(param, reads=chosen[param.kind]) for param in params)
+    return tuple(replace(param, assignment=chosen[param.kind]) for param in params)
 
 
 def dtype_changes(params: Iterable[ParamPlan]) -> dict[str, int]:

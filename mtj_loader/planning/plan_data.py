@@ -83,26 +83,26 @@ class PlanData:
         )
 
     @property
-    def base(self) -> Self:
-        """The plan to read the parameters that adapters are added to; see `ParamPlan.base`."""
-        params = tuple(param.base for param in self.params)
+    def as_read(self) -> Self:
+        """The plan to read the parameters that adapters are added to; see `ParamPlan.as_read`."""
+        params = tuple(param.as_read for param in self.params)
         return replace(self, params=params, adapters=(), carried=())
 
     @property
-    def unadapted(self) -> Self:
+    def without_adapters(self) -> Self:
         """The plan of the checkpoint alone."""
         params = tuple(replace(param, terms=()) for param in self.params)
         return replace(self, params=params, adapters=(), carried=())
 
     @property
-    def unshared(self) -> Self:
+    def without_exchange(self) -> Self:
         """The plan for hosts that exchange nothing: each reads all that its devices hold."""
-        return replace(self, params=tuple(param.unshared for param in self.params))
+        return replace(self, params=tuple(param.without_exchange for param in self.params))
 
     @property
     def is_exchanged(self) -> bool:
         """Whether hosts read for each other."""
-        return any(param.reads.is_shared for param in self.params)
+        return any(param.assignment.is_shared for param in self.params)
 
     @property
     def adapted(self) -> tuple[ParamPlan, ...]:
@@ -144,7 +144,7 @@ class PlanData:
 
     @cached_property
     def _kinds(self) -> list[tuple[ParamPlan, int]]:
-        """One parameter of each kind that is read alike, and how many; layers are alike."""
+        """One parameter of each `ParamPlan.kind`, and how many there are."""
         kinds = group_by(self.params, lambda param: param.kind)
         return [(params[0], len(params)) for params in kinds]
 

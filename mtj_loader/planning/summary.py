@@ -1,4 +1,4 @@
-"""A plan as tables for people; layers that are alike share a row."""
+"""A plan as tables for people; identical layers share a row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tables(plan: PlanData) -> RenderableType:
     return Group(facts, _parameter_table(plan), _fit_table(plan), *_notes(plan))
 
 
-def _likeness(param: ParamPlan) -> tuple[object, ...]:
+def _row_key(param: ParamPlan) -> tuple[object, ...]:
     """What all parameters of one row have in common: all but their layer and expert numbers."""
     records = {(blank_indices(r.name), r.dtype, r.shape): None for r in param.view.records}
     spec = param.spec
@@ -91,10 +91,10 @@ def _reads(plan: PlanData) -> Iterator[tuple[str, str]]:
 
 
 def _parameter_table(plan: PlanData) -> Table:
-    """Pairs of rows: parameters that are alike, and below them the tensors that fill them."""
+    """Pairs of rows: parameters with the same `_row_key`, and below them their tensors."""
     headers = "parameter\n← tensor", "on each device\nin the file", "split\nchanges", "bytes"
     table = display.table(*headers)
-    groups = group_by(plan.params, _likeness)
+    groups = group_by(plan.params, _row_key)
     for group in sorted(groups, key=lambda group: natural_key(_name(group[0]))):
         display.add_row(table, *_on_device(group, plan.shards))
         display.add_row(table, *_in_file(group), style="dim")

@@ -16,7 +16,7 @@ from mtj_loader.errors import CheckpointError, FormatError, MtjLoaderError, Stor
 if TYPE_CHECKING:
     import numpy as np
 
-Run = tuple[str, int, int]  # file, first byte, byte after the last
+ByteRange = tuple[str, int, int]  # file, first byte, byte after the last
 
 _DRIVE = re.compile(r"[A-Za-z]:")  # C:model.safetensors is absolute on Windows
 
@@ -120,11 +120,11 @@ class Storage(ABC):
         """Fills all of a writable, contiguous buffer of bytes, or raises."""
 
     @abstractmethod
-    def reader(self, runs: Iterable[Run], budget_bytes: int) -> Reader:
+    def reader(self, ranges: Iterable[ByteRange], budget_bytes: int) -> Reader:
         """A reader for a known sequence of reads.
 
         Args:
-          runs: everything that will be read, in order.
+          ranges: everything that will be read, in order.
           budget_bytes: most memory for data that is read ahead.
         """
 

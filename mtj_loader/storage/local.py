@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from mtj_loader.errors import CheckpointError, FormatError, StorageError
 from mtj_loader.storage.base import (
+    ByteRange,
     FileVersion,
     ReadCosts,
-    Run,
     Storage,
     as_bytes,
     is_relative_name,
@@ -117,7 +117,7 @@ class LocalStorage(Storage):
                 raise truncated_error(path, offset_bytes, len(view), done)
             done += count
 
-    def reader(self, runs: Iterable[Run], budget_bytes: int) -> LocalStorage:
+    def reader(self, ranges: Iterable[ByteRange], budget_bytes: int) -> LocalStorage:
         """This storage: the operating system reads ahead by itself."""
         return self
 

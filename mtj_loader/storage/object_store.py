@@ -16,9 +16,9 @@ from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedErr
 
 from mtj_loader.errors import CheckpointError, FormatError, MtjLoaderError, StorageError
 from mtj_loader.storage.base import (
+    ByteRange,
     FileVersion,
     ReadCosts,
-    Run,
     Storage,
     as_bytes,
     changed_error,
@@ -188,9 +188,9 @@ class ObjectStorage(Storage):
         """Starts to fill a buffer (uint8) by one request; raises like `read_into`."""
         return self._thread.submit(self._fill(path, offset_bytes, buffer.data))
 
-    def reader(self, runs: Iterable[Run], budget_bytes: int) -> PrefetchReader:
+    def reader(self, ranges: Iterable[ByteRange], budget_bytes: int) -> PrefetchReader:
         """A reader that prefetches; see `Storage.reader`."""
-        return PrefetchReader(self, runs, budget_bytes)
+        return PrefetchReader(self, ranges, budget_bytes)
 
     def close(self) -> None:
         """Cancels every request and closes every connection; a later read reconnects."""

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from mtj_loader.errors import StorageError
-from mtj_loader.storage.base import ReadCosts, Run, Storage
+from mtj_loader.storage.base import ByteRange, ReadCosts, Storage
 
 _SHARE = 2  # 1/2 of host_memory is for prefetching, because the network is the bottleneck
 _REQUESTS_HELD = 64  # 32 are in flight while the others wait to be used
@@ -54,8 +54,8 @@ class Request:
     """A range request for bytes [start, stop) of a file.
 
     Attributes:
-      file, start, stop: see `Run`.
-      parts: the needed bytes in it: first byte, byte after the last, and where the run ends.
+      file, start, stop: see `ByteRange`.
+      parts: the needed bytes in it: first byte, byte after the last, and where the range ends.
     """
 
     file: str
@@ -69,17 +69,17 @@ class Request:
         return sum(stop - start for start, stop, _ in self.parts)
 
 
-def merge_runs(runs: Iterable[Run], max_bytes: int) -> Iterator[Request]:
-    """Joins adjacent runs of a file into requests, and splits long ones.
+def make_requests(ranges: Iterable[ByteRange], max_bytes: int) -> Iterator[Request]:
+    """Joins adjacent ranges of a file into requests, and splits long ones.
 
-    Runs keep their order. Small gaps are read too, see `_MAX_GAP`.
+    Ranges keep their order. Small gaps are read too, see `_MAX_GAP`.
 
     Args:
-      runs: in the order of their use.
+      ranges: in the order of their use.
       max_bytes: of a request.
     """
     builder = None
-    for file, first, stop in runs:
+    for file, first, stop in ranges:
         start = first
         while start < stop:
             if builder is None or not builder.accepts(file, start, stop):
@@ -102,7 +102,7 @@ class _RequestBuilder:
     parts: list[tuple[int, int, int]] = field(default_factory=list)
 
     def accepts(self, file: str, start: int, stop: int) -> bool:
-        """Whether it can continue with a run: same file, forward, not too long, small gap."""
+        """Whether it can continue with a range: same file, forward, not too long, small gap."""
         end = min(stop, self.limit)
         if file != self.file or start < self.parts[-1][1] or start >= end:
             return False
@@ -110,7 +110,7 @@ class _RequestBuilder:
         return (end - self.start - needed) * _MAX_GAP <= needed
 
     def add(self, start: int, stop: int) -> int:
-        """Adds as much of a run as fits, and returns where that part ends."""
+        """Adds as much of a range as fits, and returns where that part ends."""
         end = min(stop, self.limit)
         self.parts.append((start, end, stop))
         self.needed_bytes += end - start
@@ -141,21 +141,23 @@ class PrefetchReader:
     """Keeps as many requests in flight as the budget allows, and serves reads from them.
 
     A request's memory is freed when all needed bytes of it were read. Every read must be one of
-    `runs`, in roughly their order: the first run not yet read always belongs to a held request.
+    `ranges`, in roughly their order: the first range not yet read always belongs to a held request.
 
     Args:
       storage: what is read.
-      runs: every read that will come.
+      ranges: every read that will come.
       budget_bytes: for all requests together, in flight and answered.
     """
 
-    def __init__(self, storage: RangeSource, runs: Iterable[Run], budget_bytes: int) -> None:
+    def __init__(
+        self, storage: RangeSource, ranges: Iterable[ByteRange], budget_bytes: int
+    ) -> None:
         self._storage, self._budget = storage, budget_bytes
-        self._requests = merge_runs(runs, range_bytes(storage, budget_bytes))
+        self._requests = make_requests(ranges, range_bytes(storage, budget_bytes))
         self._received_before = storage.bytes_received
         self.extra_bytes = self._served_bytes = self._held_bytes = 0
         self._changed = threading.Condition()  # its lock guards everything below
-        self._parts: dict[Run, deque[tuple[_Fetch, int]]] = {}
+        self._parts: dict[ByteRange, deque[tuple[_Fetch, int]]] = {}
         self._queued: deque[_Fetch] = deque()
         self._held: list[_Fetch] = []
         self._error: Exception | None = None
@@ -177,8 +179,8 @@ class PrefetchReader:
         self.extra_bytes = received_bytes - self._served_bytes
         self._fail(StorageError("reading was stopped"))
 
-    def _claim(self, key: Run) -> tuple[_Fetch, int]:
-        """Waits until the request that has a run's first byte is sent; also where it ends there."""
+    def _claim(self, key: ByteRange) -> tuple[_Fetch, int]:
+        """Waits for the request with a range's first byte to be sent; also where the range ends."""
         with self._changed:
             self._check()
             while key not in self._parts and self._queue_next():

@@ -54,7 +54,7 @@ class Copy:
         return math.prod(loop.count for loop in self.loops)
 
     @property
-    def is_run(self) -> bool:
+    def is_contiguous(self) -> bool:
         """Whether both sides are contiguous, so that the file can be read into the buffer."""
         return not self.loops or (
             len(self.loops) == 1 and self.loops[0].src == 1 == self.loops[0].dst

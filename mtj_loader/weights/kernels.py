@@ -29,7 +29,7 @@ _CV2_DTYPES = {2: np.dtype(np.uint16), 4: np.dtype(np.int32), 8: np.dtype(np.flo
 _BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
 
-def run_copy(copy: Copy, source: np.ndarray, first: int, target: np.ndarray) -> None:
+def execute_copy(copy: Copy, source: np.ndarray, first: int, target: np.ndarray) -> None:
     """Executes a copy between flat arrays of one dtype.
 
     Args:
@@ -110,10 +110,10 @@ def load_cv2() -> Any:  # noqa: ANN401 - a module
         return None
 
 
-Finish = Callable[[np.ndarray], np.ndarray]  # a chunk as in the file → as on the device
+Conversion = Callable[[np.ndarray], np.ndarray]  # a chunk as in the file → as on the device
 
 
-def make_finish(source: np.dtype, target: np.dtype, divisor: int) -> Finish | None:
+def make_conversion(source: np.dtype, target: np.dtype, divisor: int) -> Conversion | None:
     """The element-wise work between file and device; None if there is none.
 
     Elements are divided by `divisor` in float32 (IEEE division). The result is rounded to `target`
@@ -139,9 +139,10 @@ def cast(chunk: np.ndarray, target: np.dtype) -> np.ndarray:
 
 
 def _ignore_float_errors() -> np.errstate:
-    """Suppresses warnings: `count_overflows` and `count_nonfinite` find infinity and NaN.
+    """Suppresses numpy's warnings about infinity and NaN.
 
-    And a chunk contains uninitialized elements between the runs that were read.
+    `count_overflows` and `count_nonfinite` find those in the elements that were read. The other
+    elements of a chunk are uninitialized.
     """
     return np.errstate(over="ignore", invalid="ignore")
 

@@ -201,7 +201,7 @@ def test_every_byte_is_needed_by_exactly_one_host(tmp_path: Path) -> None:
     everything = sum(a.nbytes for a in neox.tensors().values())
     assert sum(per_host) == everything
     assert max(per_host) < everything / 2
-    alone = [plan.unshared.host_bytes(host) for host in range(4)]
+    alone = [plan.without_exchange.host_bytes(host) for host in range(4)]
     whole = ("norm.weight", "norm.bias", "dense.bias", "4h_to_h.bias")  # on every shard
     replicated = sum(a.nbytes for name, a in neox.tensors().items() if name.endswith(whole))
     assert sum(alone) == everything + 3 * replicated

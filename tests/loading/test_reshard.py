@@ -21,7 +21,7 @@ from mtj_loader.loading import buffers, load_params
 from mtj_loader.loading.placement import Params
 from mtj_loader.loading.reshard import reshard, reshard_param
 from mtj_loader.loading.verify import verify
-from mtj_loader.planning.read_assignment import SharedBlocks
+from mtj_loader.planning.assignments import SharedBlocks
 from mtj_loader.planning.topology import topology
 from mtj_loader.storage.base import ReadCosts
 from mtj_loader.storage.local import DISK
@@ -78,10 +78,10 @@ def test_parameters_equal_those_of_a_load_without_exchange(
 ) -> None:
     options = {"dtype": dtype, "transposed_linear": transposed_linear}
     plan = shared(folder, mesh, 4, speed, **options)
-    assert any(param.reads.is_shared for param in plan.params)
+    assert any(param.assignment.is_shared for param in plan.params)
     params, report = loaded(plan)
     assert report.bytes_read == report.bytes_needed
-    assert_equal(params, loaded(plan.unshared)[0])
+    assert_equal(params, loaded(plan.without_exchange)[0])
 
 
 def test_nan_payloads_and_signs_of_zeros_are_kept(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_nan_payloads_and_signs_of_zeros_are_kept(tmp_path: Path) -> None:
     folder = neox.write(tmp_path, arrays)
     for speed in (DISK, OBJECT_STORE):
         plan = shared(folder, "dp=2,mp=4", 4, speed)
-        assert_equal(loaded(plan)[0], loaded(plan.unshared)[0])
+        assert_equal(loaded(plan)[0], loaded(plan.without_exchange)[0])
         verify(replace(plan, options=replace(plan.options, allow_nonfinite=True)), loaded(plan)[0])
 
 
@@ -107,13 +107,11 @@ def test_divided_blocks_give_equal_parameters(
         buffers, "allocate", lambda size: fresh(size + 4)[4:]
     )  # misaligned, so never adopted
     plan = shared(neox.write(tmp_path), "dp=1,mp=4", 2, OBJECT_STORE)
-    assert {one.reads.is_mixed for one in plan.params if isinstance(one.reads, SharedBlocks)} == {
-        True,
-        False,
-    }
+    assignments = [param.assignment for param in plan.params]
+    assert {one.is_mixed for one in assignments if isinstance(one, SharedBlocks)} == {True, False}
     staged, report = loaded(plan, buffers=buffers.StagingBuffers(128))
     assert report.bytes_read == report.bytes_needed
-    assert_equal(staged, loaded(plan.unshared)[0])
+    assert_equal(staged, loaded(plan.without_exchange)[0])
 
 
 @pytest.mark.parametrize("mesh", ["dp=2,mp=4", "dp=4,mp=2", "dp=2,mp=2"])
@@ -136,9 +134,9 @@ def test_blocks_are_deleted(tmp_path: Path) -> None:
     plan = shared(neox.write(tmp_path), "dp=2,mp=4", 2, DISK)
     mesh = mtj_loader.make_mesh("dp=2,mp=4")
     for param in plan.params:
-        assert param.reads.is_shared
+        assert param.assignment.is_shared
         read = jax.device_put(
-            np.zeros(param.reads.array_shape, param.dtype), param.reads.sharding(mesh)
+            np.zeros(param.assignment.array_shape, param.dtype), param.assignment.sharding(mesh)
         )
         resharded = reshard_param(param, read, mesh)
         assert read.is_deleted()

@@ -14,7 +14,7 @@ from mtj_loader.loading import schedule
 from mtj_loader.loading.schedule import Read, schedule_reads
 from mtj_loader.parameters import Axis, axes
 from mtj_loader.weights.copies import Copy, Loop, join_shards, runs, shard_copies, shard_layouts
-from mtj_loader.weights.kernels import run_copy
+from mtj_loader.weights.kernels import execute_copy
 from mtj_loader.weights.view import Layout, view_of
 from tests.weights.test_view import Pair, materialize, pairs
 
@@ -38,7 +38,7 @@ def execute(reads: tuple[Read, ...], sources: list[np.ndarray], size: int) -> np
             buffer[first : first + read.size] = chunk
             continue
         for copy in read.copies:
-            run_copy(copy, chunk, read.start, buffer)
+            execute_copy(copy, chunk, read.start, buffer)
     return buffer
 
 

@@ -65,7 +65,7 @@ def test_a_host_reads_only_what_its_devices_hold(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(LocalStorage, "read_into", count)
     _, report = load_as_host(plan, 1)
-    alone = plan.unshared  # both hosts read the norms, because they exchange nothing
+    alone = plan.without_exchange  # both hosts read the norms, because they exchange nothing
     assert sum(read) == report.bytes_read == report.bytes_needed == alone.host_bytes(1)
     assert (
         plan.host_bytes(1)
@@ -89,7 +89,7 @@ def test_a_host_gets_its_rows_and_columns_of_the_mesh():
     assert plan.topology.shards_of(5) == (4, 5, 6, 7)
     assert mine.topology == Topology(((0, 0, 0, 0),))
     assert mine.device_bytes == plan.device_bytes
-    assert mine.host_bytes(0) == plan.unshared.host_bytes(5) > plan.host_bytes(5)
+    assert mine.host_bytes(0) == plan.without_exchange.host_bytes(5) > plan.host_bytes(5)
     two_rows = plan_for_host(plan_of(FIXTURE, "dp=4,mp=2", 2), 1)
     assert two_rows.topology == Topology(((0, 0), (0, 0)))
 
@@ -134,7 +134,7 @@ def test_the_command_loads_hosts_and_merges_digests(tmp_path: Path):
     document = json.loads(run_alone(FIXTURE, *options))
     assert document["simulated_host"] == {"number": 1, "hosts": 2, "shards": [2, 3]}
     assert document["mesh"] == {"dp": 1, "mp": 4}
-    assert document["report"]["bytes_read"] == plan.unshared.host_bytes(1)
+    assert document["report"]["bytes_read"] == plan.without_exchange.host_bytes(1)
     assert (
         document["digests"]
         == digests_of_host(plan, 1).to_dict()

@@ -151,9 +151,9 @@ def test_a_carried_base_weight_that_differs_is_refused(tmp_path: Path) -> None:
     }
     adapter = write_adapter(tmp_path / "a", TERMS | carried)
     model = mtj_loader.load(neox.write(tmp_path / "base"), "mp=2")
-    with pytest.raises(VerifyError, match="carries a base weight"):
+    with pytest.raises(VerifyError, match="contains a base weight"):
         model.with_adapter(adapter)
-    with pytest.raises(VerifyError, match=r"carries a base weight(.|\n)*layers\.1\.attention"):
+    with pytest.raises(VerifyError, match=r"contains a base weight(.|\n)*layers\.1\.attention"):
         mtj_loader.load(neox.write(tmp_path / "c"), "mp=4", adapter=adapter)
 
 

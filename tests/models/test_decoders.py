@@ -160,7 +160,7 @@ def test_each_host_reads_only_its_own_experts() -> None:
     whole = sum(t.nbytes for name, t in tensors.items() if "norm" in name or "gate.w" in name)
     split = sum(t.nbytes for t in tensors.values()) - whole
     padding = 3 * tensors["lm_head.weight"][0].nbytes  # 53 tokens, 28 and 25 of 56 rows
-    per_host = [plan.unshared.host_bytes(host) for host in (0, 1)]
+    per_host = [plan.without_exchange.host_bytes(host) for host in (0, 1)]
     assert per_host == [whole + (split + padding * 2) // 2, whole + (split - padding * 2) // 2]
 
 

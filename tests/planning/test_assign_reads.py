@@ -16,10 +16,10 @@ import mtj_loader
 from mtj_loader import LoadPlan
 from mtj_loader.errors import MeshError
 from mtj_loader.formats.records import TensorRecord
-from mtj_loader.loading.schedule import byte_runs, list_targets
+from mtj_loader.loading.schedule import list_byte_ranges, list_targets
 from mtj_loader.parameters import axes
+from mtj_loader.planning.assignments import ReadAssignment, SharedBlocks, distinct, slowest_axis
 from mtj_loader.planning.param_plan import ParamPlan, with_reads
-from mtj_loader.planning.read_assignment import ReadAssignment, SharedBlocks, distinct, slowest_axis
 from mtj_loader.storage.base import ReadCosts
 from mtj_loader.storage.local import DISK
 from mtj_loader.storage.object_store import OBJECT_STORE
@@ -43,7 +43,7 @@ MODELS = [
 def plan_of(folder: Path, mesh: str, hosts: int, speed: ReadCosts, **options: Any) -> LoadPlan:
     pod = mtj_loader.make_abstract_mesh(mesh, hosts=hosts)
     plan = mtj_loader.plan(folder, pod, **options)
-    params = with_reads(plan.unshared.params, plan.topology, speed)
+    params = with_reads(plan.without_exchange.params, plan.topology, speed)
     return replace(plan, params=params)
 
 
@@ -51,7 +51,7 @@ def reads(plan: LoadPlan, host: int, block_bytes: int | None = None) -> dict[str
     """How often one host reads every byte of every file, from the schedule of a load."""
     files = plan.checkpoint.index.files.values()
     counts = {stamp.path: np.zeros(stamp.size_bytes + 1, np.int64) for stamp in files}
-    for file, start, stop in byte_runs(list_targets(plan, host, block_bytes)):
+    for file, start, stop in list_byte_ranges(list_targets(plan, host, block_bytes)):
         counts[file][start] += 1
         counts[file][stop] -= 1
     return {file: np.cumsum(count) for file, count in counts.items()}
@@ -97,18 +97,18 @@ def test_all_hosts_together_read_what_one_would(
 def test_on_local_files_a_host_reads_no_more_than_it_holds(tmp_path: Path) -> None:
     plan = plan_of(neox.write(tmp_path), "dp=2,mp=4", 4, DISK)
     for host in range(4):
-        own = reads(plan.unshared, host)["model.safetensors"]
+        own = reads(plan.without_exchange, host)["model.safetensors"]
         assert (reads(plan, host)["model.safetensors"] <= own).all()
 
 
 def test_a_host_reads_itself_what_it_alone_holds(tmp_path: Path) -> None:
     plan = plan_of(neox.write(tmp_path), "mp=4", 2, DISK)
-    shared = {param.spec.param for param in plan.params if param.reads.is_shared}
+    shared = {param.spec.param for param in plan.params if param.assignment.is_shared}
     assert shared == {"scale", "offset", "b"}
     split = [p for p in plan.params if p.spec.split is not None]
-    assert not any(param.reads.is_shared for param in split)
+    assert not any(param.assignment.is_shared for param in split)
     assert not any(
-        p.reads.is_shared for p in plan_of(tmp_path, "dp=2,mp=4", 1, OBJECT_STORE).params
+        p.assignment.is_shared for p in plan_of(tmp_path, "dp=2,mp=4", 1, OBJECT_STORE).params
     )
 
 
@@ -118,8 +118,8 @@ def test_equal_shards_on_one_host_are_not_divided() -> None:
     kv = "layer_0/~/linear_1"
     two = {p.spec.module: p for p in plan_of(folder, "mp=8", 2, DISK).params}
     four = {p.spec.module: p for p in plan_of(folder, "mp=8", 4, DISK).params}
-    assert not two[kv].reads.is_shared
-    blocks = four[kv].reads
+    assert not two[kv].assignment.is_shared
+    blocks = four[kv].assignment
     assert isinstance(blocks, SharedBlocks)
     assert (blocks.repeats, len(blocks.shards)) == (4, 2)
 
@@ -133,8 +133,8 @@ def test_ranges_of_rows_are_read_in_blocks_if_requests_are_expensive(tmp_path: P
         plan = plan_of(folder, "mp=4", 2, speed)
         one = replace(plan, params=tuple(p for p in plan.params if p.spec.module == name)[:1])
         assert one.params[0].spec.param == "w"
-        runs = [list(byte_runs(list_targets(one, host, None))) for host in range(2)]
-        return one.params[0].reads, [len(run) for run in runs]
+        runs = [list(list_byte_ranges(list_targets(one, host, None))) for host in range(2)]
+        return one.params[0].assignment, [len(run) for run in runs]
 
     reads, requests = down(OBJECT_STORE)
     assert isinstance(reads, SharedBlocks)
@@ -159,9 +159,9 @@ def test_a_host_receives_what_it_holds_but_has_not_read(tmp_path: Path) -> None:
 
 def held_elsewhere(param: ParamPlan, device_indices: tuple[int, ...]) -> int:
     """Elements of the file that devices hold and none of them reads, counted one by one."""
-    if not param.reads.is_shared:
+    if not param.assignment.is_shared:
         return 0
-    read = {e for layout in distinct(param.reads, device_indices) for e in elements(layout)}
+    read = {e for layout in distinct(param.assignment, device_indices) for e in elements(layout)}
     held = {
         e
         for device_index in device_indices

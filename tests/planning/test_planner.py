@@ -34,7 +34,7 @@ def test_map_and_config_are_read_once(
     assert sorted(calls) == ["config", "map"]
     assert len(plan.adapters) == 2
     assert plan.hf_config["model_type"] == plan.model_type == "gpt_neox"
-    assert plan.unadapted.adapted == ()
+    assert plan.without_adapters.adapted == ()
     assert plan.map_file == plan.weight_map.file
 
 
@@ -44,5 +44,5 @@ def test_the_plan_of_the_base_keeps_the_dtype_of_the_file(tmp_path: Path) -> Non
     plan.checkpoint.storage.close()
     (adapted,) = plan.adapted
     assert adapted.dtype == "bfloat16"
-    assert adapted.base.dtype == np.float32
-    assert plan.base.adapters == ()
+    assert adapted.as_read.dtype == np.float32
+    assert plan.as_read.adapters == ()

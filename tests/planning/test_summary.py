@@ -174,7 +174,7 @@ def test_dtype_changes_are_listed(tmp_path: Path):
 
 def test_hosts_that_read_alike_share_a_line(tmp_path: Path):
     folder = neox.write(tmp_path, tie_word_embeddings=True)
-    plan = plan_of(folder, "dp=4,mp=2", hosts=4).unshared
+    plan = plan_of(folder, "dp=4,mp=2", hosts=4).without_exchange
     each = plan.bytes_of_hosts
     assert each[0] > each[1] == each[3] == each[2]  # host 0 compares the tied copies too
     lines = [line.split("  ")[0] for line in plan.summary().splitlines() if line.startswith("host")]

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from mtj_loader.errors import StorageError
 from mtj_loader.storage.base import ReadCosts
 from mtj_loader.storage.local import LocalStorage
-from mtj_loader.storage.prefetch import PrefetchReader, Request, merge_runs, prefetch_bytes
+from mtj_loader.storage.prefetch import PrefetchReader, Request, make_requests, prefetch_bytes
 
 MIB = 1 << 20
 
 
 def spans(runs, max_bytes):
-    return [(r.file, r.start, r.stop) for r in merge_runs(runs, max_bytes)]
+    return [(r.file, r.start, r.stop) for r in make_requests(runs, max_bytes)]
 
 
 # ---- which requests
@@ -47,7 +47,7 @@ def test_ranges(runs, ranges):
 
 
 def test_parts_record_where_their_runs_end():
-    ranges = list(merge_runs([("a", 0, 150), ("a", 152, 250)], 200))
+    ranges = list(make_requests([("a", 0, 150), ("a", 152, 250)], 200))
     assert ranges == [
         Request("a", 0, 200, ((0, 150, 150), (152, 200, 250))),
         Request("a", 200, 250, ((200, 250, 250),)),
@@ -65,7 +65,7 @@ runs_of_files = st.lists(
 
 @given(runs_of_files, st.integers(1, 300))
 def test_ranges_cover_the_runs_in_order_with_little_waste(runs, max_bytes):
-    ranges = list(merge_runs(runs, max_bytes))
+    ranges = list(make_requests(runs, max_bytes))
     wanted = [(file, i) for file, start, stop in runs for i in range(start, stop)]
     parts = [(r.file, a, b) for r in ranges for a, b, _ in r.parts]
     assert [(file, i) for file, a, b in parts for i in range(a, b)] == wanted

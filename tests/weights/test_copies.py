@@ -12,7 +12,7 @@ from mtj_loader.formats.records import TensorRecord
 from mtj_loader.parameters import axes
 from mtj_loader.weights import kernels
 from mtj_loader.weights.copies import Copy, Loop, clip, runs, shard_copies, shard_layouts
-from mtj_loader.weights.kernels import copy_strided, count_nonfinite, make_finish, run_copy
+from mtj_loader.weights.kernels import copy_strided, count_nonfinite, execute_copy, make_conversion
 from mtj_loader.weights.view import Layout, view_of
 from tests.weights.test_view import materialize, pairs
 
@@ -40,7 +40,7 @@ def test_copies_in_chunks_of_any_size_equal_the_view(pair, chunk: int) -> None:
             for copy in mine:
                 for part in clip(copy, start, start + chunk):
                     block = readable[start : start + chunk]
-                    run_copy(part, block, start, buffer.reshape(-1))
+                    execute_copy(part, block, start, buffer.reshape(-1))
     np.testing.assert_array_equal(buffer, materialize(view, pair.data).astype(np.float32))
 
 
@@ -48,7 +48,7 @@ def test_a_row_shard_is_one_run() -> None:
     second = shard_layouts(layout_of(6, 4), axes("a b", {"a": 6, "b": 4}), "a", 3)[1]
     (copy,) = shard_copies(second).copies
     assert copy == Copy(0, 8, 0, (Loop(8, 1, 1),))
-    assert copy.is_run
+    assert copy.is_contiguous
     assert runs((copy,)).tolist() == [[8, 16]]
 
 
@@ -100,9 +100,9 @@ def test_tiled_transpose_equals_numpy(
 
 def test_bfloat16_widens_exactly() -> None:
     every = np.arange(65536, dtype=np.uint16).view(BFLOAT16)
-    finish = make_finish(BFLOAT16, FLOAT32, 1)
-    assert finish is not None
-    wide = finish(every)
+    convert = make_conversion(BFLOAT16, FLOAT32, 1)
+    assert convert is not None
+    wide = convert(every)
     finite = np.isfinite(wide)
     assert finite.sum() == 65536 - 2 * 128
     np.testing.assert_array_equal(
@@ -119,13 +119,13 @@ def test_division_is_ieee_float32_rounded_once(shards: int, source: np.dtype) ->
     # 53 bits are more than twice 24 and two (Figueroa, 1995).
     exact = (values.astype(np.float64) / shards).astype(np.float32)
     for target in (FLOAT32, BFLOAT16, FLOAT16):
-        finish = make_finish(source, target, shards)
-        assert finish is not None
-        np.testing.assert_array_equal(finish(values), exact.astype(target))
+        convert = make_conversion(source, target, shards)
+        assert convert is not None
+        np.testing.assert_array_equal(convert(values), exact.astype(target))
 
 
 def test_nothing_to_finish_is_none() -> None:
-    assert make_finish(BFLOAT16, BFLOAT16, 1) is None
+    assert make_conversion(BFLOAT16, BFLOAT16, 1) is None
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=str)

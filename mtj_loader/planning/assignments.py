@@ -1,4 +1,4 @@
-"""Who reads what: the part of a parameter that each device reads. `assign_reads` chooses it."""
+"""The two read assignments, which say what part of a parameter each device reads."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class OwnShards:
         return self.shards[0].shape
 
     def sharding(self, mesh: Mesh) -> NamedSharding:
-        """How the array lies on a mesh with the axes dp and mp."""
+        """The sharding of the array on a mesh with the axes dp and mp."""
         return NamedSharding(mesh, PartitionSpec("mp"))
 
     def number_at(self, device_index: int) -> int:
@@ -77,9 +77,9 @@ class OwnShards:
         return 0
 
     def final_buffers(self, device_indices: Sequence[int]) -> int:
-        """Buffers behind the finished arrays of these devices if a read buffer is adopted.
+        """The number of host buffers that back the final arrays of these devices on a CPU backend.
 
-        Devices with equal shards adopt the same one.
+        Devices with equal shards adopt the same buffer.
         """
         return len(distinct(self, device_indices))
 
@@ -151,11 +151,11 @@ class SharedBlocks:
 
     @property
     def layout_shape(self) -> tuple[int, ...]:
-        """The same; no axes are merged here."""
+        """The same as `block_shape`, because no axes of a block are merged."""
         return self.block_shape
 
     def sharding(self, mesh: Mesh) -> NamedSharding:
-        """How the array lies on a mesh with the axes dp and mp, viewed as dp × g × r."""
+        """The sharding of the array on a mesh with the axes dp and mp, viewed as dp × g × r."""
         names = ("dp", "g", "r")
         shape = (self.replicas, len(self.shards), self.repeats)
         viewed = Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * 3)
@@ -168,8 +168,10 @@ class SharedBlocks:
         """The number of the block that a device reads, in the order of `sharding`."""
         replica, j = divmod(device_index, len(self.shards) * self.repeats)
         shard, repeat = divmod(j, self.repeats)
-        sharer = replica * self.repeats + repeat
-        return sharer * len(self.shards) + shard if self.is_mixed else shard * self.parts + sharer
+        holder = replica * self.repeats + repeat  # among the devices that hold this shard
+        if self.is_mixed:
+            return holder * len(self.shards) + shard
+        return shard * self.parts + holder
 
     def number_of(self, index: tuple[slice, ...]) -> int:
         """The number of the block at these slices of the array."""
@@ -191,7 +193,7 @@ class SharedBlocks:
         return int(self._elements[held][~self._mask(device_indices)[held]].sum())
 
     def final_buffers(self, device_indices: Sequence[int]) -> int:
-        """Buffers behind the finished arrays: after the exchange each device has its own."""
+        """The number of host buffers that back the final arrays: one for each device."""
         return len(device_indices)
 
     def _resized(self, size: int) -> tuple[int, ...]:

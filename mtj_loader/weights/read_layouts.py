@@ -9,7 +9,7 @@ import numpy as np
 from mtj_loader import dtypes
 from mtj_loader.dtypes import FLOAT32
 from mtj_loader.formats.records import TensorRecord
-from mtj_loader.storage.base import Reader, Run, Storage
+from mtj_loader.storage.base import ByteRange, Reader, Storage
 from mtj_loader.weights import kernels
 from mtj_loader.weights.copies import clip, runs, shard_copies
 from mtj_loader.weights.view import Layout
@@ -17,13 +17,15 @@ from mtj_loader.weights.view import Layout
 ElementRange = tuple[int, int, int]  # index of a record, first element, one past the last
 
 
-def gather(source: Storage | Reader, records: Sequence[TensorRecord], layout: Layout) -> np.ndarray:
+def read_layout(
+    source: Storage | Reader, records: Sequence[TensorRecord], layout: Layout
+) -> np.ndarray:
     """Reads one layout as a float32 array of its shape, and only the elements that it needs."""
     ranges = element_ranges((layout,), len(records), merge=False)
-    return gather_ranges(source, records, (layout,), ranges)[0]
+    return read_layouts(source, records, (layout,), ranges)[0]
 
 
-def gather_ranges(
+def read_layouts(
     source: Storage | Reader,
     records: Sequence[TensorRecord],
     layouts: Sequence[Layout],
@@ -48,7 +50,7 @@ def gather_ranges(
         for target, target_copies in zip(targets, copies, strict=True):
             for copy in (copy for copy in target_copies if copy.source == i):
                 for part in clip(copy, start, stop):
-                    kernels.run_copy(part, wide, start, target)
+                    kernels.execute_copy(part, wide, start, target)
     return [target.reshape(layout.shape) for target, layout in zip(targets, layouts, strict=True)]
 
 
@@ -70,8 +72,10 @@ def element_ranges(layouts: Sequence[Layout], records: int, *, merge: bool) -> l
     return found
 
 
-def byte_runs(records: Sequence[TensorRecord], ranges: Iterable[ElementRange]) -> Iterator[Run]:
-    """The byte runs of element ranges."""
+def byte_ranges(
+    records: Sequence[TensorRecord], ranges: Iterable[ElementRange]
+) -> Iterator[ByteRange]:
+    """The same ranges in bytes of the files."""
     for i, start, stop in ranges:
         first, itemsize = records[i].offset_bytes, _dtype(records[i]).itemsize
         yield records[i].file, first + start * itemsize, first + stop * itemsize
