@@ -59,7 +59,7 @@ from mtj_loader.storage.base import closing_all
 MeshLike = Mesh | AbstractMesh | Topology | str
 
 
-@takes_options
+@takes_options(LoadOptions, Source)
 def plan(path: PathLike, mesh: MeshLike | None = None, **keywords: Unpack[Keywords]) -> LoadPlan:
     """Plans a load: every read and every target. Reads no weights and needs no device.
 
@@ -77,7 +77,7 @@ def plan(path: PathLike, mesh: MeshLike | None = None, **keywords: Unpack[Keywor
     return plan_source(*split_keywords(path, keywords), mesh)
 
 
-@takes_options
+@takes_options(LoadOptions, Source)
 def load(
     path: PathLike | None = None,
     mesh: Mesh | str | None = None,
@@ -260,5 +260,5 @@ def _existing_mesh(mesh: Mesh | str | None) -> Mesh | str | None:
 
 def _devices(mesh: Mesh | str | None, plan: LoadPlan) -> Mesh:
     """The devices to load onto: those given, those planned for, or the first ones."""
-    given = mesh if isinstance(mesh, Mesh) else plan.mesh
-    return make_mesh(str(plan.topology)) if given is None else as_mesh(given)
+    given = mesh if isinstance(mesh, Mesh | str) else plan.mesh or str(plan.topology)
+    return make_mesh(given) if isinstance(given, str) else as_mesh(given)

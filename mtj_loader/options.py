@@ -173,7 +173,17 @@ def weighted(adapter: AdapterLike | None) -> list[tuple[PathLike, float]]:
 # ---- the keyword arguments of `plan` and `load`
 
 
-class Keywords(TypedDict, total=False):
+class SourceKeywords(TypedDict, total=False):
+    """The fields of Source as keyword arguments, for type checkers."""
+
+    revision: str | None
+    token: str | None
+    cache_dir: PathLike | None
+    local_files_only: bool
+    stream: bool
+
+
+class Keywords(SourceKeywords, total=False):
     """The fields of Source and LoadOptions as keyword arguments, for type checkers."""
 
     dtype: DTypeName
@@ -186,11 +196,6 @@ class Keywords(TypedDict, total=False):
     allow_unmapped: bool
     allow_nonfinite: bool
     ignore_settings: Sequence[str]
-    revision: str | None
-    token: str | None
-    cache_dir: PathLike | None
-    local_files_only: bool
-    stream: bool
 
 
 def split_keywords(path: PathLike, keywords: Keywords) -> tuple[Source, LoadOptions]:
@@ -206,16 +211,20 @@ def split_keywords(path: PathLike, keywords: Keywords) -> tuple[Source, LoadOpti
 _F = TypeVar("_F", bound=Callable[..., object])
 
 
-def takes_options(function: _F) -> _F:
-    """Replaces `**keywords: Unpack[Keywords]` by the keywords themselves.
+def takes_options(*groups: type[Source | LoadOptions]) -> Callable[[_F], _F]:
+    """A decorator that replaces `**keywords` by the fields of the groups.
 
     The function's signature gets each keyword with its default, so that a misspelled one raises
     TypeError. In its docstring, `path: {path}` and `{options}` become the descriptions of these.
     """
+    return functools.partial(_add_options, options=[*_option_parameters(groups)])
+
+
+def _add_options(function: _F, options: Sequence[inspect.Parameter]) -> _F:
     own = inspect.signature(function)
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     at = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
-    parameters[at:at] = _option_parameters()
+    parameters[at:at] = options
     signature = own.replace(parameters=parameters)
 
     @functools.wraps(function)
@@ -228,12 +237,12 @@ def takes_options(function: _F) -> _F:
 
     call.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
     docs = inspect.cleandoc(function.__doc__ or "").replace("path: {path}", _entries(["path"]))
-    call.__doc__ = docs.replace("{options}", _entries(p.name for p in _option_parameters()))
+    call.__doc__ = docs.replace("{options}", _entries(p.name for p in options))
     return call  # pyright: ignore[reportReturnType]
 
 
-def _option_parameters() -> Iterator[inspect.Parameter]:
-    for cls in (LoadOptions, Source):
+def _option_parameters(groups: Iterable[type]) -> Iterator[inspect.Parameter]:
+    for cls in groups:
         types = get_type_hints(cls)
         for field in fields(cls):
             if field.default is not MISSING:  # all but the path

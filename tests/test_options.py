@@ -37,6 +37,16 @@ def test_a_misspelled_keyword_is_a_type_error(function) -> None:
         function("model", dtpe="float32")
 
 
+def test_convert_has_the_options_of_a_source() -> None:
+    parameters = inspect.signature(mtj_loader.convert).parameters
+    assert {f.name for f in fields(Source)} <= parameters.keys()
+    assert not parameters.keys() & {"transposed_linear", "keywords"}
+    for name in ("path", "stream"):
+        assert f"\n  {name}: {descriptions()[name][:20]}" in (
+            inspect.getdoc(mtj_loader.convert) or ""
+        )
+
+
 def test_the_keywords_for_type_checkers_are_the_options() -> None:
     expected = {**get_type_hints(LoadOptions), **get_type_hints(Source)}
     assert get_type_hints(Keywords) | {"path": expected["path"]} == expected

@@ -46,6 +46,7 @@ def describe(
 ) -> None:
     """Load Hugging Face checkpoints onto a JAX mesh as Mesh Transformer JAX parameters.
 
-    Exit codes: 0 success, 2 usage error, 3 bad checkpoint, map or adapter, 4 machine error (memory,
-    disk, network, devices), 130 interrupted, 141 output no longer read, 143 terminated.
+    Exit codes: 0 success; 2 usage error; 3 bad checkpoint, map or adapter;
+    4 machine error (memory, disk, network, devices); 130 interrupted;
+    141 output no longer read; 143 terminated.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,7 @@ from mtj_loader.errors import UsageError
 if TYPE_CHECKING:
     from mtj_loader.distributed.hosts import Hosts
 
-_HOSTS = "Several hosts"
+_option = functools.partial(typer.Option, rich_help_panel="Several hosts")
 
 
 @dataclass(frozen=True)
@@ -25,30 +26,19 @@ class Cluster:
 
     coordinator: Annotated[
         str | None,
-        typer.Option(
+        _option(
             metavar="HOST:PORT",
             help="Where process 0 listens; a Cloud TPU pod needs none of these options.",
-            rich_help_panel=_HOSTS,
         ),
     ] = None
     processes: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="The number of processes.", rich_help_panel=_HOSTS),
+        int | None, _option(metavar="N", min=1, help="The number of processes.")
     ] = None
     process_id: Annotated[
-        int | None,
-        typer.Option(
-            metavar="I", min=0, help="This process, counted from 0.", rich_help_panel=_HOSTS
-        ),
+        int | None, _option(metavar="I", min=0, help="This process, counted from 0.")
     ] = None
     host_timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            min=1,
-            help="How long to wait for hosts that are alive.",
-            rich_help_panel=_HOSTS,
-        ),
+        float, _option(metavar="SECONDS", min=1, help="How long to wait for hosts that are alive.")
     ] = 300
 
     def join(self, machine: Machine) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from mtj_loader.cli import signals
 from mtj_loader.cli.command import command
 from mtj_loader.cli.output import print_json, print_lines, print_table, warn
 from mtj_loader.cli.shared_options import AsJson
+from mtj_loader.conversion.casting import Losses
 from mtj_loader.conversion.convert_checkpoint import (
     ConvertReport,
     NewDType,
@@ -21,7 +23,7 @@ from mtj_loader.conversion.convert_checkpoint import (
     TensorReport,
 )
 from mtj_loader.conversion.convert_checkpoint import convert as convert_checkpoint
-from mtj_loader.names import blank_indices, escape, fold_names
+from mtj_loader.names import blank_indices, escape, fold_names, group_by
 from mtj_loader.options import Source
 
 
@@ -69,19 +71,14 @@ def convert(
     """
     signals.raise_on_signal()  # so that unfinished output is removed
     report = convert_checkpoint(
-        source.path,
-        out,
+        **asdict(source),
+        out=out,
         dtype=dtype,
         on_overflow=on_overflow,
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
-        revision=source.revision,
-        token=source.token,
-        cache_dir=source.cache_dir,
-        local_files_only=source.local_files_only,
-        stream=source.stream,
     )
     if as_json:
         print_json(report.to_dict())
@@ -89,8 +86,8 @@ def convert(
     warn(report.warnings)
     print_lines(report)
     print_lists(report)
-    if any(map(_has_losses, report.tensors)):
-        print_table(losses_table(report.tensors))
+    if lossy := [tensor for tensor in report.tensors if any(astuple(tensor.losses))]:
+        print_table(losses_table(lossy))
 
 
 def print_lists(report: ConvertReport) -> None:
@@ -101,23 +98,11 @@ def print_lists(report: ConvertReport) -> None:
 
 
 def losses_table(tensors: Iterable[TensorReport]) -> Table:
-    """The tensors that lost values; identical layers share a row, with their losses summed."""
-    groups: dict[object, list[TensorReport]] = {}
-    for tensor in filter(_has_losses, tensors):
-        key = blank_indices(tensor.name), tensor.source_dtype
-        groups.setdefault(key, []).append(tensor)
+    """A table of tensors in which identical layers share a row, with their losses summed."""
     table = display.table("tensor", "dtype", "overflowed", "became zero", "NaN or infinite")
-    for group in groups.values():
-        name = fold_names([tensor.name for tensor in group])
-        sums = map(sum, zip(*map(_counts, group), strict=True))
+    for group in group_by(tensors, lambda one: (blank_indices(one.name), one.source_dtype)):
+        losses = sum((tensor.losses for tensor in group), Losses())
         changed = f"{group[0].source_dtype} → {group[0].dtype}"
-        display.add_row(table, name, changed, *(f"{count:,}" for count in sums))
+        counts = (f"{count:,}" for count in astuple(losses))
+        display.add_row(table, fold_names([tensor.name for tensor in group]), changed, *counts)
     return table
-
-
-def _counts(tensor: TensorReport) -> tuple[int, int, int]:
-    return tensor.overflow, tensor.underflow, tensor.nonfinite
-
-
-def _has_losses(tensor: TensorReport) -> bool:
-    return any(_counts(tensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from mtj_loader import Model
     from mtj_loader.generation.prompts import Prompt as TokenizedPrompt
 
-_PROMPTS = "Prompts"
-_SAMPLING = "Sampling"
+_prompt_option = functools.partial(typer.Option, rich_help_panel="Prompts")
+_sampling_option = functools.partial(typer.Option, rich_help_panel="Sampling")
 
 _MAX_PROMPT_BYTES = 100_000_000  # several times the longest context
 
@@ -40,25 +41,22 @@ class Prompts:
     """The prompts; each option may be repeated, and they may be combined."""
 
     prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="A text to continue. May be repeated.", rich_help_panel=_PROMPTS),
+        list[str] | None, _prompt_option(help="A text to continue. May be repeated.")
     ] = None
     prompt_file: Annotated[
         list[Path] | None,
-        typer.Option(
+        _prompt_option(
             metavar="FILE",
             exists=True,
             dir_okay=False,
             help="A file that contains one prompt. May be repeated.",
-            rich_help_panel=_PROMPTS,
         ),
     ] = None
     ids: Annotated[
         list[str] | None,
-        typer.Option(
+        _prompt_option(
             metavar="'12 7 …'",
             help="A prompt as token ids; the output is token ids too. May be repeated.",
-            rich_help_panel=_PROMPTS,
         ),
     ] = None
 
@@ -80,33 +78,24 @@ class Sampling:
     """The arguments of `Model.generate`."""
 
     max_new_tokens: Annotated[
-        int, typer.Option(help="Maximum number of tokens to generate.", rich_help_panel=_SAMPLING)
+        int, _sampling_option(help="Maximum number of tokens to generate.")
     ] = 64
     temperature: Annotated[
-        float,
-        typer.Option(help="0 always picks the most likely token.", rich_help_panel=_SAMPLING),
+        float, _sampling_option(help="0 always picks the most likely token.")
     ] = 0.8
     top_k: Annotated[
-        int,
-        typer.Option(
-            help="Sample from the K most likely tokens; 0 means all.",
-            rich_help_panel=_SAMPLING,
-        ),
+        int, _sampling_option(help="Sample from the K most likely tokens; 0 means all.")
     ] = 0
     top_p: Annotated[
         float,
-        typer.Option(
-            help="Sample from the most likely tokens whose probabilities add up to this.",
-            rich_help_panel=_SAMPLING,
+        _sampling_option(
+            help="Sample from the most likely tokens whose probabilities add up to this."
         ),
     ] = 1.0
     stop: Annotated[
-        list[str] | None,
-        typer.Option(help="Stop before this text. May be repeated.", rich_help_panel=_SAMPLING),
+        list[str] | None, _sampling_option(help="Stop before this text. May be repeated.")
     ] = None
-    seed: Annotated[
-        int, typer.Option(help="The same seed gives the same text.", rich_help_panel=_SAMPLING)
-    ] = 0
+    seed: Annotated[int, _sampling_option(help="The same seed gives the same text.")] = 0
 
     def numbers(self) -> dict[str, Any]:
         """The fields of SamplingParams: everything but the stop strings."""

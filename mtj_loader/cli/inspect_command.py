@@ -36,7 +36,10 @@ def inspect(
     as_json: AsJson = False,
     topology: Annotated[
         bool,
-        typer.Option("--topology", help="Print one line per tensor: `NAME torch.Size([…])`."),
+        typer.Option(
+            "--topology",
+            help="Print `NAME torch.Size([…])` for each tensor, with an empty line between layers.",
+        ),
     ] = False,
 ) -> None:
     """List the tensors of a checkpoint: name, dtype, shape, file, bytes.

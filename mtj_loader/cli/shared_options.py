@@ -6,6 +6,7 @@ says how they are spelled on the command line.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from mtj_loader.options import LoadOptions, Source
 
 _LOADING = "What is loaded, and how"
 _SOURCE = "Where it comes from"
-_MACHINE = "This machine"
+_machine_option = functools.partial(typer.Option, rich_help_panel="This machine")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md describes it.")]
 MeshOption = Annotated[
@@ -87,20 +88,12 @@ class Machine:
 
     cpu_devices: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Use N virtual CPU devices, to try a mesh without a TPU.",
-            rich_help_panel=_MACHINE,
+        _machine_option(
+            metavar="N", min=1, help="Use N virtual CPU devices, to try a mesh without a TPU."
         ),
     ] = None
     progress: Annotated[
-        bool,
-        typer.Option(
-            "--progress/--no-progress",
-            help="Show a progress bar in a terminal.",
-            rich_help_panel=_MACHINE,
-        ),
+        bool, _machine_option("--progress/--no-progress", help="Show a progress bar in a terminal.")
     ] = True
 
     def prepare(self) -> None:

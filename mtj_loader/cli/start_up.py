@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from mtj_loader.errors import UsageError
 if TYPE_CHECKING:
     from mtj_loader.generation.prompts import Prompt, PromptLike, PromptRules
 
-_PANEL = "Start-up"
+_option = functools.partial(typer.Option, rich_help_panel="Start-up")
 _SHAPE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})(?:\+([0-9]{1,9}))?")
 
 
@@ -24,19 +25,17 @@ class StartUp:
 
     warm_up: Annotated[
         list[str] | None,
-        typer.Option(
+        _option(
             metavar="BxT[+NEW]",
             help="While loading, compile for B prompts of up to T tokens and NEW generated tokens. "
             "May be repeated.",
-            rich_help_panel=_PANEL,
         ),
     ] = None
     no_compilation_cache: Annotated[
         bool,
-        typer.Option(
+        _option(
             "--no-compilation-cache",
             help="Do not keep compiled programs in the user's cache folder.",
-            rich_help_panel=_PANEL,
         ),
     ] = False
 

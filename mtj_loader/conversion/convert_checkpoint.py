@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 from mtj_loader.conversion.casting import Losses
 from mtj_loader.conversion.convert_plan import (
@@ -28,7 +28,7 @@ from mtj_loader.formats.file_names import INDEX_FILE
 from mtj_loader.loading.load_failure import translate_errors
 from mtj_loader.loading.progress import progress_bar
 from mtj_loader.names import escape
-from mtj_loader.options import PathLike, Source
+from mtj_loader.options import PathLike, Source, SourceKeywords, takes_options
 from mtj_loader.storage.base import Storage, check_unchanged
 
 NewDType = Literal["float16", "bfloat16", "float32"]
@@ -49,6 +49,11 @@ class TensorReport:
     overflow: int
     underflow: int
     nonfinite: int
+
+    @property
+    def losses(self) -> Losses:
+        """Its losses."""
+        return Losses(self.overflow, self.underflow, self.nonfinite)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class ConvertReport:
     @property
     def losses(self) -> Losses:
         """The sum over all tensors."""
-        return sum((Losses(t.overflow, t.underflow, t.nonfinite) for t in self.tensors), Losses())
+        return sum((tensor.losses for tensor in self.tensors), Losses())
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON types; docs/json.md describes them."""
@@ -105,8 +110,9 @@ class ConvertReport:
         )
 
 
+@takes_options(Source)
 def convert(
-    src: PathLike,
+    path: PathLike,
     out: PathLike | None = None,
     *,
     dtype: NewDType,
@@ -114,12 +120,8 @@ def convert(
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: PathLike | None = None,
-    local_files_only: bool = False,
-    stream: bool = False,
     progress: bool = True,
+    **keywords: Unpack[SourceKeywords],
 ) -> ConvertReport:
     """Writes a copy of a checkpoint of any family with its floats in another dtype.
 
@@ -128,7 +130,7 @@ def convert(
     appears complete or not at all.
 
     Args:
-      src: a folder, a .safetensors file, a URL such as gs://bucket/model, or a Hugging Face id.
+      path: {path}
       out: the output folder; by default `<name>-<dtype>` next to the source, or in the working
         folder if the source is not a local path.
       dtype: of the converted floats.
@@ -138,12 +140,8 @@ def convert(
       overwrite: replace an existing checkpoint.
       max_shard_size: maximum size of the tensors in a file, such as "5GB"; a larger tensor gets its
         own file.
-      revision: of a Hugging Face id: a branch, a tag or a commit.
-      token: for private models; by default the one that huggingface_hub finds.
-      cache_dir: folder for downloads; by default huggingface_hub's cache.
-      local_files_only: use only files in the cache, without network access.
-      stream: read byte ranges of a Hugging Face repository and store no files; docs/storage.md.
       progress: show a progress bar if there is a terminal.
+      {options}
 
     Raises:
       UsageError: an invalid option, or a target that may not be written.
@@ -153,10 +151,9 @@ def convert(
     _check_choice("dtype", dtype, get_args(NewDType))
     _check_choice("on_overflow", on_overflow, get_args(OnOverflow))
     max_shard_bytes = parse_bytes(max_shard_size)
-    target = find_target(src, out, dtype)
+    target = find_target(path, out, dtype)
     warnings = check_target(target, overwrite=overwrite)
-    source = open_source(Source(src, revision, token, cache_dir, local_files_only, stream))
-    plan = make_plan(source, target, dtype, max_shard_bytes)
+    plan = make_plan(open_source(Source(path, **keywords)), target, dtype, max_shard_bytes)
     return _execute(
         replace(plan, warnings=(*warnings, *plan.warnings)),
         clamp=on_overflow == "clamp",
@@ -226,8 +223,8 @@ def _set_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:
 
 def _report_tensor(tensor: TensorConversion, losses: Losses) -> TensorReport:
     source, target = tensor.source, tensor.target
-    counts = (losses.overflow, losses.underflow, losses.nonfinite)
-    return TensorReport(source.name, source.dtype, target.dtype, prod(source.shape), *counts)
+    elements = prod(source.shape)
+    return TensorReport(source.name, source.dtype, target.dtype, elements, **asdict(losses))
 
 
 def _check_losses(

@@ -63,7 +63,7 @@ def make_mesh(spec: str | None = None) -> Mesh:
     dp, mp = (1, len(devices)) if spec is None else parse_mesh(spec)
     if dp * mp > len(devices):
         raise DeviceError(
-            f"the mesh dp={dp}, mp={mp} needs more devices than there are",
+            f"the mesh {spec} needs more devices than there are",
             expected=dp * mp,
             found=f"{len(devices)} ({devices[0].platform})",
             hint="--cpu-devices N provides N virtual CPU devices",

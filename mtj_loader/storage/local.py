@@ -46,7 +46,7 @@ class LocalStorage(Storage):
     def __init__(self, root: Path) -> None:
         super().__init__()
         self.root = root.absolute()  # the working directory may change
-        self.location = str(self.root)
+        self.location = str(root)  # as the user spells it
         self._allowed = [folder.resolve() for folder in _readable_folders(root.resolve())]
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()

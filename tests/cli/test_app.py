@@ -31,6 +31,11 @@ def test_help_shows_brackets():
     assert "[out, in]" in re.sub(r"[│\s]+", " ", run("load", "--help").stdout)
 
 
+def test_help_breaks_no_line_in_the_middle_of_the_exit_codes():
+    lines = [line.strip() for line in run("--help").stdout.splitlines()]
+    assert "4 machine error (memory, disk, network, devices); 130 interrupted;" in lines
+
+
 def test_version():
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"mtj-loader {mtj_loader.__version__}\n")

@@ -79,7 +79,7 @@ def failing_options() -> dict[str, tuple[int, str, list[str]]]:
     return {
         "wrong mesh": (2, "cannot read the mesh", ["--mesh", "8"]),
         "shards": (2, "5 shards do not divide the model: heads (8)", ["--mesh", "mp=5"]),
-        "devices": (4, "the mesh dp=2, mp=8 needs more devices", ["--mesh", "dp=2,mp=8"]),
+        "devices": (4, "the mesh dp=2,mp=8 needs more devices", ["--mesh", "dp=2,mp=8"]),
         "host memory": (2, "host_memory is too small", ["--host-memory", "1MiB"]),
         "size": (2, "cannot read a size", ["--host-memory", "much"]),
         "map": (3, "cannot read the weight map", ["--map", "/no/such/map.json"]),

@@ -96,6 +96,12 @@ def test_relative_and_home_paths(folder, monkeypatch):
         assert read_a(open_checkpoint(Source(path))) == A.tobytes()
 
 
+def test_messages_name_the_path_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "\n  file: empty\n" in refusal("empty", CheckpointError)
+
+
 def test_single_file(single):
     other = write_safetensors(single / "other.safetensors", {"c": B})
     checkpoint = open_checkpoint(Source(other))
