@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtj_loader.errors import ConfigError
-from mtj_loader.formats.typed_reader import format_value
+from mtj_loader.formats.typed_reader import format_value, shorten
 
 # What happens if the vocabulary lacks an id. The padding token is not checked: it is not used
 # here, and published configs set it to -1 or just past the vocabulary.
@@ -55,7 +55,7 @@ def outside_vocabulary(
         file, ids = _token_ids(key, config, generation_config)
         beyond = [str(i) for i in ids if i >= vocab_size]
         if beyond:
-            where = f"{key} {', '.join(beyond)} in {file}"
+            where = f"{key} {shorten(', '.join(beyond))} in {file}"
             found.append(f"{where} is not among the {vocab_size:,} tokens: {consequence}")
     return found
 

@@ -53,6 +53,13 @@ def test_ids_outside_the_vocabulary_are_warned_about(tmp_path: Path):
     )
 
 
+def test_a_warning_does_not_print_thousands_of_ids(tmp_path: Path):
+    folder = neox.write(tmp_path, eos_token_id=list(range(100_000)))
+    (warning,) = mtj_loader.plan(folder, "mp=1").warnings
+    assert warning.startswith("eos_token_id 29, 30, 31, ")
+    assert len(warning) < 300
+
+
 def test_ids_in_the_vocabulary_cause_no_warning(tmp_path: Path):
     folder = neox.write(tmp_path, eos_token_id=28, bos_token_id=[0, 28], pad_token_id=-1)
     assert mtj_loader.plan(folder, "mp=2").warnings == ()
