@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 
 from mtj_loader import display
 from mtj_loader.cli.command import command
-from mtj_loader.cli.output import note, print_json, print_lines, print_table, warn
+from mtj_loader.cli.output import print_json, print_lines, print_remarks, print_table
 from mtj_loader.cli.shared_options import AsJson
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.errors import MtjLoaderError, UsageError
@@ -59,9 +59,7 @@ def inspect(
         print_json(to_dict(checkpoint, records))
         return
     notes, doubts = _remarks(checkpoint)
-    for remark in notes:
-        note(f"note: {remark}")
-    warn([*checkpoint.index.warnings, *doubts])
+    print_remarks(notes, [*checkpoint.index.warnings, *doubts])
     if topology:
         print_lines("\n".join(topology_lines(records)))
     else:

@@ -15,7 +15,7 @@ import mtj_loader
 from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.command import command
 from mtj_loader.cli.digests_command import digests_of_all_hosts
-from mtj_loader.cli.output import is_muted, note, print_json, print_lines, warn
+from mtj_loader.cli.output import is_muted, note, print_json, print_lines, print_remarks
 from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
 from mtj_loader.cli.start_up import StartUp
 from mtj_loader.display import counted, show_bytes
@@ -101,9 +101,7 @@ def load_model(
     from mtj_loader.api import RunOptions, load_source  # noqa: PLC0415 -- imports JAX
 
     model = load_source(source, options, mesh, RunOptions(machine.progress, **run))
-    for remark in model.plan.notes:
-        note(f"note: {remark}")
-    warn(model.report.warnings)
+    print_remarks(model.plan.notes, model.report.warnings)
     return model
 
 
@@ -149,7 +147,7 @@ def simulate(
     needed_bytes = plan.without_exchange.host_bytes(number)
     with progress_bar(needed_bytes, shown=machine.progress) as advance:
         params, report = load_as_host(plan, number, advance)
-    warn(report.warnings)
+    print_remarks(plan.notes, report.warnings)
     shards = pod.shards_of(number)
     found = compute_digests(params, pod.mp, shards)
     document = to_dict(plan, report, None)

@@ -77,6 +77,13 @@ def note(message: object) -> None:
         print_to_stderr(escape_lines(message))
 
 
+def print_remarks(notes: Iterable[str], warnings: Iterable[str]) -> None:
+    """Prints notes and warnings to stderr, each in one line."""
+    for text in notes:
+        note(f"note: {escape(text)}")
+    warn(warnings)
+
+
 def warn(warnings: Iterable[str]) -> None:
     """Prints warnings to stderr, each in one line."""
     for warning in warnings:
