@@ -15,6 +15,17 @@ from dataclasses import dataclass
 
 ROOT = "causal_transformer_shard/~/"  # every MTJ module path begins with this
 
+# The axes that can be split, in tables and messages.
+AXIS_NAMES = {
+    "E": "experts",
+    "V": "vocabulary",
+    "d": "d_model",
+    "e": "d_embed",
+    "f": "feed-forward",
+    "g": "key-value heads",
+    "h": "heads",
+}
+
 
 def round_up(number: int, multiple: int) -> int:
     """The smallest multiple that is at least the number."""

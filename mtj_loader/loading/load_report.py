@@ -42,7 +42,8 @@ class LoadReport:
       threads: the number of reading threads.
       parameters: the number of arrays.
       device_bytes: bytes of parameters on each device.
-      peak_host_bytes: the peak memory of this process, including parameters on CPU devices.
+      peak_host_bytes: the peak memory of this process, including Python, JAX, and parameters on CPU
+        devices.
       dtype_changes: how many parameters change their dtype, by "from → to".
       finite: whether all weights are finite; None without `check_finite`.
       warnings: problems that are not errors.
@@ -90,7 +91,7 @@ class LoadReport:
         load = (
             f"{self.parameters} parameters, {show_bytes(self.bytes_read)} read in {seconds:.2f} s "
             f"({show_bytes(rate)}/s), {show_bytes(self.device_bytes)} on each device, "
-            f"peak host memory {show_bytes(self.peak_host_bytes)}"
+            f"peak host memory {show_bytes(self.peak_host_bytes)} with Python and JAX"
         )
         if self.compilation_cache is not None:
             load += f", compiled programs in {self.compilation_cache}"
@@ -107,8 +108,8 @@ class LoadReport:
     @property
     def start_up(self) -> str:
         """The time until the first token, in one line."""
-        load, compiled, both = (self.seconds[key] for key in ("load", "compile", "overlap"))
-        text = f"load {load:.2f} s, compile {compiled:.2f} s, both at once {both:.2f} s"
+        load, compiled, overlap = (self.seconds[key] for key in ("load", "compile", "overlap"))
+        text = f"load {load:.2f} s, compile {compiled:.2f} s, overlapping for {overlap:.2f} s"
         first = self.seconds.get("first_token")
         return text if first is None else f"{text}; first token after {first:.2f} s"
 

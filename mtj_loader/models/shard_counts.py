@@ -7,17 +7,9 @@ from collections.abc import Iterable, Mapping
 from mtj_loader.errors import MeshError
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.models.registry import parameters
-from mtj_loader.parameters import ParamSpec
+from mtj_loader.parameters import AXIS_NAMES, ParamSpec
 
-# Names of axes in messages.
-_AXIS_NAMES = {
-    "E": "experts",
-    "d": "d_model",
-    "e": "d_embed",
-    "f": "d_ff, the feed-forward width",
-    "g": "key-value heads, neither a multiple nor a divisor",
-    "h": "heads",
-}
+_RULES = {"g": ", neither a multiple nor a divisor"}  # of axes that need not divide
 
 
 def usable_shards(config: ModelConfig, limit: int) -> list[int]:
@@ -36,7 +28,9 @@ def check_shards(config: ModelConfig, shards: int, transposed_linear: bool = Fal
     """
     specs = parameters(config, shards, transposed_linear)  # which the caller needs next
     if undivided := _undivided(_split_sizes(specs), shards):
-        sizes = ", ".join(f"{_AXIS_NAMES[axis]} ({size})" for axis, size in undivided.items())
+        sizes = ", ".join(
+            f"{AXIS_NAMES[axis]} ({size}){_RULES.get(axis, '')}" for axis, size in undivided.items()
+        )
         usable = usable_shards(config, config.n_heads)  # heads are split in every family
         raise MeshError(
             f"{shards} shards do not divide the model: {sizes}",

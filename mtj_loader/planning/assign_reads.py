@@ -27,7 +27,6 @@ from mtj_loader.weights.view import ZEROS, Layout
 # "TPU v5e"), or 200 Gbit/s for each host; we count on half of it. Within a slice a chip has 1,600
 # Gbit/s.
 INTERCONNECT_BYTES_PER_SECOND = 12.5e9
-_MAX_REQUEST_BYTES = 16 << 20  # longer ranges are split into several requests
 
 
 def assign_reads(
@@ -95,7 +94,7 @@ def _seconds(reads: ReadAssignment, itemsize: int, topology: Topology, costs: Re
     device_indices = topology.device_indices_of(topology.host_ids[0])
     read_bytes = reads.read_elements(device_indices) * itemsize
     received_bytes = reads.received_elements(device_indices) * itemsize
-    requests = _requests(reads, device_indices, _MAX_REQUEST_BYTES // itemsize)
+    requests = _requests(reads, device_indices, costs.range_bytes // itemsize)
     reading = max(read_bytes / costs.bytes_per_second, requests / costs.requests_per_second)
     return reading + received_bytes / INTERCONNECT_BYTES_PER_SECOND
 

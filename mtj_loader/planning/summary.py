@@ -10,19 +10,10 @@ from rich.table import Table
 from mtj_loader import display
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.names import blank_indices, fold_all, fold_names, group_by, natural_key, number_set
+from mtj_loader.parameters import AXIS_NAMES
 from mtj_loader.planning.param_plan import ParamPlan, dtype_changes
 from mtj_loader.planning.plan_data import PlanData
 from mtj_loader.planning.tpu_fit import Fit, fits
-
-_SPLIT_AXES = {
-    "E": "experts",
-    "V": "vocabulary",
-    "d": "d_model",
-    "e": "d_embed",
-    "f": "feed-forward",
-    "g": "key-value heads",
-    "h": "heads",
-}
 
 
 def tables(plan: PlanData) -> RenderableType:
@@ -92,7 +83,12 @@ def _reads(plan: PlanData) -> Iterator[tuple[str, str]]:
 
 def _parameter_table(plan: PlanData) -> Table:
     """Pairs of rows: parameters with the same `_row_key`, and below them their tensors."""
-    headers = "parameter\n← tensor", "on each device\nin the file", "split\nchanges", "bytes"
+    headers = (
+        "parameter\n← tensor",
+        "on each device\nin the file",
+        "split\nchanges",
+        "bytes,\nall layers",
+    )
     table = display.table(*headers)
     groups = group_by(plan.params, _row_key)
     for group in sorted(groups, key=lambda group: natural_key(_name(group[0]))):
@@ -125,7 +121,7 @@ def _in_file(group: Sequence[ParamPlan]) -> tuple[Sequence[str], Sequence[str], 
 def _split(axis: str | None, shards: int) -> str:
     if shards == 1:
         return "whole"
-    return "a copy in each" if axis is None else f"{_SPLIT_AXES.get(axis, axis)} / {shards}"
+    return "a copy in each" if axis is None else f"{AXIS_NAMES.get(axis, axis)} / {shards}"
 
 
 def _fit_table(plan: PlanData) -> Table:

@@ -66,7 +66,8 @@ def make_mesh(spec: str | None = None) -> Mesh:
             f"the mesh {spec} needs more devices than there are",
             expected=dp * mp,
             found=f"{len(devices)} ({devices[0].platform})",
-            hint="--cpu-devices N provides N virtual CPU devices",
+            hint="--cpu-devices N, or in Python jax.config.update('jax_num_cpu_devices', N), "
+            "provides N virtual CPU devices",
         )
     grid = np.array(devices[: dp * mp]).reshape(dp, mp)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
@@ -74,6 +75,8 @@ def make_mesh(spec: str | None = None) -> Mesh:
 
 def make_abstract_mesh(spec: str, hosts: int = 1) -> Topology:
     """A mesh to plan for, which need not exist; each host gets the next equal share of its devices.
+
+    It is a `Topology`, which knows the hosts; JAX's `AbstractMesh` does not.
 
     Raises:
       MeshError: the text is malformed, or the hosts do not divide the devices.

@@ -288,7 +288,7 @@ def test_the_report_has_the_overlap_of_load_and_compilation(
     found = add_compile_times(report, CompiledPrograms(begun, ended, {}, {}), load_end=12.0)
     assert found.seconds["compile"] == ended - begun
     assert found.seconds["overlap"] == overlap
-    words = f"load 2.00 s, compile {ended - begun:.2f} s, both at once {overlap:.2f} s"
+    words = f"load 2.00 s, compile {ended - begun:.2f} s, overlapping for {overlap:.2f} s"
     assert str(found).splitlines()[1] == words
 
 

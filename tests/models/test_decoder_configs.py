@@ -238,7 +238,7 @@ def test_key_value_heads_that_do_not_fit() -> None:
     with pytest.raises(MeshError) as caught:
         models.check_shards(config, 6)
     wanted = (
-        "6 shards do not divide the model: key-value heads, neither a multiple nor a divisor (4)"
+        "6 shards do not divide the model: key-value heads (4), neither a multiple nor a divisor"
     )
     assert wanted in str(caught.value)
     assert caught.value.expected == "one of 1, 2, 4, 12"
