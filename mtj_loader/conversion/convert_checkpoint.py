@@ -17,7 +17,6 @@ from mtj_loader.conversion.convert_plan import (
     find_target,
     make_index,
     make_plan,
-    open_source,
 )
 from mtj_loader.conversion.convert_tensors import convert_tensors
 from mtj_loader.conversion.output_folder import check_target, create_folder, write_at
@@ -153,7 +152,7 @@ def convert(
     max_shard_bytes = parse_bytes(max_shard_size)
     target = find_target(path, out, dtype)
     warnings = check_target(target, overwrite=overwrite)
-    plan = make_plan(open_source(Source(path, **keywords)), target, dtype, max_shard_bytes)
+    plan = make_plan(Source(path, **keywords), target, dtype, max_shard_bytes)
     return _execute(
         replace(plan, warnings=(*warnings, *plan.warnings)),
         clamp=on_overflow == "clamp",

@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from mtj_loader.conversion.casting import SAFETENSORS_NAMES, SOURCE_DTYPES
@@ -30,21 +31,6 @@ _KEPT_DTYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 _ALIGNMENT_BYTES = 8  # of the header, as in the reference writer, so that the data is aligned
 _WEIGHT_SUFFIXES = (SUFFIX, *OTHER_WEIGHTS, ".ckpt", ".onnx_data", ".tflite", ".index.json")
 _MAX_COPIED_BYTES = 100_000_000  # three times the largest tokenizers; weight files are larger
-
-
-@dataclass(frozen=True)
-class ConvertSource:
-    """An open checkpoint.
-
-    Attributes:
-      checkpoint: its headers and storage.
-      names: other files and folders at its location; the names of folders end with a slash.
-      warnings: for the report.
-    """
-
-    checkpoint: Checkpoint
-    names: tuple[str, ...]
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -124,26 +110,8 @@ def find_target(src: PathLike, out: PathLike | None, dtype: str) -> Path:
     return path.parent.resolve() / f"{path.name.removesuffix(SUFFIX)}-{dtype}"
 
 
-def open_source(source: Source) -> ConvertSource:
-    """Opens a checkpoint; also downloads the small files of a Hugging Face repository.
-
-    Raises:
-      UsageError, CheckpointError, StorageError: see `open_checkpoint`.
-    """
-    names: list[str] = []
-    warnings: tuple[str, ...] = ()
-    try:
-        if not source.local_files_only:
-            names = repository_files(source)
-    except StorageError:  # the cache may have everything that open_checkpoint needs
-        warnings = ("the hub cannot be reached: only files in the cache were copied",)
-    also = [name for name in names if _is_copied(name, 0) and "/" not in name]
-    checkpoint = open_checkpoint(source, also=also)
-    return ConvertSource(checkpoint, _list_top_level(checkpoint.storage, names), warnings)
-
-
-def make_plan(source: ConvertSource, target: Path, dtype: str, max_shard_bytes: int) -> ConvertPlan:
-    """Plans a conversion.
+def make_plan(source: Source, target: Path, dtype: str, max_shard_bytes: int) -> ConvertPlan:
+    """Plans a conversion; downloads the files of a Hugging Face repository.
 
     Args:
       source: the checkpoint.
@@ -152,18 +120,21 @@ def make_plan(source: ConvertSource, target: Path, dtype: str, max_shard_bytes: 
       max_shard_bytes: maximum size of the tensors in an output file.
 
     Raises:
-      UsageError: the target contains the source.
-      CheckpointError: a tensor has a dtype that is neither converted nor kept.
-      StorageError: not enough disk space.
+      UsageError: the target contains the source; or see `open_checkpoint`.
+      CheckpointError: a tensor has a dtype that is neither converted nor kept; or see there.
+      StorageError: not enough disk space; or see there.
     """
-    checkpoint, storage = source.checkpoint, source.checkpoint.storage
+    names, warnings = _list_repository(source)
+    also = [name for name in names if _is_copied(name, 0) and "/" not in name]
+    checkpoint = open_checkpoint(source, also=also)
+    storage = checkpoint.storage
     if isinstance(storage, LocalStorage) and storage.root.resolve().is_relative_to(target):
         raise UsageError("the output would replace its source", file=target)
     new_dtype = SAFETENSORS_NAMES[parameter_dtype(dtype)]
     files = plan_files(checkpoint.index.records.values(), new_dtype, max_shard_bytes)
     check_disk_space(target, sum(file.size_bytes for file in files))
-    copied, left_out = _sort_other_files(checkpoint, source.names)
-    warnings = (*checkpoint.index.warnings, *source.warnings)
+    copied, left_out = _sort_other_files(checkpoint, _list_top_level(storage, names))
+    warnings = (*checkpoint.index.warnings, *warnings)
     return ConvertPlan(checkpoint, target, dtype, files, tuple(copied), tuple(left_out), warnings)
 
 
@@ -200,6 +171,14 @@ def _resolve(path: PathLike) -> Path:
         return Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown ~user, NUL
         raise UsageError("cannot use this path", file=ascii(path), found=str(error)) from error
+
+
+def _list_repository(source: Source) -> tuple[list[str], list[str]]:
+    """The files of a Hugging Face repository, and warnings."""
+    try:
+        return [] if source.local_files_only else repository_files(source), []
+    except StorageError:  # the cache may have everything that is needed
+        return [], ["the hub cannot be reached: only files in the cache were copied"]
 
 
 def _list_top_level(storage: Storage, names: list[str]) -> tuple[str, ...]:
@@ -255,28 +234,23 @@ def _split_into_shards(
 def _lay_out(name: str, shard: Sequence[TensorConversion]) -> OutputFile:
     """Places wide dtypes first, so that every tensor is aligned."""
     ordered = sorted(shard, key=lambda tensor: -BITS[tensor.target.dtype])
-    header = _encode_header([tensor.target for tensor in ordered])
-    placed: list[TensorConversion] = []
-    position = len(header)
-    for tensor in ordered:
-        target = replace(tensor.target, file=name, offset_bytes=position, strides=None)
-        placed.append(TensorConversion(tensor.source, target))
-        position += target.size_bytes
+    ends = accumulate((tensor.target.size_bytes for tensor in ordered), initial=0)
+    spans = list(pairwise(ends))
+    header = _encode_header([tensor.target for tensor in ordered], spans)
+    offsets = [len(header) + start for start, _ in spans]
+    placed = [
+        replace(tensor, target=replace(tensor.target, file=name, offset_bytes=at, strides=None))
+        for tensor, at in zip(ordered, offsets, strict=True)
+    ]
     return OutputFile(name, header, tuple(placed))
 
 
-def _encode_header(records: Sequence[TensorRecord]) -> bytes:
+def _encode_header(records: Sequence[TensorRecord], spans: Sequence[tuple[int, int]]) -> bytes:
+    """The header of a file; `spans` are the first byte of each tensor's data, and the one after."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
-    position = 0
-    for record in records:
-        end = position + record.size_bytes
-        offsets = [position, end]
-        entries[record.name] = {
-            "dtype": record.dtype,
-            "shape": record.shape,
-            "data_offsets": offsets,
-        }
-        position = end
+    for record, span in zip(records, spans, strict=True):
+        fields = {"dtype": record.dtype, "shape": record.shape, "data_offsets": span}
+        entries[record.name] = fields
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
     return struct.pack("<Q", len(text)) + text

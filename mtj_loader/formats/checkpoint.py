@@ -100,7 +100,7 @@ def open_checkpoint(
     if source.revision is not None and (path is not None or is_remote):
         raise UsageError("only a Hugging Face id has revisions", file=path, key="revision")
     if path is not None:
-        return _open_folder(path, headers) if path.is_dir() else _open_file(path, headers)
+        return _open_path(path, headers)
     if source.local_files_only and (source.stream or is_remote):
         what = "a URL or streaming needs the network"
         raise UsageError(what, file=source.path, key="local_files_only")
@@ -190,15 +190,13 @@ def existing_path(path_or_id: str | os.PathLike[str]) -> Path | None:
         ) from error
 
 
-def _open_file(path: Path, headers: Headers | None) -> Checkpoint:
+def _open_path(path: Path, headers: Headers | None) -> Checkpoint:
+    if path.is_dir():
+        return _open(LocalStorage(path), str(path), None, headers)
     if path.suffix != SUFFIX:
         expected = f"a folder, a {SUFFIX} file, a URL or a Hugging Face id"
         raise UsageError("not a checkpoint", file=path, expected=expected)
     return _open(LocalStorage(path.parent), str(path), [path.name], headers)
-
-
-def _open_folder(path: Path, headers: Headers | None) -> Checkpoint:
-    return _open(LocalStorage(path), str(path), None, headers)
 
 
 def _open_remote(
@@ -240,21 +238,14 @@ def _tokenizer_file(storage: Storage, name: str) -> Path | StoredFile:
 
 
 def _read_headers(storage: Storage, files: Sequence[str] | None) -> Headers:
-    config = _read_config(storage)
-    return Headers(config, _read_generation_config(storage), build_index(storage, files))
-
-
-def _read_config(storage: Storage) -> dict[str, object]:
     if not storage.exists(CONFIG_FILE):
         raise CheckpointError(
             "not a checkpoint: there is no config.json",
             file=storage.location,
             found=join_names(storage.names()) or "no files",
         )
-    return read_object(storage, CONFIG_FILE, _MAX_CONFIG_BYTES)
-
-
-def _read_generation_config(storage: Storage) -> dict[str, object]:
-    if not storage.exists(GENERATION_CONFIG_FILE):
-        return {}
-    return read_object(storage, GENERATION_CONFIG_FILE, _MAX_CONFIG_BYTES)
+    config, generation_config = (
+        read_object(storage, name, _MAX_CONFIG_BYTES) if storage.exists(name) else {}
+        for name in (CONFIG_FILE, GENERATION_CONFIG_FILE)
+    )
+    return Headers(config, generation_config, build_index(storage, files))

@@ -14,13 +14,13 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from mtj_loader.errors import FormatError
 from mtj_loader.formats.typed_reader import format_value
+from mtj_loader.generation.tokenizer_files import MAX_ID, check_ids
 
 # Special tokens by role, in the order in which transformers adds them.
 _ROLES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTS = ("extra_special_tokens", "additional_special_tokens")  # the new and the old name
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 _FILES = "tokenizer_config.json, special_tokens_map.json or added_tokens.json"
-_MAX_ID = 2**32 - 1  # the library's ids are unsigned 32-bit integers
 
 Object = Mapping[str, object]
 
@@ -138,8 +138,7 @@ def _add_ends(tokenizer: Tokenizer, added: Mapping[str, str]) -> None:
 
 
 def _in_order(special: Mapping[str, AddedToken | None]) -> dict[str, AddedToken]:
-    roles = [role for role in _ROLES if role in special]
-    roles += [role for role in special if role not in _ROLES]
+    roles = dict.fromkeys((*(role for role in _ROLES if role in special), *special))
     return {role: token for role in roles if (token := special[role]) is not None}
 
 
@@ -165,24 +164,21 @@ def _numbered_tokens(decoder: object) -> dict[int, AddedToken]:
     """The tokens of `added_tokens_decoder`: id → token."""
     key = "added_tokens_decoder"
     if not isinstance(decoder, dict) or not all(map(_is_id, decoder)):
-        expected = f"an object whose keys are ids, 0 to {_MAX_ID}"
+        expected = f"an object whose keys are ids, 0 to {MAX_ID}"
         raise FormatError("not added tokens", file=_FILES, key=key, expected=expected)
     return {int(number): _read_token(value, key) for number, value in decoder.items()}
 
 
 def _is_id(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) <= _MAX_ID
+    return text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) <= MAX_ID
 
 
 def _old_tokens(added: Object, special: set[str]) -> dict[int, AddedToken]:
     """The tokens of added_tokens.json: text → id."""
-    numbered = {}
-    for text, number in added.items():
-        if type(number) is not int or not 0 <= number <= _MAX_ID:
-            found = format_value(number)
-            raise FormatError("not a token id", file="added_tokens.json", key=text, found=found)
-        numbered[number] = AddedToken(text, special=text in special, normalized=text not in special)
-    return numbered
+    return {
+        number: AddedToken(text, special=text in special, normalized=text not in special)
+        for text, number in check_ids(added, file="added_tokens.json").items()
+    }
 
 
 def _read_token(value: object, key: str, *, special: bool = False) -> AddedToken:

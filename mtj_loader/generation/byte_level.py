@@ -7,20 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mtj_loader.errors import FormatError
-from mtj_loader.formats import strict_json
 from mtj_loader.formats.file_names import MAX_TOKENIZER_BYTES
-from mtj_loader.formats.typed_reader import format_value
-from mtj_loader.generation.backend_errors import backend_errors
-from mtj_loader.storage.base import StoredFile, read_small
-
-File = Path | StoredFile
-
-_MAX_ID = 2**32 - 1  # the library's ids are unsigned 32-bit integers
+from mtj_loader.generation.tokenizer_files import File, backend_errors, check_ids, read_json
+from mtj_loader.storage.base import read_small
 
 # How Qwen2 splits a text into words (Qwen2Tokenizer in transformers).
 _QWEN2_WORDS = (
@@ -104,16 +97,13 @@ def _model(vocab: File, merges: File) -> models.BPE:
 
 
 def _read_vocab(file: File) -> dict[str, int]:
-    vocab = strict_json.parse_object(read_small(file, MAX_TOKENIZER_BYTES), file=str(file))
+    vocab = dict(check_ids(read_json(file), file=file))
     token_of: dict[int, str] = {}
     for token, number in vocab.items():
-        if type(number) is not int or not 0 <= number <= _MAX_ID:
-            raise FormatError("not a token id", file=file, key=token, found=format_value(number))
-        if number in token_of:
-            found = f"{token_of[number]!r} and {token!r}"
+        if (other := token_of.setdefault(number, token)) != token:
+            found = f"{other!r} and {token!r}"
             raise FormatError(f"two tokens have the id {number}", file=file, found=found)
-        token_of[number] = token
-    return {token: number for number, token in token_of.items()}
+    return vocab
 
 
 def _read_merges(file: File) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain, pairwise
 
 import jax
 import numpy as np
@@ -162,10 +163,4 @@ def _choose(
 
 def _one_ahead(states: Iterator[DecodeState]) -> Iterator[DecodeState]:
     """The same states, each yielded after the next one was requested."""
-    previous = next(states, None)
-    for state in states:
-        if previous is not None:
-            yield previous
-        previous = state
-    if previous is not None:
-        yield previous
+    return (state for state, _ in pairwise(chain(states, [None])) if state is not None)

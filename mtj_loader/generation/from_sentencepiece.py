@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from mtj_loader.errors import TokenizerMissingError
 from mtj_loader.formats.sentencepiece import ModelType, PieceType, SentencePieceModel
 from mtj_loader.generation.added_tokens import TokenSettings
-from mtj_loader.generation.backend_errors import backend_errors
+from mtj_loader.generation.tokenizer_files import backend_errors
 
 # The classes, with their special tokens by role unless the checkpoint has others. None: those of
 # the tokenizer.model.
@@ -47,12 +47,18 @@ def build(
       TokenizerMissingError: there are no rules for this kind of model.
       FormatError: the parts of the model do not fit together.
     """
-    if model.model_type is not ModelType.BPE and kind != "TokenizersBackend":
-        raise _unsupported(model, kind, file)
+    plain = kind == "TokenizersBackend"
+    types = (ModelType.BPE, ModelType.UNIGRAM) if plain else (ModelType.BPE,)
+    if model.model_type not in types:
+        raise TokenizerMissingError(
+            f"{kind} cannot read a SentencePiece model of this type",
+            file=file,
+            expected=" or ".join(type_.name for type_ in types),
+            found=model.model_type.name,
+            hint="pass token ids",
+        )
     with backend_errors("the tokenizer cannot be built", file=file):
-        if kind == "TokenizersBackend":
-            return _plain(model, settings, file)
-        return Tokenizer(_bpe(model))
+        return _plain(model, settings) if plain else Tokenizer(_bpe(model, {}))
 
 
 def set_steps(tokenizer: Tokenizer, kind: str, config: Mapping[str, object]) -> None:
@@ -93,15 +99,13 @@ def own_tokens(model: SentencePieceModel) -> list[AddedToken]:
     ]
 
 
-def _plain(model: SentencePieceModel, settings: TokenSettings, file: object) -> Tokenizer:
+def _plain(model: SentencePieceModel, settings: TokenSettings) -> Tokenizer:
     """TokenizersBackend: what the file says, but no space is added."""
     if model.model_type is ModelType.BPE:
         core = _bpe(model, _renamed(model, settings))
-    elif model.model_type is ModelType.UNIGRAM:
+    else:
         scores = [(piece.text, piece.score) for piece in model.pieces]
         core = models.Unigram(scores, model.unk_id, model.byte_fallback)
-    else:
-        raise _unsupported(model, "TokenizersBackend", file)
     tokenizer = Tokenizer(core)
     steps = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
@@ -122,12 +126,9 @@ def _renamed(model: SentencePieceModel, settings: TokenSettings) -> dict[int, st
     }
 
 
-def _bpe(
-    model: SentencePieceModel,
-    renamed: Mapping[int, str] | None = None,
-) -> models.BPE:
+def _bpe(model: SentencePieceModel, renamed: Mapping[int, str]) -> models.BPE:
     vocab = {piece.text: number for number, piece in enumerate(model.pieces)}
-    texts = {**{number: text for text, number in vocab.items()}, **(renamed or {})}
+    texts = {number: text for text, number in vocab.items()} | dict(renamed)
     return models.BPE(
         {text: number for number, text in texts.items()},
         find_merges(vocab),
@@ -153,13 +154,3 @@ def find_merges(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
 
 def _decoding_steps() -> list[decoders.Decoder]:
     return [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-
-
-def _unsupported(model: SentencePieceModel, kind: str, file: object) -> TokenizerMissingError:
-    return TokenizerMissingError(
-        f"{kind} cannot read a SentencePiece model of this type",
-        file=file,
-        expected="BPE" if kind != "TokenizersBackend" else "BPE or UNIGRAM",
-        found=model.model_type.name,
-        hint="pass token ids",
-    )

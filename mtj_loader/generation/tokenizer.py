@@ -11,13 +11,10 @@ import tokenizers
 from tokenizers import models
 
 from mtj_loader.errors import PromptError, TokenizerMissingError
-from mtj_loader.formats import strict_json
-from mtj_loader.formats.file_names import MAX_TOKENIZER_BYTES
 from mtj_loader.formats.sentencepiece import parse_model
 from mtj_loader.generation import byte_level, from_sentencepiece
 from mtj_loader.generation.added_tokens import TokenSettings, add_tokens, read_token_settings
-from mtj_loader.generation.backend_errors import backend_errors
-from mtj_loader.generation.byte_level import File
+from mtj_loader.generation.tokenizer_files import File, backend_errors, read_json
 from mtj_loader.generation.tokenizer_json import is_byte_level, read_tokenizer_json
 from mtj_loader.storage.base import read_small
 
@@ -188,10 +185,7 @@ def choose_class(model_type: str | None, named: object) -> str:
 
 
 def _optional_json(files: Files, name: str) -> dict[str, object]:
-    if name not in files:
-        return {}
-    file = files[name]
-    return strict_json.parse_object(read_small(file, MAX_TOKENIZER_BYTES), file=str(file))
+    return read_json(files[name]) if name in files else {}
 
 
 def _unsupported(files: Files, kind: str) -> TokenizerMissingError:

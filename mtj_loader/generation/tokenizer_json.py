@@ -12,8 +12,7 @@ from mtj_loader.errors import FormatError
 from mtj_loader.formats import strict_json
 from mtj_loader.formats.file_names import MAX_TOKENIZER_BYTES
 from mtj_loader.formats.sentencepiece import check_charsmap
-from mtj_loader.generation.backend_errors import backend_errors
-from mtj_loader.generation.byte_level import File
+from mtj_loader.generation.tokenizer_files import File, backend_errors
 from mtj_loader.storage.base import read_small
 
 # The library decodes escapes. Those in a key are decoded first; a charsmap with one is rejected.

@@ -123,14 +123,9 @@ def open_adapter(path: PathLike) -> Adapter:
         if file is None:
             expected = " or ".join(_WEIGHT_FILES)
             raise AdapterError("the adapter has no weights", file=folder, expected=expected)
-        records = {record.name: record for record in _read_records(storage, file)}
+        reader = safetensors if file.path.endswith(SUFFIX) else torch_zip
+        records = {record.name: record for record in reader.read_records(storage, file)}
     return Adapter(folder, storage, checked, records, file)
-
-
-def _read_records(storage: Storage, file: FileVersion) -> list[TensorRecord]:
-    if file.path.endswith(SUFFIX):
-        return safetensors.read_records(storage, file)
-    return torch_zip.read_records(storage, file)
 
 
 def read_config(config: Mapping[str, object], *, file: str) -> AdapterConfig:

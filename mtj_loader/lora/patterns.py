@@ -74,16 +74,6 @@ class Work:
             raise UnsupportedPatternError("the patterns take too long")
 
 
-def matches(pattern: str, text: str) -> bool:
-    """Whether a pattern matches the whole text, as with `re.fullmatch`.
-
-    Raises:
-      UnsupportedPatternError: the pattern is malformed, not supported, or takes too long.
-    """
-    work = Work()
-    return Matcher(compile_pattern(pattern, work), work).matches(text)
-
-
 class Matcher:
     """Matches a program, and remembers which positions follow which at a character.
 

@@ -10,7 +10,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mtj_loader.lora.pattern_table import PatternTable
-from mtj_loader.lora.patterns import MAX_WORK, UnsupportedPatternError, matches
+from mtj_loader.lora.patterns import (
+    MAX_WORK,
+    Matcher,
+    UnsupportedPatternError,
+    Work,
+    compile_pattern,
+)
 
 ATOMS = st.sampled_from(
     ["a", "b", "_", ".", r"\.", r"\d", r"\W", "[ab]", "[^a]", "[]a-]", "^", "$"]
@@ -34,6 +40,12 @@ def test_matches_equal_those_of_re(pattern: str, text: str):
     except re.error:
         assume(False)
     assert matches(pattern, text) == bool(expected)
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether a pattern matches the whole text."""
+    work = Work()
+    return Matcher(compile_pattern(pattern, work), work).matches(text)
 
 
 @pytest.mark.parametrize(
