@@ -30,11 +30,11 @@ class Buffers:
 
     Attributes:
       batch_bytes: how many bytes are assembled and transferred at a time.
-      block_bytes: a larger shard is transferred in blocks of at most this size; None: never.
+      section_bytes: a larger block is transferred in sections of at most this size; None: never.
     """
 
     batch_bytes: int = 64 << 20  # large enough for huge pages, small enough to overlap with reading
-    block_bytes: int | None = None
+    section_bytes: int | None = None
 
     def acquire(self, size_bytes: int) -> np.ndarray:
         """At least this much memory, uint8, aligned to ALIGNMENT_BYTES, with undefined content."""
@@ -53,11 +53,11 @@ class StagingBuffers(Buffers):
     """Memory that is reused as soon as it was copied to the devices.
 
     Args:
-      batch_bytes: size of each piece of memory; a larger shard is transferred in blocks.
+      batch_bytes: size of each piece of memory; a larger block is transferred in sections.
     """
 
     def __init__(self, batch_bytes: int) -> None:
-        self.batch_bytes = self.block_bytes = batch_bytes
+        self.batch_bytes = self.section_bytes = batch_bytes
         self._free: list[np.ndarray] = []
 
     def acquire(self, size_bytes: int) -> np.ndarray:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -20,23 +19,8 @@ from mtj_loader.planning.param_plan import ParamPlan
 Params = dict[str, dict[str, jax.Array]]
 
 
-@dataclass(frozen=True)
-class _Placement:
-    """Where arrays with the same read assignment are placed.
-
-    Attributes:
-      sharding: of the whole array.
-      devices: this host's, each with the number of what it reads; see `ReadAssignment`.
-      number_of: the same number, from the slices of the array that a device holds.
-    """
-
-    sharding: NamedSharding
-    devices: list[tuple[int, Device]]
-    number_of: Callable[[tuple[slice, ...]], int]
-
-
 class Placer:
-    """Collects the shards of one host's devices.
+    """Collects the blocks that one host's devices read; see `assignments`.
 
     Args:
       plan: what is loaded.
@@ -52,9 +36,9 @@ class Placer:
             for device_index, device in enumerate(mesh.devices.flat)
             if device.process_index == host
         ]
-        self._placements: dict[ReadAssignment, _Placement] = {}
+        self._shardings: dict[ReadAssignment, NamedSharding] = {}
         self._arrays: dict[tuple[str, str], jax.Array] = {}
-        self._shards: dict[tuple[str, str], dict[Device, jax.Array]] = {}
+        self._blocks: dict[tuple[str, str], dict[Device, jax.Array]] = {}
 
     def place(self, batch: Batch) -> None:
         """Transfers a batch to the devices and releases its memory."""
@@ -64,15 +48,15 @@ class Placer:
             arrays = jax.block_until_ready([self._make_array(*one) for one in whole])
         self._arrays |= zip((_key(target.param) for target, _ in whole), arrays, strict=True)
         parts = [
-            (target, shard, device)
+            (target, part, device)
             for target, buffer in filled
             if not target.is_whole
-            for shard, device in self._shards_of(target, buffer)
+            for part, device in self._parts(target, buffer)
         ]
         devices = [device for _, _, device in parts]
-        placed = self._buffers.put([shard for _, shard, _ in parts], devices)
+        on_devices = self._buffers.put([part for _, part, _ in parts], devices)
         self._buffers.release(batch.memory)
-        for (target, _, device), array in zip(parts, placed, strict=True):
+        for (target, _, device), array in zip(parts, on_devices, strict=True):
             self._store(target, device, array)
 
     def params(self) -> Params:
@@ -87,65 +71,63 @@ class Placer:
     def clear(self) -> None:
         """Drops all arrays."""
         self._arrays.clear()
-        self._shards.clear()
+        self._blocks.clear()
 
     def _make_array(self, target: Target, buffer: np.ndarray) -> jax.Array:
         """A whole parameter in one call; one call per device takes four times as long."""
-        by_number = _split_by_number(target, buffer)
-        placement, shape = self._placement(target.param), target.param.assignment.array_shape
+        assignment, blocks = target.param.assignment, _split_buffer(target, buffer)
 
-        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # JAX passes the slices of the array that a device holds
-            return by_number[placement.number_of(index)]
+            return blocks[assignment.block_at(index)]
 
-        return jax.make_array_from_callback(shape, placement.sharding, shard)
+        return jax.make_array_from_callback(
+            assignment.array_shape, self._sharding(assignment), block
+        )
 
     def _combine(self, param: ParamPlan) -> jax.Array:
-        """A parameter whose shards were transferred one by one."""
-        shards = self._shards[_key(param)]
-        local = [shards[device] for _, device in self._devices]
-        shape, sharding = param.assignment.array_shape, self._placement(param).sharding
-        return jax.make_array_from_single_device_arrays(shape, sharding, local)
+        """A parameter whose blocks were transferred one by one."""
+        blocks, assignment = self._blocks[_key(param)], param.assignment
+        return jax.make_array_from_single_device_arrays(
+            assignment.array_shape,
+            self._sharding(assignment),
+            [blocks[device] for _, device in self._devices],
+        )
 
-    def _shards_of(self, target: Target, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, Device]]:
-        """Each shard or block in a buffer with each device that reads it."""
-        by_number = _split_by_number(target, buffer)
-        for number, device in self._placement(target.param).devices:
-            if number in by_number:
-                yield by_number[number], device
+    def _parts(self, target: Target, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, Device]]:
+        """Each block or section in a buffer with each device that reads it."""
+        parts = _split_buffer(target, buffer)
+        for device_index, device in self._devices:
+            block = target.param.assignment.block_of_device(device_index)
+            if block in parts:
+                yield parts[block], device
 
     def _store(self, target: Target, device: Device, array: jax.Array) -> None:
-        """Stores a shard of a parameter, or writes a block into its shard."""
-        shards = self._shards.setdefault(_key(target.param), {})
+        """Stores a block of a parameter, or writes a section into its block."""
+        blocks = self._blocks.setdefault(_key(target.param), {})
         if target.corner is None:
-            shards[device] = array
+            blocks[device] = array
             return
-        reads = target.param.assignment
-        shard = shards.get(device)
-        if shard is None:
-            shard = jnp.zeros(reads.block_shape, target.param.dtype, device=device)
-        shards[device] = _write_block(shard, array, target.corner, reads.layout_shape)
+        assignment = target.param.assignment
+        block = blocks.get(device)
+        if block is None:
+            block = jnp.zeros(assignment.block_shape, target.param.dtype, device=device)
+        blocks[device] = _write_section(block, array, target.corner, assignment.layout_shape)
 
-    def _placement(self, param: ParamPlan) -> _Placement:
-        """Where a parameter is placed; parameters with the same read assignment share it."""
-        reads = param.assignment
-        if reads not in self._placements:
-            self._placements[reads] = _Placement(
-                reads.sharding(self._mesh),
-                [(reads.number_at(index), device) for index, device in self._devices],
-                reads.number_of,
-            )
-        return self._placements[reads]
+    def _sharding(self, assignment: ReadAssignment) -> NamedSharding:
+        """The sharding of parameters as they are read, made once for each assignment."""
+        if assignment not in self._shardings:
+            self._shardings[assignment] = assignment.sharding(self._mesh)
+        return self._shardings[assignment]
 
 
-def _split_by_number(target: Target, buffer: np.ndarray) -> dict[int, np.ndarray]:
-    """The number of each shard or block → its part of a buffer, in the shape on the devices."""
+def _split_buffer(target: Target, buffer: np.ndarray) -> dict[int, np.ndarray]:
+    """The number of each block → its part of a buffer, in the shape on the devices."""
     found: dict[int, np.ndarray] = {}
-    for flat, (layout, numbers) in zip(target.split(buffer), target.shards.items(), strict=True):
-        part = flat.reshape(
-            target.param.assignment.block_shape if target.corner is None else layout.shape
-        )
-        found |= dict.fromkeys(numbers, part)
+    for flat, (layout, blocks) in zip(target.split(buffer), target.layouts.items(), strict=True):
+        is_section = target.corner is not None
+        shape = layout.shape if is_section else target.param.assignment.block_shape
+        found |= dict.fromkeys(blocks, flat.reshape(shape))
     return found
 
 
@@ -153,20 +135,20 @@ def _key(param: ParamPlan) -> tuple[str, str]:
     return param.spec.path, param.spec.param
 
 
-@partial(jax.jit, donate_argnums=0, static_argnums=3)  # in place, so that the shard exists once
-def _write_block(
-    shard: jax.Array, block: jax.Array, corner: tuple[int, ...], shape: tuple[int, ...]
+@partial(jax.jit, donate_argnums=0, static_argnums=3)  # in place, so that the block exists once
+def _write_section(
+    block: jax.Array, section: jax.Array, corner: tuple[int, ...], shape: tuple[int, ...]
 ) -> jax.Array:
-    """`shard` with one block of it replaced.
+    """`block` with one section of it replaced.
 
     Args:
-      shard: in its shape on the device, in which axes may be merged; donated.
-      block: the new block.
-      corner: the position of the block's first element, in `shape`.
-      shape: the shard's shape without merged axes.
+      block: in its shape on the device, in which axes may be merged; donated.
+      section: the new section.
+      corner: the position of the section's first element, in `shape`.
+      shape: the block's shape without merged axes.
     """
-    unmerged = shard.reshape(shape)
-    return jax.lax.dynamic_update_slice(unmerged, block, corner).reshape(shard.shape)
+    unmerged = block.reshape(shape)
+    return jax.lax.dynamic_update_slice(unmerged, section, corner).reshape(block.shape)
 
 
 def abstract_params(plan: LoadPlan, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:

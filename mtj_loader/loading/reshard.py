@@ -107,34 +107,34 @@ def _kind(param: ParamPlan, mesh: Mesh) -> _Kind:
 
 @lru_cache(maxsize=1024)  # kinds of parameters that one process loads
 def _program(
-    reads: SharedBlocks, shard_shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh
+    blocks: SharedBlocks, shard_shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh
 ) -> Callable[[jax.Array], jax.Array]:
     """The program for one kind of parameters: blocks [g, *axes] -> shards [n, *shard_shape]."""
-    before = reads.sharding(mesh)
+    before = blocks.sharding(mesh)
     # After the gather replicas are equal, which check_vma cannot infer.
     mapped = jax.shard_map(
-        partial(_shard, reads, shard_shape),
+        partial(_shard, blocks, shard_shape),
         mesh=before.mesh,
         in_specs=before.spec,
         out_specs=PartitionSpec(("g", "r")),
         check_vma=False,
     )
-    whole = jax.ShapeDtypeStruct(reads.array_shape, dtype, sharding=before)
+    whole = jax.ShapeDtypeStruct(blocks.array_shape, dtype, sharding=before)
     final = NamedSharding(mesh, PartitionSpec("mp"))
     return jax.jit(mapped, out_shardings=final).lower(whole).compile()
 
 
 def _shard(
-    reads: SharedBlocks,
+    blocks: SharedBlocks,
     shard_shape: tuple[int, ...],
     block: jax.Array,  # [g or 1, …, part, …]
 ) -> jax.Array:  # [1, *shard_shape]
     """Runs on each device: makes its shard from its block and those of other devices."""
-    axis = 1 + reads.axis
+    axis = 1 + blocks.axis
     # As integers, so that no operation on floats can change any bit.
     bits = jax.lax.bitcast_convert_type(block, _BITS[block.dtype.itemsize])
-    if reads.is_mixed:
+    if blocks.is_mixed:
         bits = jax.lax.all_to_all(bits, "g", split_axis=0, concat_axis=axis, tiled=True)
     bits = jax.lax.all_gather(bits, ("dp", "r"), axis=axis, tiled=True)
-    bits = jax.lax.slice_in_dim(bits, 0, reads.length, axis=axis)  # without the padding
+    bits = jax.lax.slice_in_dim(bits, 0, blocks.length, axis=axis)  # without the padding
     return jax.lax.bitcast_convert_type(bits, block.dtype).reshape(1, *shard_shape)

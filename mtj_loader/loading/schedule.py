@@ -1,6 +1,6 @@
 """What one host reads, and in which order.
 
-A target is one parameter on this host, or one block of a shard that is larger than the staging
+A target is one parameter on this host, or one section of a block that is larger than the staging
 memory. Reads fill its buffer: either directly, or in chunks through scratch memory. The reads of a
 target depend only on layouts, so layers with equal layouts share them. Targets are collected into
 batches; a batch has one piece of memory and is transferred to the devices at once.
@@ -29,7 +29,7 @@ CHUNK_BYTES = 1 << 20  # one chunk stays in the L2 cache between its read and it
 # 1 MiB it took 25 % longer.
 _TRANSPOSED_CHUNK_BYTES = 4 << 20
 DIRECT_READ_BYTES = 8 << 20  # long direct reads are divided, so that threads can share them
-_MIN_DIRECT_READ_BYTES = 64 << 10  # below, one chunk for all shards takes fewer system calls
+_MIN_DIRECT_READ_BYTES = 64 << 10  # below, one chunk for all layouts takes fewer system calls
 _WORK_BYTES = 4 << 20  # what a thread gets at a time: many small tensors or part of a large one
 
 
@@ -70,17 +70,17 @@ class Read:
 
 @lru_cache(maxsize=1024)  # kinds of parameters × hosts that one process plans for
 def schedule_reads(
-    shards: tuple[Layout, ...], spacing: int, itemsize: int, may_read_directly: bool
+    layouts: tuple[Layout, ...], spacing: int, itemsize: int, may_read_directly: bool
 ) -> tuple[Read, ...]:
-    """The reads that fill distinct shards of one parameter; no source element is read twice.
+    """The reads that fill distinct blocks of one parameter; no source element is read twice.
 
     Args:
-      shards: the distinct layouts that this host's devices read.
-      spacing: elements from the start of one shard in the buffer to the start of the next.
+      layouts: the distinct layouts that this host's devices read.
+      spacing: elements from the start of one layout in the buffer to the start of the next.
       itemsize: bytes per element in the file.
       may_read_directly: elements do not change, so bytes may go from the file to the buffer.
     """
-    copies = join_shards(shards, spacing)
+    copies = join_shards(layouts, spacing)
     reads: list[Read] = []
     for source in sorted({copy.source for copy in copies}):
         mine = [copy for copy in copies if copy.source == source]
@@ -143,21 +143,21 @@ def _clip_runs(needed: np.ndarray, start: int, stop: int) -> tuple[tuple[int, in
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One parameter on this host, or one block of one of its shards.
+    """One parameter on this host, or one section of one of its blocks.
 
-    Its buffer is flat, in the parameter's dtype on the devices, and holds all of `shards` at equal,
-    aligned distances.
+    Its buffer is flat, in the parameter's dtype on the devices, and holds all of `layouts` at
+    equal, aligned distances.
 
     Attributes:
       param: the plan of the parameter.
-      shards: the distinct layouts to read, each with the shard numbers that share it; see
+      layouts: the distinct layouts to read, each with the numbers of its blocks; see
         `assignments.distinct`.
-      corner: for a block, its first element's position in the shard; None for whole shards.
+      corner: of a section, its first element's position in the block; None for whole blocks.
       is_whole: it includes everything that this host's devices read of the parameter.
     """
 
     param: ParamPlan
-    shards: Mapping[Layout, Sequence[int]]
+    layouts: Mapping[Layout, Sequence[int]]
     corner: tuple[int, ...] | None = None
     is_whole: bool = False
 
@@ -172,81 +172,81 @@ class Target:
     def reads(self) -> tuple[Read, ...]:
         """The reads that fill the buffer."""
         itemsize = self.param.source_dtype.itemsize
-        return schedule_reads(tuple(self.shards), self._spacing, itemsize, self.convert is None)
+        return schedule_reads(tuple(self.layouts), self._spacing, itemsize, self.convert is None)
 
     @property
     def size_bytes(self) -> int:
         """Size of the buffer."""
-        return self._spacing * len(self.shards) * self.param.dtype.itemsize
+        return self._spacing * len(self.layouts) * self.param.dtype.itemsize
 
     @cached_property
     def _spacing(self) -> int:
-        """Elements from the start of one shard to the start of the next; all have equal sizes."""
-        size = next(iter(self.shards)).size
+        """Elements from the start of one layout to the start of the next; all have equal sizes."""
+        size = next(iter(self.layouts)).size
         return align(size * self.param.dtype.itemsize) // self.param.dtype.itemsize
 
     def make_buffer(self, memory: np.ndarray) -> np.ndarray:
         """Makes the buffer from the start of `memory` (uint8), and writes the zeros of padding."""
         buffer = memory[: self.size_bytes].view(self.param.dtype)
-        for layout, shard in zip(self.shards, self.split(buffer), strict=True):
+        for layout, part in zip(self.layouts, self.split(buffer), strict=True):
             for box in shard_copies(layout).zeros:
-                shard.reshape(layout.shape)[box] = 0
+                part.reshape(layout.shape)[box] = 0
         return buffer
 
     def split(self, buffer: np.ndarray) -> list[np.ndarray]:
-        """Each shard's part of the buffer, flat."""
-        return [buffer[i * self._spacing :][: layout.size] for i, layout in enumerate(self.shards)]
+        """Each layout's part of the buffer, flat."""
+        return [buffer[i * self._spacing :][: layout.size] for i, layout in enumerate(self.layouts)]
 
 
-def list_targets(plan: LoadPlan, host: int, block_bytes: int | None) -> list[Target]:
+def list_targets(plan: LoadPlan, host: int, section_bytes: int | None) -> list[Target]:
     """Everything that a host reads, in file order.
 
     Args:
       plan: the plan.
       host: the process index.
-      block_bytes: the largest target; larger ones are divided. None: no limit.
+      section_bytes: the largest target; larger ones are divided. None: no limit.
     """
     device_indices = plan.topology.device_indices_of(host)
     targets: list[Target] = []
     for param in plan.params:
         whole = Target(param, distinct(param.assignment, device_indices), is_whole=True)
-        if block_bytes is None or whole.size_bytes <= block_bytes:
+        if section_bytes is None or whole.size_bytes <= section_bytes:
             targets.append(whole)
         else:
-            targets += _divide(whole, block_bytes)
+            targets += _divide(whole, section_bytes)
     return targets
 
 
-def _divide(target: Target, block_bytes: int) -> Iterator[Target]:
-    """One target per shard, or several for a shard that is itself too large."""
+def _divide(target: Target, section_bytes: int) -> Iterator[Target]:
+    """One target per layout, or several for a layout that is itself too large."""
     itemsize = target.param.dtype.itemsize
-    max_elements = block_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES // itemsize
-    for layout, numbers in target.shards.items():
-        if align(layout.size * itemsize) <= block_bytes:
-            yield Target(target.param, {layout: numbers})
+    max_elements = section_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES // itemsize
+    for layout, blocks in target.layouts.items():
+        if align(layout.size * itemsize) <= section_bytes:
+            yield Target(target.param, {layout: blocks})
             continue
-        for corner, block in _divide_layout(layout, max_elements):
-            yield Target(target.param, {block: numbers}, corner)
+        for corner, section in _divide_layout(layout, max_elements):
+            yield Target(target.param, {section: blocks}, corner)
 
 
-@lru_cache(maxsize=1024)  # kinds of parameters × shards of one host
+@lru_cache(maxsize=1024)  # kinds of parameters × blocks of one host
 def _divide_layout(layout: Layout, max_elements: int) -> tuple[tuple[tuple[int, ...], Layout], ...]:
-    """Divides a shard into blocks; returns them with the positions of their first elements.
+    """Divides a block into sections; returns them with the positions of their first elements.
 
-    The shard is divided along the axis with the largest stride in the file, so that runs stay long.
+    The block is divided along the axis with the largest stride in the file, so that runs stay long.
     """
     origin = (0,) * len(layout.shape)
     if layout.size <= max_elements or layout.size == 1:
         return ((origin, layout),)
-    blocks: list[tuple[tuple[int, ...], Layout]] = []
+    sections: list[tuple[tuple[int, ...], Layout]] = []
     axis = _slowest_axis(layout)
     middle = layout.shape[axis] // 2
     for low, high in ((0, middle), (middle, layout.shape[axis])):
         start = (*origin[:axis], low, *origin[axis + 1 :])
         stop = (*layout.shape[:axis], high, *layout.shape[axis + 1 :])
-        for inner, block in _divide_layout(layout.slice(start, stop), max_elements):
-            blocks.append((tuple(a + b for a, b in zip(start, inner, strict=True)), block))
-    return tuple(blocks)
+        for inner, section in _divide_layout(layout.slice(start, stop), max_elements):
+            sections.append((tuple(a + b for a, b in zip(start, inner, strict=True)), section))
+    return tuple(sections)
 
 
 def _slowest_axis(layout: Layout) -> int:

@@ -81,7 +81,7 @@ class Streamer:
         budget = plan.options.host_memory_bytes - ahead
         self.threads = _thread_count(budget)
         self._buffers = buffers or buffers_for(mesh.devices.flat[0].platform, budget, self.threads)
-        self._targets = list_targets(plan, host, self._buffers.block_bytes)
+        self._targets = list_targets(plan, host, self._buffers.section_bytes)
         self._reader = storage.reader(list_byte_ranges(self._targets), ahead)
         self._placer = Placer(plan, mesh, host, self._buffers)
         self._thread_stats: list[ReadStats] = []

@@ -46,7 +46,7 @@ def assign_reads(
     candidates = list(_candidates(own, split_size, topology, costs))
     if len(candidates) == 1:
         return candidates[0]
-    return min(candidates, key=lambda reads: _seconds(reads, itemsize, topology, costs))
+    return min(candidates, key=lambda one: _seconds(one, itemsize, topology, costs))
 
 
 def _candidates(
@@ -89,20 +89,22 @@ def _hosts_share_a_shard(topology: Topology, repeats: int) -> bool:
     return False
 
 
-def _seconds(reads: ReadAssignment, itemsize: int, topology: Topology, costs: ReadCosts) -> float:
+def _seconds(
+    assignment: ReadAssignment, itemsize: int, topology: Topology, costs: ReadCosts
+) -> float:
     """Time for the first host to read and exchange a parameter; the other hosts take as long."""
     device_indices = topology.device_indices_of(topology.host_ids[0])
-    read_bytes = reads.read_elements(device_indices) * itemsize
-    received_bytes = reads.received_elements(device_indices) * itemsize
-    requests = _requests(reads, device_indices, costs.range_bytes // itemsize)
+    read_bytes = assignment.read_elements(device_indices) * itemsize
+    received_bytes = assignment.received_elements(device_indices) * itemsize
+    requests = _requests(assignment, device_indices, costs.range_bytes // itemsize)
     reading = max(read_bytes / costs.bytes_per_second, requests / costs.requests_per_second)
     return reading + received_bytes / INTERCONNECT_BYTES_PER_SECOND
 
 
-def _requests(reads: ReadAssignment, device_indices: Sequence[int], max_elements: int) -> int:
+def _requests(assignment: ReadAssignment, device_indices: Sequence[int], max_elements: int) -> int:
     """How many ranges of the files these devices need; adjacent ranges are joined."""
     blocks_of: dict[int, list[tuple[int, tuple[Loop, ...]]]] = {}
-    for layout in distinct(reads, device_indices):
+    for layout in distinct(assignment, device_indices):
         for copy in shard_copies(layout).copies:
             blocks_of.setdefault(copy.source, []).append((copy.src, copy.loops))
     counts = Counter(map(tuple, blocks_of.values()))  # hundreds of experts have equal blocks

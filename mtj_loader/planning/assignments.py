@@ -1,4 +1,8 @@
-"""The two read assignments, which say what part of a parameter each device reads."""
+"""The two read assignments, which say what part of a parameter each device reads.
+
+This part is called a block, whether it is a shard or not. Blocks have numbers; several devices may
+read the same one.
+"""
 
 from __future__ import annotations
 
@@ -55,17 +59,17 @@ class OwnShards:
         """The sharding of the array on a mesh with the axes dp and mp."""
         return NamedSharding(mesh, PartitionSpec("mp"))
 
-    def number_at(self, device_index: int) -> int:
-        """The number of the shard that a device reads; see `Topology.device_indices_of`."""
+    def block_of_device(self, device_index: int) -> int:
+        """The number of the block that a device reads; see `Topology.device_indices_of`."""
         return device_index % len(self.shards)
 
-    def number_of(self, index: tuple[slice, ...]) -> int:
-        """The number of the shard at these slices of the array."""
+    def block_at(self, index: tuple[slice, ...]) -> int:
+        """The number of the block at these slices of the array."""
         return index[0].start or 0
 
-    def layout(self, number: int) -> Layout:
-        """The layout of a shard."""
-        return self.shards[number]
+    def layout(self, block: int) -> Layout:
+        """The layout of a block."""
+        return self.shards[block]
 
     def read_elements(self, device_indices: Sequence[int]) -> int:
         """Elements that these devices read together, each distinct layout once."""
@@ -164,7 +168,7 @@ class SharedBlocks:
             return NamedSharding(viewed, PartitionSpec(None, *whole, ("dp", "r", "g")))
         return NamedSharding(viewed, PartitionSpec("g", *whole, ("dp", "r")))
 
-    def number_at(self, device_index: int) -> int:
+    def block_of_device(self, device_index: int) -> int:
         """The number of the block that a device reads, in the order of `sharding`."""
         replica, j = divmod(device_index, len(self.shards) * self.repeats)
         shard, repeat = divmod(j, self.repeats)
@@ -173,14 +177,14 @@ class SharedBlocks:
             return holder * len(self.shards) + shard
         return shard * self.parts + holder
 
-    def number_of(self, index: tuple[slice, ...]) -> int:
+    def block_at(self, index: tuple[slice, ...]) -> int:
         """The number of the block at these slices of the array."""
         shard, first = (index[axis].start or 0 for axis in (0, 1 + self.axis))
         return shard * self.parts + first // self.part
 
-    def layout(self, number: int) -> Layout:
+    def layout(self, block: int) -> Layout:
         """The layout of a block."""
-        return _block(self, number)
+        return _block_layout(self, block)
 
     def read_elements(self, device_indices: Sequence[int]) -> int:
         """Elements that these devices read together, each block once."""
@@ -205,7 +209,7 @@ class SharedBlocks:
         """Which parts of which shards these devices read, bool [g, parts]."""
         mask = np.zeros(self._elements.shape, bool)
         for device_index in device_indices:
-            shard, part = divmod(self.number_at(device_index), self.parts)
+            shard, part = divmod(self.block_of_device(device_index), self.parts)
             mask[slice(None) if self.is_mixed else shard, part] = True
         return mask
 
@@ -223,20 +227,20 @@ ReadAssignment = OwnShards | SharedBlocks
 
 
 def distinct(
-    reads: ReadAssignment, device_indices: Sequence[int]
+    assignment: ReadAssignment, device_indices: Sequence[int]
 ) -> Mapping[Layout, Sequence[int]]:
-    """The different layouts that some devices read, each with the numbers that share it."""
-    numbers = tuple(dict.fromkeys(map(reads.number_at, device_indices)))
-    return _group_equal(numbers, tuple(map(reads.layout, numbers)))
+    """The different layouts that some devices read, each with the numbers of its blocks."""
+    blocks = tuple(dict.fromkeys(map(assignment.block_of_device, device_indices)))
+    return _group_equal(blocks, tuple(map(assignment.layout, blocks)))
 
 
 @lru_cache(maxsize=1024)  # kinds of parameters × hosts that one process plans for
 def _group_equal(
-    numbers: tuple[int, ...], layouts: tuple[Layout, ...]
+    blocks: tuple[int, ...], layouts: tuple[Layout, ...]
 ) -> Mapping[Layout, list[int]]:
     groups: dict[Layout, list[int]] = {}
-    for number, layout in zip(numbers, layouts, strict=True):
-        groups.setdefault(layout, []).append(number)
+    for block, layout in zip(blocks, layouts, strict=True):
+        groups.setdefault(layout, []).append(block)
     return groups
 
 
@@ -268,16 +272,16 @@ def _neighbor_distance(layout: Layout, axis: int) -> int | None:
 
 
 @lru_cache(maxsize=65536)  # kinds of parameters × devices, as for shards
-def _block(reads: SharedBlocks, number: int) -> Layout:
-    shard, part = divmod(number, reads.parts)
-    layouts = reads.shards if reads.is_mixed else reads.shards[shard : shard + 1]
-    return _stack([_slice_part(layout, reads, part) for layout in layouts])
+def _block_layout(blocks: SharedBlocks, block: int) -> Layout:
+    shard, part = divmod(block, blocks.parts)
+    layouts = blocks.shards if blocks.is_mixed else blocks.shards[shard : shard + 1]
+    return _stack([_slice_part(layout, blocks, part) for layout in layouts])
 
 
-def _slice_part(layout: Layout, reads: SharedBlocks, part: int) -> Layout:
-    padded = layout.pad(reads.axis, reads.part * reads.parts)
+def _slice_part(layout: Layout, blocks: SharedBlocks, part: int) -> Layout:
+    padded = layout.pad(blocks.axis, blocks.part * blocks.parts)
     start, stop = [0] * len(padded.shape), list(padded.shape)
-    start[reads.axis], stop[reads.axis] = part * reads.part, (part + 1) * reads.part
+    start[blocks.axis], stop[blocks.axis] = part * blocks.part, (part + 1) * blocks.part
     return padded.slice(start, stop)
 
 

@@ -146,11 +146,11 @@ def test_the_default_mesh_has_all_devices_that_the_model_can_use(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("transposed_linear", "block_bytes", "dtype"),
+    ("transposed_linear", "section_bytes", "dtype"),
     [(False, 2048, "float32"), (True, 2048, "bfloat16"), (False, 1 << 20, "float32")],
 )
 def test_staging_memory_in_blocks_gives_equal_parameters(
-    transposed_linear: bool, block_bytes: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+    transposed_linear: bool, section_bytes: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on accelerators: memory is reused, and larger shards are assembled on the device."""
     golden = DATA / "goldens/gpt_neox"
@@ -161,7 +161,7 @@ def test_staging_memory_in_blocks_gives_equal_parameters(
     fresh = buffers.allocate
     monkeypatch.setattr(buffers, "allocate", lambda size: fresh(size + 4)[4:])
     staged, report = load_params.load_params(
-        plan, mesh, buffers=buffers.StagingBuffers(block_bytes)
+        plan, mesh, buffers=buffers.StagingBuffers(section_bytes)
     )
     assert report.bytes_read == report.bytes_needed
     jax.tree.map(np.testing.assert_array_equal, staged, expected)

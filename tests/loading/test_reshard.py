@@ -127,7 +127,7 @@ def test_plan_and_sharding_number_the_blocks_in_the_same_order(
     reads = SharedBlocks((layout,) * shards, devices.shape["dp"], repeats, 0, is_mixed)
     indices = reads.sharding(devices).devices_indices_map(reads.array_shape)
     for device_index, device in enumerate(devices.devices.flat):
-        assert reads.number_at(device_index) == reads.number_of(indices[device])
+        assert reads.block_of_device(device_index) == reads.block_at(indices[device])
 
 
 def test_blocks_are_deleted(tmp_path: Path) -> None:

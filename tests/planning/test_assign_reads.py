@@ -47,11 +47,11 @@ def plan_of(folder: Path, mesh: str, hosts: int, speed: ReadCosts, **options: An
     return replace(plan, params=params)
 
 
-def reads(plan: LoadPlan, host: int, block_bytes: int | None = None) -> dict[str, np.ndarray]:
+def reads(plan: LoadPlan, host: int, section_bytes: int | None = None) -> dict[str, np.ndarray]:
     """How often one host reads every byte of every file, from the schedule of a load."""
     files = plan.checkpoint.index.files.values()
     counts = {stamp.path: np.zeros(stamp.size_bytes + 1, np.int64) for stamp in files}
-    for file, start, stop in list_byte_ranges(list_targets(plan, host, block_bytes)):
+    for file, start, stop in list_byte_ranges(list_targets(plan, host, section_bytes)):
         counts[file][start] += 1
         counts[file][stop] -= 1
     return {file: np.cumsum(count) for file, count in counts.items()}
@@ -75,7 +75,7 @@ def test_all_hosts_together_read_what_one_would(
     speed: ReadCosts,
     options: tuple[bool, int | None],
 ) -> None:
-    (dp, mp), (transposed_linear, block_bytes) = shape, options
+    (dp, mp), (transposed_linear, section_bytes) = shape, options
     assume(dp * mp % hosts == 0)
     mesh = f"dp={dp},mp={mp}"
     try:
@@ -84,7 +84,7 @@ def test_all_hosts_together_read_what_one_would(
         assume(False)
         raise
     alone = plan_of(folder, mesh, 1, speed, transposed_linear=transposed_linear)
-    each = [reads(plan, host, block_bytes) for host in range(hosts)]
+    each = [reads(plan, host, section_bytes) for host in range(hosts)]
     whole = reads(alone, 0)
     for file, expected in whole.items():
         np.testing.assert_array_equal(sum(counts[file] for counts in each), expected)
@@ -210,12 +210,12 @@ def test_blocks_together_are_the_padded_shards(
     numbered = np.arange(1.0, rows * columns + 1)
     array = np.zeros(reads.array_shape)
     device_indices = range(4 * replicas)
-    for number in map(reads.number_at, device_indices):
+    for number in map(reads.block_of_device, device_indices):
         shard, part = divmod(number, reads.parts)
         index = [slice(None)] * array.ndim
         index[0] = slice(None) if is_mixed else slice(shard, shard + 1)
         index[1 + axis] = slice(part * reads.part, (part + 1) * reads.part)
-        assert reads.number_of(tuple(index)) == number
+        assert reads.block_at(tuple(index)) == number
         block = filled(reads.layout(number), numbered)
         assert block.shape == reads.block_shape
         array[tuple(index)] = block
@@ -223,11 +223,11 @@ def test_blocks_together_are_the_padded_shards(
     trimmed = np.take(array, range(reads.length), 1 + axis)
     np.testing.assert_array_equal(trimmed, expected)
     assert np.count_nonzero(array) == expected.size  # the rest is padding
-    assert Counter(map(reads.number_at, device_indices)) == Counter(range(4 * replicas))
+    assert Counter(map(reads.block_of_device, device_indices)) == Counter(range(4 * replicas))
     counted = sum(reads.read_elements([device_index]) for device_index in device_indices)
     assert counted == reads.read_elements(device_indices) == expected.size
     for device_index in device_indices:
-        block = reads.layout(reads.number_at(device_index))
+        block = reads.layout(reads.block_of_device(device_index))
         assert reads.read_elements([device_index]) == source_elements(block)
 
 
