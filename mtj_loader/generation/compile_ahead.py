@@ -27,7 +27,6 @@ from mtj_loader.generation.decode import Programs
 from mtj_loader.generation.prompts import PromptRules, Shape, make_shape
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.loading.load_report import LoadReport
-from mtj_loader.loading.placement import abstract_params
 from mtj_loader.models.forward import Forward
 from mtj_loader.planning.load_plan import LoadPlan
 
@@ -127,7 +126,7 @@ def compile_in_background(
         return compilers.submit(_compile, tracer.submit(_trace, lower))
 
     try:
-        params = abstract_params(plan, forward.mesh) if shapes else {}
+        params = plan.abstract_params(forward.mesh) if shapes else {}
         programs = {shape: Programs(forward, params, shape) for shape in shapes}
         first = {
             shape: [submit(lower) for lower in (one.prefill, one.greedy, one.sampled)]

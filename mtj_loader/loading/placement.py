@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from mtj_loader.loading.buffers import Buffers, Device, device_errors
 from mtj_loader.loading.schedule import Batch, Target
@@ -149,13 +149,3 @@ def _write_section(
     """
     unmerged = block.reshape(shape)
     return jax.lax.dynamic_update_slice(unmerged, section, corner).reshape(block.shape)
-
-
-def abstract_params(plan: LoadPlan, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """The shapes, dtypes and shardings of the loaded parameters."""
-    sharding = NamedSharding(mesh, PartitionSpec("mp"))
-    tree: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-    for param in plan.params:
-        abstract = jax.ShapeDtypeStruct(param.array_shape, param.dtype, sharding=sharding)
-        tree.setdefault(param.spec.path, {})[param.spec.param] = abstract
-    return tree

@@ -1,8 +1,11 @@
-"""The load plan with its two outputs: text for people, JSON types for programs."""
+"""The load plan with its outputs: text for people, JSON types for programs, shapes for JAX."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtj_loader import display
 from mtj_loader.planning.plan_data import PlanData
@@ -52,3 +55,12 @@ class LoadPlan(PlanData):
             "ignored_settings": list(self.config.ignored_settings),
             "warnings": list(self.warnings),
         }
+
+    def abstract_params(self, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """The shapes, dtypes and shardings of the loaded parameters: `params[module][param]`."""
+        sharding = NamedSharding(mesh, PartitionSpec("mp"))
+        tree: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+        for param in self.params:
+            abstract = jax.ShapeDtypeStruct(param.array_shape, param.dtype, sharding=sharding)
+            tree.setdefault(param.spec.path, {})[param.spec.param] = abstract
+        return tree
