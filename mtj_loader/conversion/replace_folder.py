@@ -72,11 +72,15 @@ def is_locked(folder: Path) -> bool | None:
 
 
 def restore(target: Path) -> bool:
-    """Restores the old target if a process was killed between two renames."""
+    """Restores the old target if a process was killed between two renames.
+
+    Of several, the one that was renamed last: another process may have been killed just after its
+    second rename.
+    """
     old = find_hidden(target, "old")
     if os.path.lexists(target) or not old:
         return False
-    old[-1].rename(target)
+    max(old, key=lambda path: path.stat().st_ctime_ns).rename(target)
     return True
 
 

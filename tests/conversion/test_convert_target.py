@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 import mtj_loader
 from mtj_loader.conversion import convert_tensors
 from mtj_loader.conversion import output_folder as folder_module
+from mtj_loader.conversion.replace_folder import restore
 from mtj_loader.errors import StorageError, UsageError
 from tests.support.conversions import (
     TENSORS,
@@ -114,3 +117,15 @@ def test_not_enough_disk_space(source, monkeypatch):
     assert message.startswith("not enough disk space\n")
     assert "found: 100 B\n" in message
     assert leftovers(source.parent) == ["tiny"]
+
+
+@pytest.mark.parametrize("order", [("00000000", "ffffffff"), ("ffffffff", "00000000")])
+def test_the_folder_that_was_renamed_last_is_restored(order, tmp_path):
+    target = tmp_path / "out"
+    for version, name in enumerate(order):
+        target.mkdir()
+        (target / "version").write_text(str(version))
+        target.rename(tmp_path / f".out.{name}.old")
+        time.sleep(0.02)  # longer than a tick of the file system's clock
+    assert restore(target)
+    assert (target / "version").read_text() == "1"
