@@ -9,14 +9,14 @@ import numpy as np
 
 from mtj_loader.errors import VerifyError
 from mtj_loader.formats.records import TensorRecord
-from mtj_loader.lora.low_rank import CarriedCopy
+from mtj_loader.lora.low_rank import BaseWeightCopy
 from mtj_loader.storage.base import ByteRange, Reader, Storage
 from mtj_loader.storage.prefetch import prefetch_bytes, range_bytes
 from mtj_loader.weights.read_layouts import read_layout
 from mtj_loader.weights.resolve import Comparison
 from mtj_loader.weights.view import view_of
 
-_SLAB_ELEMENTS = 2 << 20  # of a carried copy; two float32 slabs take 16 MiB
+_SLAB_ELEMENTS = 2 << 20  # of a base weight in an adapter; two float32 slabs take 16 MiB
 
 
 def compare_tied(
@@ -54,7 +54,7 @@ def compare_tied(
     return sum(stop - start for _, start, stop in ranges) + reader.extra_bytes
 
 
-def compare_carried(storage: Storage, pair: CarriedCopy) -> int:
+def compare_base_weight(storage: Storage, pair: BaseWeightCopy) -> int:
     """Compares a base weight in an adapter with the checkpoint's; returns the bytes read.
 
     Args:

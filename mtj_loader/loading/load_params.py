@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from mtj_loader.distributed.hosts import SINGLE_HOST, Hosts
 from mtj_loader.errors import MeshError
 from mtj_loader.loading.buffers import Buffers
-from mtj_loader.loading.compare_copies import compare_carried, compare_tied
+from mtj_loader.loading.compare_copies import compare_base_weight, compare_tied
 from mtj_loader.loading.load_failure import release_on_failure, translate_errors
 from mtj_loader.loading.load_report import LoadReport, make_report, with_totals
 from mtj_loader.loading.memory_check import check_memory
@@ -106,9 +106,9 @@ def adapt_params(params: Params, old: LoadPlan, new: LoadPlan, mesh: Mesh) -> Pa
         new,
         params=tuple(replace(p, terms=p.terms[before[p.spec] :]) for p in new.params),
         comparisons=(),
-        carried=new.carried[len(old.carried) :],
+        base_weights=new.base_weights[len(old.base_weights) :],
     )
-    if new.carried:
+    if new.base_weights:
         _check_base(new)
         _compare(new)
         _check_base(new)
@@ -171,7 +171,7 @@ def _compare(plan: LoadPlan) -> int:
         return 0
     storage = plan.checkpoint.storage
     tied = compare_tied(storage, plan.comparisons, plan.options.host_memory_bytes)
-    return tied + sum(compare_carried(storage, pair) for pair in plan.carried)
+    return tied + sum(compare_base_weight(storage, pair) for pair in plan.base_weights)
 
 
 def _check_files(plan: LoadPlan) -> None:

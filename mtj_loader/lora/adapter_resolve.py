@@ -20,7 +20,7 @@ from mtj_loader.formats.records import TensorIndex, TensorRecord
 from mtj_loader.lora.adapter import CONFIG_FILE, PATTERN_KEYS, Adapter
 from mtj_loader.lora.low_rank import (
     AdapterTerms,
-    CarriedCopy,
+    BaseWeightCopy,
     Factors,
     LowRank,
     merge_factors,
@@ -110,7 +110,7 @@ class _AdapterResolver:
     placed: set[str] = field(default_factory=set)  # target_parameters that already have a pair
     parts: dict[tuple[str, Merge], list[dict[int, Factors]]] = field(default_factory=dict)
     terms: dict[TargetKey, LowRank] = field(default_factory=dict)
-    copies: list[CarriedCopy] = field(default_factory=list)
+    copies: list[BaseWeightCopy] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -148,7 +148,7 @@ class _AdapterResolver:
                 found=str(list(record.shape)),
             )
             return
-        self.copies.append(CarriedCopy(self.adapter.storage, record, original))
+        self.copies.append(BaseWeightCopy(self.adapter.storage, record, original))
 
     def place(self, module: str, pair: _Pair) -> None:
         """Turns a pair into factors and adds them to the parameter that they belong to."""

@@ -63,7 +63,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class CarriedCopy:
+class BaseWeightCopy:
     """A base weight that is stored in the adapter; it must equal the checkpoint's."""
 
     storage: Storage
@@ -76,7 +76,7 @@ class AdapterTerms:
     """What one adapter adds to a model, and the base weights that it contains."""
 
     terms: Mapping[TargetKey, LowRank]
-    copies: tuple[CarriedCopy, ...]
+    copies: tuple[BaseWeightCopy, ...]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from mtj_loader.display import counted, show_bytes
 from mtj_loader.dtypes import BITS
 from mtj_loader.formats.checkpoint import Checkpoint
 from mtj_loader.lora.adapter import Adapter
-from mtj_loader.lora.low_rank import CarriedCopy, LowRank
+from mtj_loader.lora.low_rank import BaseWeightCopy, LowRank
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.names import group_by
 from mtj_loader.options import LoadOptions
@@ -42,7 +42,7 @@ class PlanData:
       unmapped: tensors that are not in the map (only with allow_unmapped).
       mesh: the devices that the plan was made for, if they were given.
       adapters: the adapters that are added to the weights.
-      carried: copies of base weights in the adapters; they are compared.
+      base_weights: copies of base weights in the adapters; they are compared.
       notices: findings of the planner that are not errors.
       notes: what else is worth knowing.
     """
@@ -59,7 +59,7 @@ class PlanData:
     unmapped: tuple[str, ...]
     mesh: Mesh | None = None
     adapters: tuple[Adapter, ...] = ()
-    carried: tuple[CarriedCopy, ...] = ()
+    base_weights: tuple[BaseWeightCopy, ...] = ()
     notices: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -86,13 +86,13 @@ class PlanData:
     def as_read(self) -> Self:
         """The plan to read the parameters that adapters are added to; see `ParamPlan.as_read`."""
         params = tuple(param.as_read for param in self.params)
-        return replace(self, params=params, adapters=(), carried=())
+        return replace(self, params=params, adapters=(), base_weights=())
 
     @property
     def without_adapters(self) -> Self:
         """The plan of the checkpoint alone."""
         params = tuple(replace(param, terms=()) for param in self.params)
-        return replace(self, params=params, adapters=(), carried=())
+        return replace(self, params=params, adapters=(), base_weights=())
 
     @property
     def without_exchange(self) -> Self:
@@ -150,7 +150,7 @@ class PlanData:
 
     @property
     def _comparison_bytes(self) -> int:
-        pairs = (*self.comparisons, *self.carried)
+        pairs = (*self.comparisons, *self.base_weights)
         return sum(pair.copy.size_bytes + pair.original.size_bytes for pair in pairs)
 
     @cached_property

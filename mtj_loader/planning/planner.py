@@ -173,7 +173,7 @@ def add_adapters(plan: LoadPlan, adapters: Sequence[tuple[PathLike, float]]) -> 
             plan,
             params=params,
             adapters=(*plan.adapters, adapter),
-            carried=(*plan.carried, *found.copies),
+            base_weights=(*plan.base_weights, *found.copies),
         )
     return plan
 

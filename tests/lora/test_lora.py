@@ -146,10 +146,10 @@ def test_embeddings_can_be_adapted(tmp_path: Path) -> None:
 
 
 def test_a_carried_base_weight_that_differs_is_refused(tmp_path: Path) -> None:
-    carried = {
+    base_weights = {
         f"base_model.model.{DENSE.format(1)}.base_layer.weight": np.ones((24, 24), np.float32)
     }
-    adapter = write_adapter(tmp_path / "a", TERMS | carried)
+    adapter = write_adapter(tmp_path / "a", TERMS | base_weights)
     model = mtj_loader.load(neox.write(tmp_path / "base"), "mp=2")
     with pytest.raises(VerifyError, match="contains a base weight"):
         model.with_adapter(adapter)
@@ -160,8 +160,8 @@ def test_a_carried_base_weight_that_differs_is_refused(tmp_path: Path) -> None:
 def test_a_carried_base_weight_is_compared_with_what_was_loaded(tmp_path: Path) -> None:
     arrays = neox.tensors()
     name = f"{DENSE.format(1)}.weight"
-    carried = {f"base_model.model.{DENSE.format(1)}.base_layer.weight": arrays[name]}
-    adapter = write_adapter(tmp_path / "a", TERMS | carried)
+    base_weights = {f"base_model.model.{DENSE.format(1)}.base_layer.weight": arrays[name]}
+    adapter = write_adapter(tmp_path / "a", TERMS | base_weights)
     base = neox.write(tmp_path / "c")
     model = mtj_loader.load(base, "mp=2")
     neox.write(base, neox.tensors(seed=1))
@@ -173,11 +173,11 @@ def test_a_carried_base_weight_may_have_the_same_nan(tmp_path: Path) -> None:
     arrays = neox.tensors()
     name = f"{DENSE.format(1)}.weight"
     arrays[name][3, 4] = np.nan
-    carried = {f"base_model.model.{DENSE.format(1)}.base_layer.weight": arrays[name]}
-    adapter = write_adapter(tmp_path / "a", TERMS | carried)
+    base_weights = {f"base_model.model.{DENSE.format(1)}.base_layer.weight": arrays[name]}
+    adapter = write_adapter(tmp_path / "a", TERMS | base_weights)
     base = neox.write(tmp_path / "c", arrays)
     model = mtj_loader.load(base, "mp=2", allow_nonfinite=True, adapter=adapter)
-    assert len(model.plan.carried) == 1
+    assert len(model.plan.base_weights) == 1
 
 
 @pytest.mark.parametrize(
