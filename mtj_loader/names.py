@@ -50,6 +50,11 @@ def indices(name: str) -> list[int]:
     return [int(index) for index in _INDEX.findall(name)]
 
 
+def dotted_ends(name: str) -> list[str]:
+    """The name, and what follows each dot in it: `a.b.c`, `b.c`, `c`."""
+    return [name, *(name[i:] for i, char in enumerate(name, 1) if char == ".")]
+
+
 def natural_key(name: str) -> list[tuple[int, str]]:
     """A sort key that compares indices as numbers: `h.2.w` comes before `h.10.w`."""
     texts, numbers = _INDEX.split(name), indices(name)

@@ -11,7 +11,7 @@ import typer
 
 from mtj_loader.cli.output import reserve_stdout
 from mtj_loader.cli.shared_options import Machine
-from mtj_loader.cli.tpu import on_cloud_tpu
+from mtj_loader.cli.supervise import on_cloud_tpu
 from mtj_loader.errors import UsageError
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
-from mtj_loader.cli.tpu import on_cloud_tpu
 from mtj_loader.errors import (
     INTERRUPTED,
     UNEXPECTED,
@@ -39,6 +40,8 @@ _NO_MEMORY = re.compile(
     "|failed to map|start new thread|RESOURCE_EXHAUSTED",
     re.IGNORECASE,
 )
+
+_TPU_CHIPS = ("accel[0-9]*", "vfio/[0-9]*")  # device files of v2 to v4, and of v5e and later
 
 _CAUSES = {
     signal.SIGABRT: "JAX aborts every host when host 0 dies or another host does not answer",
@@ -128,6 +131,13 @@ def joins_other_hosts(arguments: Sequence[str]) -> bool:
     if any(one == _COORDINATOR or one.startswith(f"{_COORDINATOR}=") for one in arguments):
         return True
     return any(one in _COMMANDS for one in arguments[:1]) and on_cloud_tpu()
+
+
+def on_cloud_tpu() -> bool:
+    """Whether there are TPU chips and libtpu, and JAX is not set to use another platform."""
+    platforms = os.environ.get("JAX_PLATFORMS", "tpu")
+    has_chips = any(True for pattern in _TPU_CHIPS for _ in Path("/dev").glob(pattern))
+    return "tpu" in platforms.split(",") and has_chips and find_spec("libtpu") is not None
 
 
 def host_killed(host: str, process: int, number: signal.Signals) -> HostError:

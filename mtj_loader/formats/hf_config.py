@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mtj_loader.errors import ConfigError
-from mtj_loader.formats.known_settings import reads
+from mtj_loader.formats.known_settings import ROPE_SECTIONS, reads
 from mtj_loader.formats.typed_reader import format_value, shorten
 
 Problems = list[ConfigError] | None  # None raises the first
@@ -30,7 +30,6 @@ _TOP_LEVEL_ROPE = {
 _ROPE_BY_LAYER_TYPE = {
     "gemma3_text": {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 }
-_ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
 _DTYPE_NAMES = ("dtype", "torch_dtype")
 
 # Settings whose null differs from their absence. Mistral's `sliding_window` is 4096 if absent, and
@@ -119,7 +118,7 @@ def _rope_sections(
 ) -> dict[str, dict[str, object]]:
     """The settings of each section that the file has, without nulls."""
     result: dict[str, dict[str, object]] = {}
-    for name in _ROPE_SECTIONS if reads(config.get("model_type"), "rope_parameters") else ():
+    for name in ROPE_SECTIONS if reads(config.get("model_type"), "rope_parameters") else ():
         given = _section(config, name, file, problems)
         settings = {key: value for key, value in given.items() if value is not None}
         if "rope_type" in settings:  # transformers keeps the old name beside it
@@ -140,7 +139,7 @@ def _rope_sections(
 def rope_keys(config: Mapping[str, object]) -> set[str]:
     """The top-level keys that hold settings of the rotary embedding."""
     return {
-        *_ROPE_SECTIONS,
+        *ROPE_SECTIONS,
         *(name for names in _top_level_rope(config).values() for name in names),
     }
 

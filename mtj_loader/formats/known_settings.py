@@ -70,7 +70,7 @@ _READ_HERE = {
     "scale_embeddings", "seq_length", "verbose",
 }  # fmt: skip
 _MAX_NAMED = 30  # keys in a message
-_ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
+ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def ignored_settings(config: Mapping[str, object]) -> list[str]:
     known = HARMLESS | _READ_HERE | SUPPORTED_AT.keys()
     given = {key: value for key, value in config.items() if value is not None}
     found = [k for k in given.keys() - known if not reads(config.get("model_type"), k)]
-    for section in _ROPE_SECTIONS:
+    for section in ROPE_SECTIONS:
         rope = given.get(section)
         if section not in found and isinstance(rope, Mapping):
             rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -158,7 +158,7 @@ def _remove(config: dict[str, object], key: str) -> bool:
         return True
     name, _, inner = key.partition(".")
     removed = False
-    for section in _ROPE_SECTIONS if name in _ROPE_SECTIONS else (name,):  # messages use either
+    for section in ROPE_SECTIONS if name in ROPE_SECTIONS else (name,):  # messages use either
         value = config.get(section)
         if isinstance(value, Mapping) and inner in value:
             config[section] = {k: v for k, v in value.items() if k != inner}

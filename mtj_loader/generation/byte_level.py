@@ -63,7 +63,15 @@ def build(vocab: File, merges: File) -> Tokenizer:
     Raises:
       FormatError: a file is damaged, or the files do not match.
     """
-    return Tokenizer(_model(vocab, merges))
+    tokens, pairs = _read_vocab(vocab), _read_merges(merges)
+    for first, second in pairs:
+        missing = [token for token in (first, second, first + second) if token not in tokens]
+        if missing:
+            what = "vocab.json lacks a token that a merge needs"
+            found = f"no {missing[0]!r} for the merge of {first!r} and {second!r} in merges.txt"
+            raise FormatError(what, file=vocab, found=found)
+    with backend_errors("merges.txt does not match vocab.json", file=merges):
+        return Tokenizer(models.BPE(vocab=tokens, merges=pairs))
 
 
 def set_steps(tokenizer: Tokenizer, kind: str, config: Mapping[str, object]) -> None:
@@ -82,18 +90,6 @@ def set_steps(tokenizer: Tokenizer, kind: str, config: Mapping[str, object]) -> 
     tokenizer.normalizer = normalizers.NFC() if rules.composes else None
     tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
-
-
-def _model(vocab: File, merges: File) -> models.BPE:
-    tokens, pairs = _read_vocab(vocab), _read_merges(merges)
-    for first, second in pairs:
-        missing = [token for token in (first, second, first + second) if token not in tokens]
-        if missing:
-            what = "vocab.json lacks a token that a merge needs"
-            found = f"no {missing[0]!r} for the merge of {first!r} and {second!r} in merges.txt"
-            raise FormatError(what, file=vocab, found=found)
-    with backend_errors("merges.txt does not match vocab.json", file=merges):
-        return models.BPE(vocab=tokens, merges=pairs)
 
 
 def _read_vocab(file: File) -> dict[str, int]:

@@ -67,9 +67,9 @@ def resolve_adapter(
         lists every problem.
       AdapterError: its patterns take too long to match.
     """
-    resolver = _AdapterResolver(adapter, weight, weight_map, index, context)
-    resolver.entries = weight_map.expand(layers)
-    resolver.specs = {(spec.module, spec.param): spec for spec in specs}
+    entries, conversions = weight_map.expand(layers), weight_map.conversions
+    by_target = {(spec.module, spec.param): spec for spec in specs}
+    resolver = _AdapterResolver(adapter, weight, index, context, entries, conversions, by_target)
     for record in adapter.records.values():
         resolver.sort(record)
     try:
@@ -101,21 +101,17 @@ class _AdapterResolver:
 
     adapter: Adapter
     weight: float
-    weight_map: WeightMap
     index: TensorIndex
     context: TransformContext
-    entries: Mapping[str, Targets] = field(default_factory=dict)
-    specs: Mapping[TargetKey, ParamSpec] = field(default_factory=dict)
+    entries: Mapping[str, Targets]
+    conversions: Conversions
+    specs: Mapping[TargetKey, ParamSpec]
     pairs: dict[str, _Pair] = field(default_factory=dict)
     placed: set[str] = field(default_factory=set)  # target_parameters that already have a pair
     parts: dict[tuple[str, Merge], list[dict[int, Factors]]] = field(default_factory=dict)
     terms: dict[TargetKey, LowRank] = field(default_factory=dict)
     copies: list[BaseWeightCopy] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def conversions(self) -> Conversions:
-        return self.weight_map.conversions
 
     def sort(self, record: TensorRecord) -> None:
         """Adds one tensor of the adapter to the factors of its module."""
@@ -294,7 +290,7 @@ class _AdapterResolver:
             return
         shapes = self.file_shapes(filled)
         expected = fused_shape(shapes)
-        found = (*factors.b.shape[:-2], factors.b.shape[-2], factors.a.shape[-1])
+        found = (*factors.b.shape[:-1], factors.a.shape[-1])
         if found != expected:
             what = "the adapter was made for another shape"
             self.refuse(what, record, str(list(expected or ())), str(list(found)))

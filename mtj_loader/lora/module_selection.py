@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from mtj_loader.lora.patterns import Matcher, UnsupportedPatternError, Work, compile_pattern
+from mtj_loader.names import dotted_ends
 
 _ALL_LINEAR = "all-linear"
 _LAYER = re.compile(r"\.[^.]*\.([0-9]{1,9})\.")  # the first index in a module's name
@@ -38,8 +39,7 @@ class ModuleNames:
         """
         if self._all or (self._matcher is not None and self._matcher.matches(module)):
             return True
-        starts = [0, *(i for i, char in enumerate(module, 1) if char == ".")]
-        return any(module[start:] in self._names for start in starts)
+        return not self._names.isdisjoint(dotted_ends(module))
 
     def names_in_full(self, module: str) -> bool:
         """Whether a module is listed by its whole name."""

@@ -13,6 +13,7 @@ from mtj_loader.lora.patterns import (
     Work,
     compile_pattern,
 )
+from mtj_loader.names import dotted_ends
 
 T = TypeVar("T")
 
@@ -66,8 +67,7 @@ class PatternTable(Generic[T]):
         self._others.append((i, Matcher(prefix + program, self.work)))
 
     def _name_matches(self, name: str) -> Iterator[int]:
-        starts = [0, *(i for i, char in enumerate(name, 1) if char == ".")]
-        for end in (name[start:] for start in starts):
+        for end in dotted_ends(name):
             for wildcards, known in self._names.get(len(end), {}).items():
                 self.work.spend(STEP_WORK * (len(wildcards) + 1))
                 characters = list(end)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mtj_loader.cli import supervise, tpu
+from mtj_loader.cli import supervise
 from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.shared_options import Machine
 from mtj_loader.distributed.join import ProcessConfig, join_processes
@@ -221,7 +221,7 @@ def test_commands_with_devices_are_supervised_on_a_tpu_machine(
 
 def test_this_machine_has_no_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    assert not tpu.on_cloud_tpu()
+    assert not supervise.on_cloud_tpu()
 
 
 @pytest.mark.parametrize(
