@@ -134,10 +134,10 @@ def _samples(storage: Storage, stamp: FileVersion, count: int) -> str:
 
 
 def _adapters(plan: LoadPlan) -> str:
-    """SHA-256 of the adapters and their weights."""
+    """SHA-256 of the adapters' settings and weights."""
     headers = [
         [
-            asdict(adapter.config),
+            adapter.settings,
             [asdict(record) for record in adapter.records.values()],
             _samples(adapter.storage, adapter.file, _SAMPLES),
         ]

@@ -90,6 +90,7 @@ class Adapter:
       location: its folder.
       storage: its files.
       config: its ranks and scales.
+      settings: adapter_config.json, which `config` was read from.
       records: its tensors, by name.
       file: the file that they are in.
     """
@@ -97,6 +98,7 @@ class Adapter:
     location: str
     storage: Storage
     config: AdapterConfig
+    settings: Mapping[str, object]
     records: Mapping[str, TensorRecord]
     file: FileVersion
 
@@ -117,15 +119,15 @@ def open_adapter(path: PathLike) -> Adapter:
         versions = storage.prepare([CONFIG_FILE, *_WEIGHT_FILES])
         if CONFIG_FILE not in versions:
             raise AdapterError("not the folder of an adapter", file=folder, expected=CONFIG_FILE)
-        config = read_object(storage, CONFIG_FILE, _MAX_CONFIG_BYTES)
-        checked = read_config(config, file=f"{folder}/{CONFIG_FILE}")
+        settings = read_object(storage, CONFIG_FILE, _MAX_CONFIG_BYTES)
+        config = read_config(settings, file=f"{folder}/{CONFIG_FILE}")
         file = next((versions[name] for name in _WEIGHT_FILES if name in versions), None)
         if file is None:
             expected = " or ".join(_WEIGHT_FILES)
             raise AdapterError("the adapter has no weights", file=folder, expected=expected)
         reader = safetensors if file.path.endswith(SUFFIX) else torch_zip
         records = {record.name: record for record in reader.read_records(storage, file)}
-    return Adapter(folder, storage, checked, records, file)
+    return Adapter(folder, storage, config, settings, records, file)
 
 
 def read_config(config: Mapping[str, object], *, file: str) -> AdapterConfig:
