@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mtj_loader.errors import StorageError
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 # Errors that mean that the system or the file system (NFS, FUSE) cannot exchange.
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
@@ -94,6 +96,7 @@ def replace_folder(target: Path, folder: Path) -> None:
 
     Raises:
       OSError: the target is unchanged.
+      StorageError: another process created a target meanwhile; names the path of the old one.
     """
     try:
         exchange(target, folder)
@@ -122,10 +125,17 @@ def _replace_in_two_steps(target: Path, folder: Path) -> None:
     try:
         target.rename(old)
         folder.rename(target)
+    except OSError as error:
+        if not (os.path.lexists(old) and os.path.lexists(target)):
+            raise
+        what = "another process created the output meanwhile"
+        hint = f"the old output is now {old}"
+        raise StorageError(what, file=target, found=error.strerror, hint=hint) from error
     finally:
-        if old.exists() and not target.exists():
+        if not os.path.lexists(folder):  # it has replaced the target
+            remove(old)
+        elif os.path.lexists(old) and not os.path.lexists(target):
             old.rename(target)
-        remove(old)
 
 
 def remove(folder: Path) -> None:

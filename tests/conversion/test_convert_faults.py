@@ -310,6 +310,28 @@ def test_the_target_always_exists_while_it_is_overwritten(source, monkeypatch):
     assert '"float16"' in (out / "config.json").read_text()
 
 
+def test_a_target_created_between_two_renames_keeps_both(source, monkeypatch):
+    def rename(self, target):
+        rename_path(self, target)
+        if self == out and not out.exists():
+            out.mkdir()
+            (out / "theirs").touch()
+
+    rename_path = Path.rename
+    out = Path(mtj_loader.convert(source, dtype="float32").out)
+    before = snapshot(out)
+    monkeypatch.setattr(replace_folder, "exchange", refuse_exchange)
+    monkeypatch.setattr(Path, "rename", rename)
+    message = refusal(StorageError, source, out, dtype="float16", overwrite=True)
+    (old,) = replace_folder.find_hidden(out)
+    assert snapshot(old) == before
+    assert message == (
+        f"another process created the output meanwhile\n  file: {out}\n"
+        f"  found: Directory not empty\n  hint: the old output is now {old}\n"
+    )
+    assert leftovers(out) == ["theirs"]
+
+
 def test_an_exchange_that_fails_changes_nothing(source, monkeypatch):
     def fail(*_):
         raise OSError(errno.EACCES, "Permission denied")
