@@ -182,7 +182,7 @@ class _AdapterReader(TypedReader):
             self.raw("layers_pattern")  # has no effect then
         return ModuleSelection(
             ModuleNames(self.text_or_names("target_modules")),
-            ModuleNames(self.text_or_names("exclude_modules")),
+            ModuleNames(self.text_or_names("exclude_modules"), excluded=True),
             numbers,
         )
 

@@ -17,19 +17,21 @@ class ModuleNames:
     """Modules by the ends of their names, or by a regular expression that matches whole names.
 
     Args:
-      names: ends of dotted names, a regular expression, or "all-linear". An expression that is not
-        supported here selects every module, because the tensors show which ones PEFT saved.
+      names: ends of dotted names, a regular expression, or, for targets, "all-linear".
+      excluded: whether these are excluded modules, not targets. An expression that is not supported
+        here selects every target and excludes nothing, because the tensors show which modules PEFT
+        saved.
     """
 
-    def __init__(self, names: str | Collection[str]) -> None:
+    def __init__(self, names: str | Collection[str], *, excluded: bool = False) -> None:
         self._names = frozenset() if isinstance(names, str) else frozenset(names)
-        self._all, self._matcher = names == _ALL_LINEAR, None
+        self._all, self._matcher = names == _ALL_LINEAR and not excluded, None
         if isinstance(names, str) and not self._all:
             work = Work()
             try:
                 self._matcher = Matcher(compile_pattern(names, work), work)
             except UnsupportedPatternError:
-                self._all = True
+                self._all = not excluded
 
     def includes(self, module: str) -> bool:
         """Whether a module is selected.

@@ -37,6 +37,10 @@ CASES = {
         {"target_modules": ["dense", "w1"], "exclude_modules": r".*experts.*"},
         (2, 4),
     ),
+    "all linear is no word for exclusions": (
+        {"target_modules": ["dense"], "exclude_modules": "all-linear"},
+        (2, 4),
+    ),
     "layers": (
         {"target_modules": ["query_key_value", "w1"], "layers_to_transform": [1]},
         (1, 3),
@@ -78,6 +82,12 @@ def test_tensors_that_peft_would_ignore_are_refused(tmp_path: Path) -> None:
 def test_an_expression_that_cannot_be_matched_selects_all() -> None:
     settings = CONFIG | {"target_modules": r"^(?!.*vision).*dense"}
     modules = read_config(settings, file="adapter_config.json").modules
+    assert modules.includes(MODULES[2])
+
+
+def test_an_expression_that_cannot_be_matched_excludes_nothing() -> None:
+    settings = {"target_modules": ["dense"], "exclude_modules": r"gpt_neox\.layers\.(?=5).*"}
+    modules = read_config(CONFIG | settings, file="adapter_config.json").modules
     assert modules.includes(MODULES[2])
 
 
