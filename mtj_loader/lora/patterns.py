@@ -28,7 +28,9 @@ _SET_WORK = 40  # for a new set
 _CLASS_WORK, _CLASS_CHARACTER_WORK = 1_000, 10  # for compiling […]
 
 _SHORT_CLASSES = {".", *(f"\\{letter}" for letter in "dDsSwW")}
-_ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[^0-9A-Za-z]|\\[dDsSwW]|[^\\()\[{}*+?|^$]", re.S)
+# Not with `[[` at the start or `--`, `&&`, `~~` or `||`: `re` warns that they may get a meaning.
+_CLASS = r"\[(?!\[)\^?\]?(?:\\.|(?!--|&&|~~|\|\|)[^\]\\])*\]"
+_ATOM = re.compile(_CLASS + r"|\\[^0-9A-Za-z]|\\[dDsSwW]|[^\\()\[{}*+?|^$]", re.S)
 _REPEAT = re.compile(r"(?:([*+?])|\{([0-9]{1,4})(,([0-9]{1,4})?)?\})\??(?![*+?{])")
 
 

@@ -99,6 +99,9 @@ def test_no_pattern_takes_forever(pattern: str):
         ("a++", "from character 2 on"),  # possessive
         ("[a", "from character 1 on"),
         ("[z-a]", "bad character range"),
+        ("[[a]b]", "from character 1 on"),  # `re` warns
+        ("[+--a]", "from character 1 on"),
+        ("[a&&b]", "from character 1 on"),
         (r"(a)\1", "from character 4 on"),
         (r"\bq", "from character 1 on"),
         ("(?i)a", "from character 1 on"),
