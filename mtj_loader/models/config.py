@@ -22,6 +22,7 @@ from mtj_loader.parameters import round_up
 # published model has.
 MAX_WIDTH = 2**20
 MAX_LAYERS = 2**12
+MAX_HEADS = 2**12
 MAX_VOCABULARY = 2**24
 
 
@@ -198,7 +199,7 @@ class ModelConfig:
 
 def _read_heads(reader: ConfigReader, defaults: Mapping[str, object]) -> tuple[int, int, int]:
     """Query heads, key-value heads and the size of a head."""
-    heads = kv_heads = reader.integer("num_attention_heads")
+    heads = kv_heads = reader.integer("num_attention_heads", high=MAX_HEADS)
     if "num_key_value_heads" in defaults:
         kv_heads = reader.integer("num_key_value_heads", heads)
     if heads % kv_heads:

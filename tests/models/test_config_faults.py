@@ -55,6 +55,12 @@ def test_one_million_attention_types_are_counted_and_not_expanded() -> None:
         read({"model_type": "gpt_neo", "attention_types": types})
 
 
+def test_a_billion_heads_are_refused_before_anything_counts_to_them() -> None:
+    sizes = {"num_attention_heads": 2**30, "head_dim": 2, "hidden_size": 64}
+    with pytest.raises(ConfigError, match="num_attention_heads"):
+        read({"model_type": "llama", **sizes})
+
+
 FOLLOWS = [  # a wrong value, and checks that follow from it and say nothing of their own
     ("llama", {"hidden_size": "wide", "num_attention_heads": 7}, "hidden_size"),
     ("llama", {"num_attention_heads": 0, "num_key_value_heads": 3}, "num_attention_heads"),
