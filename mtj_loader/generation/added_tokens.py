@@ -126,14 +126,17 @@ def _add(tokenizer: Tokenizer, tokens: Sequence[AddedToken]) -> None:
 
 def _add_ends(tokenizer: Tokenizer, added: Mapping[str, str]) -> None:
     """Adds the beginning-of-text and the end-of-text token to every text."""
+    special = []
     for role, text in added.items():
-        if tokenizer.token_to_id(text) is None:
+        number = tokenizer.token_to_id(text)
+        if number is None:
             what = "the token to add to each text is not in the vocabulary"
             raise FormatError(what, file=_FILES, key=role, found=repr(text))
-    single = [added.get("bos_token"), "$A", added.get("eos_token")]
+        special.append({"id": role, "ids": [number], "tokens": [text]})
+    # The template names tokens by role, because a token's text may contain template syntax.
+    template = [part for part in ("bos_token", "$A", "eos_token") if part in {"$A", *added}]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=[part for part in single if part is not None],
-        special_tokens=[(text, tokenizer.token_to_id(text)) for text in set(added.values())],
+        single=template, special_tokens=special
     )
 
 
@@ -166,7 +169,10 @@ def _numbered_tokens(decoder: object) -> dict[int, AddedToken]:
     if not isinstance(decoder, dict) or not all(map(_is_id, decoder)):
         expected = f"an object whose keys are ids, 0 to {MAX_ID}"
         raise FormatError("not added tokens", file=_FILES, key=key, expected=expected)
-    return {int(number): _read_token(value, key) for number, value in decoder.items()}
+    tokens = {int(number): _read_token(value, key) for number, value in decoder.items()}
+    if len(tokens) < len(decoder):
+        raise FormatError("two added tokens have the same id", file=_FILES, key=key)
+    return tokens
 
 
 def _is_id(text: str) -> bool:

@@ -177,6 +177,7 @@ def test_damaged_tokenizer_json(tmp_path: Path, content: bytes):
         ("tokenizer_config_json", '{"added_tokens_decoder": {"x": "a"}}', "not added tokens"),
         ("tokenizer_config_json", '{"added_tokens_decoder": [1]}', "not added tokens"),
         ("tokenizer_config_json", '{"added_tokens_decoder": {"0": {}}}', "not a token"),
+        ("tokenizer_config_json", '{"added_tokens_decoder": {"3": "a", "03": "b"}}', "the same id"),
         ("tokenizer_config_json", '{"additional_special_tokens": [7]}', "not a token"),
         ("tokenizer_config_json", '{"additional_special_tokens": 7}', "not a list of tokens"),
         ("tokenizer_config_json", '{"added_tokens_decoder": {"9": "a"}}', "its specified id"),

@@ -80,6 +80,18 @@ def test_empty_names_of_the_first_conversions_of_llama_are_not_set(tmp_path: Pat
     assert tokenizer.encode(TEXTS[6]) == CASES["llama_fast_bos"]["ids"][6]
 
 
+@pytest.mark.parametrize("text", ["$A", "$B", "b:1", ":", "$0"])
+def test_a_token_to_add_may_contain_template_syntax(tmp_path: Path, text: str):
+    config = {"bos_token": text, "eos_token": text, "add_bos_token": True, "add_eos_token": True}
+    files = write_json(tmp_path, {"tokenizer_config": config}) | vocabulary("bpe")
+    tokenizer = load_tokenizer(files, "llama", "LlamaTokenizer")
+    plain = load_tokenizer(vocabulary("bpe"), "llama", "LlamaTokenizer")
+    assert tokenizer is not None
+    assert plain is not None
+    added = tokenizer.backend.token_to_id(text)
+    assert tokenizer.encode(TEXTS[6]) == [added, *plain.encode(TEXTS[6]), added]
+
+
 def test_config_json_may_name_the_class(tmp_path: Path):
     tokenizer = load_tokenizer(vocabulary("bpe"), "llama", "LlamaTokenizer")
     assert tokenizer is not None
