@@ -19,7 +19,7 @@ from mtj_loader.names import number_set
 from mtj_loader.storage.local import LocalStorage
 
 _MAX_FILE_BYTES = 1 << 30  # enough for 10,000 parameters in 1,000 shards
-_MAX_SHARDS, _MAX_DIGITS = 10_000, 6
+_MAX_SHARDS, _MAX_DIGITS = 10_000, 5
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _by_number(shards: object) -> dict[int, str]:
     """Shard numbers and digests; skips entries that have another format."""
     entries = shards.items() if isinstance(shards, dict) else ()
     numbers = ((str(j), str(sha256)) for j, sha256 in entries)
-    return {int(j): sha256 for j, sha256 in numbers if j.isdecimal() and len(j) < _MAX_DIGITS}
+    return {int(j): sha256 for j, sha256 in numbers if j.isdecimal() and len(j) <= _MAX_DIGITS}
 
 
 def _add(known: dict[int, str], new: Mapping[int, str], source: str, name: str) -> None:

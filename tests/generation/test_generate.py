@@ -247,9 +247,13 @@ def test_pieces_of_several_rows_are_interleaved():
 
 
 def test_a_stream_may_be_closed_early():
-    parts = stream(hashing(), "x", SamplingParams(max_new_tokens=400))
+    generator = hashing()
+    parts = stream(generator, "x", SamplingParams(max_new_tokens=400))
     next(parts)
     parts.close()  # pyright: ignore
+    assert list(parts) == []
+    steps = generator.forward.calls.count("step")  # pyright: ignore[reportAttributeAccessIssue]
+    assert steps < 20
 
 
 def test_invalid_arguments_are_reported_before_the_first_piece():
