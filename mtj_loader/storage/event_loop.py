@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -63,12 +63,35 @@ async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         raise
 
 
+async def call_in_thread(call: Callable[[], T]) -> T:
+    """Waits for a blocking call in a thread of its own.
+
+    If this coroutine is cancelled, nothing waits for the call, not even the end of the process;
+    threads of `asyncio.to_thread` would delay both.
+    """
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+    threading.Thread(target=_call, args=(call, future), daemon=True).start()
+    try:
+        return await asyncio.wrap_future(future)
+    finally:
+        del future  # see LoopThread.run
+
+
+def _call(call: Callable[[], T], future: Future[T]) -> None:
+    try:
+        future.set_result(call())
+    except BaseException as error:  # noqa: BLE001 -- raised where the future is awaited
+        future.set_exception(error)
+    finally:
+        del future  # see LoopThread.run
+
+
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     """Runs until the loop is stopped, then cancels the remaining tasks."""
     try:
         loop.run_forever()
         loop.run_until_complete(_cancel(asyncio.all_tasks(loop)))
-        loop.run_until_complete(loop.shutdown_default_executor())
     finally:
         loop.close()
 

@@ -29,7 +29,7 @@ from huggingface_hub.utils import build_hf_headers, tqdm
 
 from mtj_loader.errors import MtjLoaderError, StorageError, UsageError
 from mtj_loader.storage import retry
-from mtj_loader.storage.event_loop import LoopThread
+from mtj_loader.storage.event_loop import LoopThread, call_in_thread
 from mtj_loader.storage.retry import TRANSIENT_STATUS, RetryPolicy, TransientError
 from mtj_loader.storage.urls import connect, require_obstore
 
@@ -101,7 +101,7 @@ class Repository:
         def explain(found: str) -> StorageError:
             return StorageError("the hub keeps failing", file=file, found=found)
 
-        return await retry.retry(lambda: asyncio.to_thread(request), retry.RETRY_POLICY, explain)
+        return await retry.retry(lambda: call_in_thread(request), retry.RETRY_POLICY, explain)
 
     def download(
         self, revision: str | None, names: Sequence[str], *, show_progress: bool = False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import threading
 import time
 from collections import deque
@@ -23,7 +25,7 @@ from mtj_loader.formats.checkpoint import open_checkpoint
 from mtj_loader.loading.load_params import load_params
 from mtj_loader.options import Source
 from mtj_loader.storage import retry
-from mtj_loader.storage.retry import RetryPolicy
+from mtj_loader.storage.retry import RetryPolicy, TransientError
 from tests.support import hub as hub_server
 from tests.support import neox
 from tests.support.adapters import linear, write_adapter
@@ -371,6 +373,25 @@ def test_a_hub_that_is_overloaded_briefly(hub, local):
     hub.refused = 5
     assert digests(load("org/neox", stream=True)) == local
     assert hub.refused == 0
+
+
+@pytest.mark.parametrize("request_name", ["HfApi.model_info", "get_hf_file_metadata"])
+def test_an_interrupt_does_not_wait_for_the_hub(hub, monkeypatch, request_name):
+    interrupts = deque([signal.SIGINT])  # addresses are requested for several files at once
+    answered, ended = threading.Event(), threading.Event()
+
+    def stall(*_, **__):
+        while interrupts:
+            os.kill(os.getpid(), interrupts.pop())
+        answered.wait(10)
+        ended.set()
+        raise TransientError("too late")
+
+    monkeypatch.setattr(f"mtj_loader.storage.hub.{request_name}", stall)
+    with pytest.raises(KeyboardInterrupt):
+        open_checkpoint(Source("org/neox", stream=True))
+    assert not ended.is_set()
+    answered.set()
 
 
 @pytest.mark.parametrize("path", ["/api/models/", "/resolve/"])
