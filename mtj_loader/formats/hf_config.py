@@ -86,15 +86,21 @@ def _rope_by_layer_type(
 ) -> dict[str, object]:
     """The new spelling: a section for each type of layer. rope_scaling is of full attention."""
     given = _section(config, "rope_parameters", file, problems)
+    scaling = _rope_section(config, "rope_scaling", file, problems)
+    if config.get("rope_parameters") is None and scaling.get("type", "default") != "default":
+        what, found = "transformers does not read this name here", format_value(scaling["type"])
+        error = ConfigError(
+            what, file=file, key="rope_scaling.type", expected="rope_type", found=found
+        )
+        _report(error, problems)
     result = dict(given)
     for layer_type, theta in thetas.items():
-        rope = dict(_section(given, layer_type, file, problems) or {"rope_type": "default"})
+        rope = _rope_section(given, layer_type, file, problems, prefix="rope_parameters.")
+        sections = {f"rope_parameters.{layer_type}": rope}
         if layer_type == "full_attention":
-            rope |= _section(config, "rope_scaling", file, problems)
-        rope.setdefault("rope_type", rope.pop("type", "default"))
-        if config.get(theta) is not None:
-            rope.setdefault("rope_theta", config[theta])
-        result[layer_type] = rope
+            sections["rope_scaling"] = scaling
+        merged = _merge_rope(config, sections, {"rope_theta": [theta]}, file, problems)
+        result[layer_type] = {"rope_type": "default", **merged}
     return {"rope_parameters": result}
 
 
@@ -102,29 +108,47 @@ def _rope_settings(
     config: Mapping[str, object], file: str, problems: Problems
 ) -> dict[str, object]:
     """The rotary settings under their new names; null counts as absent."""
+    sections = _rope_sections(config, file, problems)
+    return _merge_rope(config, sections, _top_level_rope(config), file, problems)
+
+
+def _merge_rope(
+    config: Mapping[str, object],
+    sections: Mapping[str, Mapping[str, object]],
+    top_level: Mapping[str, list[str]],
+    file: str,
+    problems: Problems,
+) -> dict[str, object]:
+    """The settings of sections, by path, and of names at the top level, under their new names."""
     found: dict[str, list[tuple[str, object]]] = {}
-    for section, settings in _rope_sections(config, file, problems).items():
+    for section, settings in sections.items():
         for key, value in settings.items():
             setting = "rope_type" if key == "type" else key
             found.setdefault(setting, []).append((f"{section}.{key}", value))
-    for setting, names in _top_level_rope(config).items():
+    for setting, names in top_level.items():
         found.setdefault(setting, []).extend((name, config.get(name)) for name in names)
     given = {key: [s for s in spellings if s[1] is not None] for key, spellings in found.items()}
     return {key: _agreed_value(values, file, problems) for key, values in given.items() if values}
 
 
+def _rope_section(
+    config: Mapping[str, object], name: str, file: str, problems: Problems, prefix: str = ""
+) -> dict[str, object]:
+    """The settings of a section, without nulls."""
+    given = _section(config, name, file, problems, prefix)
+    settings = {key: value for key, value in given.items() if value is not None}
+    if "rope_type" in settings:  # transformers keeps the old name beside it
+        settings.pop("type", None)
+    return settings
+
+
 def _rope_sections(
     config: Mapping[str, object], file: str, problems: Problems
 ) -> dict[str, dict[str, object]]:
-    """The settings of each section that the file has, without nulls."""
-    result: dict[str, dict[str, object]] = {}
-    for name in ROPE_SECTIONS if reads(config.get("model_type"), "rope_parameters") else ():
-        given = _section(config, name, file, problems)
-        settings = {key: value for key, value in given.items() if value is not None}
-        if "rope_type" in settings:  # transformers keeps the old name beside it
-            settings.pop("type", None)
-        if settings:
-            result[name] = settings
+    """The settings of each section that the file has."""
+    names = ROPE_SECTIONS if reads(config.get("model_type"), "rope_parameters") else ()
+    given = {name: _rope_section(config, name, file, problems) for name in names}
+    result = {name: settings for name, settings in given.items() if settings}
     keys = [{"rope_type" if key == "type" else key for key in each} for each in result.values()]
     if len(keys) == 2 and keys[0] != keys[1]:  # transformers would take one of the sections
         only = ", ".join(map(shorten, sorted(keys[0] ^ keys[1])))
@@ -230,15 +254,13 @@ def add_spellings(
 
 
 def _section(
-    config: Mapping[str, object], name: str, file: str, problems: Problems
+    config: Mapping[str, object], name: str, file: str, problems: Problems, prefix: str = ""
 ) -> Mapping[str, object]:
     section = config.get(name)
     if section is None or isinstance(section, Mapping):
         return section or {}
-    found = format_value(section)
-    _report(
-        ConfigError("not an object", file=file, key=name, expected="{…}", found=found), problems
-    )
+    key, found = prefix + name, format_value(section)
+    _report(ConfigError("not an object", file=file, key=key, expected="{…}", found=found), problems)
     return {}
 
 

@@ -16,6 +16,12 @@ def normal(**config):
     return normalize(config, file="config.json")
 
 
+def gemma3(full_attention: object, **settings: object) -> dict[str, object]:
+    """A config with one section of rope_parameters, and settings at the top level."""
+    rope = {"full_attention": full_attention}
+    return {"model_type": "gemma3_text", "rope_parameters": rope, **settings}
+
+
 def test_old_spelling_gains_the_new_one():
     config = normal(rotary_pct=0.5, rotary_emb_base=500, torch_dtype="float16")
     assert config["rope_parameters"] == {
@@ -98,6 +104,21 @@ def test_the_input_is_not_changed():
             "rope_theta and rotary_emb_base",
             "1 and true",
         ),
+        (
+            gemma3({"rope_type": "linear", "factor": 4}, rope_scaling={"factor": 8}),
+            "rope_parameters.full_attention.factor and rope_scaling.factor",
+            "4 and 8",
+        ),
+        (
+            gemma3({"rope_type": "default"}, rope_scaling={"type": "linear"}),
+            "rope_parameters.full_attention.rope_type and rope_scaling.type",
+            '"default" and "linear"',
+        ),
+        (
+            gemma3({"rope_theta": 7}, rope_theta=9),
+            "rope_parameters.full_attention.rope_theta and rope_theta",
+            "7 and 9",
+        ),
     ],
 )
 def test_spellings_that_disagree_are_refused(config, names, values):
@@ -115,6 +136,31 @@ def test_rope_parameters_must_be_an_object():
     with pytest.raises(ConfigError, match="not an object") as caught:
         normal(rope_parameters=[1])
     assert caught.value.key == "rope_parameters"
+
+
+def test_the_section_of_a_layer_type_must_be_an_object():
+    with pytest.raises(ConfigError, match="not an object") as caught:
+        normal(**gemma3([1]))
+    assert caught.value.key == "rope_parameters.full_attention"
+
+
+def test_rope_scaling_belongs_to_full_attention():
+    scaling = {"rope_type": "linear", "factor": 8}
+    config = normal(**gemma3({"rope_theta": 7}, rope_scaling=scaling, rope_local_base_freq=3))
+    assert config["rope_parameters"] == {
+        "full_attention": {"rope_type": "linear", "factor": 8, "rope_theta": 7},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3},
+    }
+    assert normal(**config) == config
+    both_names = normal(**gemma3({"rope_type": "default", "type": "linear"}))["rope_parameters"]
+    assert both_names["full_attention"] == {"rope_type": "default"}  # as in transformers
+
+
+def test_a_type_that_transformers_does_not_read_is_refused():
+    """It sets `rope_type` to "default" first, and then ignores `type`."""
+    with pytest.raises(ConfigError, match="does not read this name") as caught:
+        normal(model_type="gemma3_text", rope_scaling={"type": "linear", "factor": 8})
+    assert caught.value.key == "rope_scaling.type"
 
 
 SPELLINGS = {
