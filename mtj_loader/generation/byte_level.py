@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mtj_loader.errors import FormatError
-from mtj_loader.formats.file_names import MAX_TOKENIZER_BYTES
 from mtj_loader.generation.tokenizer_files import File, backend_errors, check_ids, read_json
 from mtj_loader.storage.base import read_small
+
+# Ten times the files of Qwen3, the largest ones among the supported families.
+_MAX_FILE_BYTES, _MAX_MERGES = 30_000_000, 2_000_000
 
 # How Qwen2 splits a text into words (Qwen2Tokenizer in transformers).
 _QWEN2_WORDS = (
@@ -93,7 +95,7 @@ def set_steps(tokenizer: Tokenizer, kind: str, config: Mapping[str, object]) -> 
 
 
 def _read_vocab(file: File) -> dict[str, int]:
-    vocab = dict(check_ids(read_json(file), file=file))
+    vocab = dict(check_ids(read_json(file, _MAX_FILE_BYTES), file=file))
     token_of: dict[int, str] = {}
     for token, number in vocab.items():
         if (other := token_of.setdefault(number, token)) != token:
@@ -104,11 +106,14 @@ def _read_vocab(file: File) -> dict[str, int]:
 
 def _read_merges(file: File) -> list[tuple[str, str]]:
     try:
-        lines = read_small(file, MAX_TOKENIZER_BYTES).decode("utf-8").split("\n")
+        text = read_small(file, _MAX_FILE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError("not UTF-8", file=file, found=f"byte {error.start}") from error
+    if (count := text.count("\n")) > _MAX_MERGES:
+        expected, found = f"at most {_MAX_MERGES:,}", f"{count:,} lines"
+        raise FormatError("too many merges", file=file, expected=expected, found=found)
     merges = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
         parts = line.rstrip("\r").split(" ")

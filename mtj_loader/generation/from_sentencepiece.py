@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from mtj_loader.errors import TokenizerMissingError
+from mtj_loader.errors import FormatError, TokenizerMissingError
 from mtj_loader.formats.sentencepiece import ModelType, PieceType, SentencePieceModel
 from mtj_loader.generation.added_tokens import TokenSettings
 from mtj_loader.generation.tokenizer_files import backend_errors
@@ -29,6 +29,7 @@ CLASSES: Mapping[str, Mapping[str, str] | None] = {
     "TokenizersBackend": None,
 }
 
+_MAX_MERGES = 6_000_000  # ten times Gemma 2's
 _SPACE = "▁"  # SentencePiece's spelling of a space
 
 
@@ -58,7 +59,7 @@ def build(
             hint="pass token ids",
         )
     with backend_errors("the tokenizer cannot be built", file=file):
-        return _plain(model, settings) if plain else Tokenizer(_bpe(model, {}))
+        return _plain(model, settings, file) if plain else Tokenizer(_bpe(model, {}, file))
 
 
 def set_steps(tokenizer: Tokenizer, kind: str, config: Mapping[str, object]) -> None:
@@ -99,10 +100,10 @@ def own_tokens(model: SentencePieceModel) -> list[AddedToken]:
     ]
 
 
-def _plain(model: SentencePieceModel, settings: TokenSettings) -> Tokenizer:
+def _plain(model: SentencePieceModel, settings: TokenSettings, file: object) -> Tokenizer:
     """TokenizersBackend: what the file says, but no space is added."""
     if model.model_type is ModelType.BPE:
-        core = _bpe(model, _renamed(model, settings))
+        core = _bpe(model, _renamed(model, settings), file)
     else:
         scores = [(piece.text, piece.score) for piece in model.pieces]
         core = models.Unigram(scores, model.unk_id, model.byte_fallback)
@@ -126,30 +127,36 @@ def _renamed(model: SentencePieceModel, settings: TokenSettings) -> dict[int, st
     }
 
 
-def _bpe(model: SentencePieceModel, renamed: Mapping[int, str]) -> models.BPE:
+def _bpe(model: SentencePieceModel, renamed: Mapping[int, str], file: object) -> models.BPE:
     vocab = {piece.text: number for number, piece in enumerate(model.pieces)}
     texts = {number: text for text, number in vocab.items()} | dict(renamed)
     return models.BPE(
         {text: number for number, text in texts.items()},
-        find_merges(vocab),
+        find_merges(vocab, file=file),
         unk_token=model.special_tokens.get("unk_token"),
         fuse_unk=True,
         byte_fallback=model.byte_fallback,
     )
 
 
-def find_merges(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def find_merges(vocab: Mapping[str, int], *, file: object) -> list[tuple[str, str]]:
     """The merges that SentencePiece's BPE has: any two tokens whose texts make a third.
 
     A token with a smaller id is made first; of its several merges, the one with the shorter first
     part, as in transformers' `generate_merges`.
+
+    Raises:
+      FormatError: there are more than in any real vocabulary; `file` is named.
     """
-    return [
-        (text[:cut], text[cut:])
-        for text in sorted(vocab, key=vocab.__getitem__)
-        for cut in range(1, len(text))
-        if text[:cut] in vocab and text[cut:] in vocab
-    ]
+    shared = {text: text for text in vocab}  # all merges share the strings, to save memory
+    merges = []
+    for text in sorted(vocab, key=vocab.__getitem__):
+        parts = ((shared.get(text[:cut]), shared.get(text[cut:])) for cut in range(1, len(text)))
+        merges += [(first, second) for first, second in parts if first and second]
+        if len(merges) > _MAX_MERGES:
+            expected = f"at most {_MAX_MERGES:,}"
+            raise FormatError("the pieces form too many merges", file=file, expected=expected)
+    return merges
 
 
 def _decoding_steps() -> list[decoders.Decoder]:

@@ -9,22 +9,22 @@ from typing import cast
 
 from mtj_loader.errors import FormatError, MtjLoaderError
 from mtj_loader.formats import strict_json
-from mtj_loader.formats.file_names import MAX_TOKENIZER_BYTES
 from mtj_loader.formats.typed_reader import format_value
 from mtj_loader.storage.base import StoredFile, read_small
 
 File = Path | StoredFile
 
 MAX_ID = 2**32 - 1  # the library's ids are unsigned 32-bit integers
+_MAX_SETTINGS_BYTES = 12_000_000  # ten times Gemma 3's tokenizer_config.json
 
 
-def read_json(file: File) -> dict[str, object]:
-    """Reads a file that contains a JSON object.
+def read_json(file: File, max_bytes: int = _MAX_SETTINGS_BYTES) -> dict[str, object]:
+    """Reads a file that contains a JSON object, by default one with settings.
 
     Raises:
-      FormatError: the file is too large, or does not contain one.
+      FormatError: the file has more than `max_bytes`, or does not contain an object.
     """
-    return strict_json.parse_object(read_small(file, MAX_TOKENIZER_BYTES), file=str(file))
+    return strict_json.parse_object(read_small(file, max_bytes), file=str(file))
 
 
 def check_ids(values: Mapping[str, object], *, file: object) -> Mapping[str, int]:

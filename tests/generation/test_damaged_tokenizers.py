@@ -11,7 +11,6 @@ import pytest
 import tokenizers
 
 from mtj_loader.errors import FormatError
-from mtj_loader.formats.file_names import MAX_TOKENIZER_BYTES
 from mtj_loader.generation import tokenizer_json
 from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
 from mtj_loader.storage.base import StoredFile
@@ -123,20 +122,36 @@ def test_panics_at_decode_become_errors_and_ctrl_c_does_not():
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+    ("name", "megabytes"),
+    [
+        ("tokenizer.json", 100),
+        ("tokenizer_config.json", 12),
+        ("special_tokens_map.json", 12),
+        ("added_tokens.json", 12),
+        ("vocab.json", 30),
+        ("merges.txt", 30),
+    ],
 )
-def test_files_that_are_too_large_are_not_read(tmp_path: Path, name: str):
+def test_files_that_are_too_large_are_not_read(tmp_path: Path, name: str, megabytes: int):
     contents = {"vocab.json": '{"a": 0}', "merges.txt": "", "tokenizer_config.json": "{}"}
     files = {file: tmp_path / file for file in {*contents, name}}
     for file, path in files.items():
         path.write_text(contents.get(file, ""))
     with files[name].open("r+b") as large:
-        large.truncate(MAX_TOKENIZER_BYTES + 1)  # a hole: it needs no disk
+        large.truncate(megabytes * 1_000_000 + 1)  # a hole: it needs no disk
     if name != "tokenizer.json":
         files.pop("tokenizer.json", None)
-    with pytest.raises(FormatError, match=r"(?s)too large.*100,000,000.*100,000,001") as caught:
+    with pytest.raises(FormatError, match=rf"(?s)too large.*{megabytes},000,001") as caught:
         load_tokenizer(files, "gptj")
     assert caught.value.file == str(files[name])
+
+
+def test_the_number_of_merges_is_limited(tmp_path: Path):
+    files = {name: tmp_path / name for name in ("vocab.json", "merges.txt")}
+    files["vocab.json"].write_text('{"a": 0, "b": 1, "ab": 2}')
+    files["merges.txt"].write_text("a b\n" * 2_000_001)
+    with pytest.raises(FormatError, match=r"(?s)too many merges.*2,000,000.*2,000,001 lines"):
+        load_tokenizer(files, "gptj")
 
 
 @pytest.mark.parametrize("stored", [False, True])

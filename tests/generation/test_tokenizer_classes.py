@@ -9,6 +9,7 @@ import pytest
 
 from mtj_loader.errors import FormatError, TokenizerMissingError
 from mtj_loader.formats.sentencepiece import parse_model
+from mtj_loader.generation import from_sentencepiece
 from mtj_loader.generation.from_sentencepiece import find_merges
 from mtj_loader.generation.tokenizer import choose_class, load_tokenizer
 from tests.support.tokenizers import CASES, FOLDER, TEXTS, load_case, vocabulary, write_json
@@ -108,7 +109,13 @@ def test_a_new_token_must_not_get_the_id_of_another(tmp_path: Path):
 
 def test_merges_are_ordered_by_the_id_of_the_result_and_then_by_the_first_part():
     vocab = {"a": 0, "b": 1, "c": 2, "bc": 5, "ab": 4, "abc": 6}
-    assert find_merges(vocab) == [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]
+    assert find_merges(vocab, file="x") == [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]
+
+
+def test_the_number_of_merges_of_a_tokenizer_model_is_limited(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(from_sentencepiece, "_MAX_MERGES", 100)
+    with pytest.raises(FormatError, match=r"(?s)too many merges.*tokenizer\.model.*at most 100"):
+        load_tokenizer(vocabulary("bpe"), "llama", "LlamaTokenizer")
 
 
 @pytest.mark.parametrize("name", ["bpe", "unigram"])
