@@ -1,14 +1,13 @@
-"""The special and the added tokens of a tokenizer that is built from its vocabulary.
+"""The special and the added tokens of a tokenizer, by the rules of transformers 5.
 
-The rules are those of transformers 5 for a checkpoint without tokenizer.json. Such tokens are in
-tokenizer_config.json, in older checkpoints also in special_tokens_map.json and added_tokens.json,
-and in a tokenizer.model.
+They are in tokenizer_config.json, in older checkpoints also in special_tokens_map.json and
+added_tokens.json, and in tokenizer.json or tokenizer.model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import AddedToken, Tokenizer, processors
 
@@ -44,15 +43,25 @@ class TokenSettings:
     add_bos: bool
     add_eos: bool
 
+    def without_ends(self) -> TokenSettings:
+        """The same, but a text gets no token at its ends: tokenizer.json decides that."""
+        return replace(self, add_bos=False, add_eos=False)
 
-def read_token_settings(config: Object, special_map: Object, added: Object) -> TokenSettings:
+
+def read_token_settings(
+    config: Object,
+    special_map: Object,
+    added: Object,
+    in_file: Mapping[int, AddedToken] | None = None,
+) -> TokenSettings:
     """Reads the settings; a file that does not exist is an empty object.
 
     Args:
       config: tokenizer_config.json.
       special_map: special_tokens_map.json, which takes precedence.
-      added: added_tokens.json: token → id. If the config has `added_tokens_decoder`, neither this
-        nor `special_map` is used.
+      added: added_tokens.json: token → id.
+      in_file: the added tokens of tokenizer.json, which take precedence over `added`. If the config
+        has `added_tokens_decoder`, neither these nor `added` and `special_map` are used.
 
     Raises:
       FormatError: a value is not a token, or not an id.
@@ -60,10 +69,13 @@ def read_token_settings(config: Object, special_map: Object, added: Object) -> T
     decoder = config.get("added_tokens_decoder")
     old = {} if decoder is not None else special_map
     special, more = _special_tokens({**config, **old})
-    complete = any(key in config for key in _LISTS)
+    complete = any(key in config and not isinstance(config[key], dict) for key in _LISTS)
     named = (*special.values(), *(more if complete else ()))
     texts = {token.content for token in named if token is not None}
-    numbered = _numbered_tokens(decoder) if decoder is not None else _old_tokens(added, texts)
+    if decoder is not None:
+        numbered = _numbered_tokens(decoder)
+    else:
+        numbered = _old_tokens(added, texts) | dict(in_file or {})
     of_text = {token.content: token for token in numbered.values()}
     return TokenSettings(
         numbered,
@@ -80,6 +92,8 @@ def add_tokens(
     settings: TokenSettings,
     defaults: Mapping[str, str],
     own: Sequence[AddedToken] = (),
+    *,
+    resets_flags: bool = False,
 ) -> None:
     """Adds the tokens that are never split, and those at the beginning and end of a text.
 
@@ -88,24 +102,20 @@ def add_tokens(
       settings: of the checkpoint.
       defaults: special tokens by role, as the tokenizer's class defines them.
       own: the special tokens of a tokenizer.model.
+      resets_flags: the class gives its special tokens the default flags.
 
     Raises:
       FormatError: a token does not get the id that a file states.
     """
     special = {role: AddedToken(text, special=True) for role, text in defaults.items()}
     special = _in_order({**special, **settings.special})
-    texts = {token.content for token in special.values()}
-    for number, token in sorted(settings.numbered.items(), key=lambda item: item[0]):
-        token.special = token.special or token.content in texts
-        _add(tokenizer, [token])
-        found = tokenizer.token_to_id(token.content)
-        if found != number:
-            what = "an added token does not get its specified id"
-            key = f"added token {token.content!r}"
-            raise FormatError(what, file=_FILES, key=key, expected=number, found=found)
+    _add_numbered(tokenizer, settings.numbered, {token.content for token in special.values()})
     more = settings.more if settings.complete else [*own, *settings.more]
-    known = {token.content for token in settings.numbered.values()}
-    _add(tokenizer, [*special.values(), *(token for token in more if token.content not in known)])
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    named = [*special.values(), *more]
+    _add(tokenizer, [token for token in named if token.content not in known])
+    if resets_flags:
+        _add(tokenizer, [AddedToken(token.content, special=True) for token in named])
     ends = {"bos_token": settings.add_bos, "eos_token": settings.add_eos}
     added = {role: special[role].content for role in ends if ends[role] and role in special}
     if added:
@@ -122,6 +132,22 @@ def _add(tokenizer: Tokenizer, tokens: Sequence[AddedToken]) -> None:
             found = f"the id {number} for {text!r} and {other!r}"
             raise FormatError(what, file=_FILES, found=found)
     tokenizer.add_tokens(list(tokens))
+
+
+def _add_numbered(
+    tokenizer: Tokenizer, numbered: Mapping[int, AddedToken], special: set[str]
+) -> None:
+    """Adds tokens in the order of their ids, and checks that they get them."""
+    tokens = [token for _, token in sorted(numbered.items(), key=lambda item: item[0])]
+    for token in tokens:
+        token.special = token.special or token.content in special
+    _add(tokenizer, tokens)  # at once: every call reads the whole vocabulary
+    for number, token in numbered.items():
+        found = tokenizer.token_to_id(token.content)
+        if found != number:
+            what = "an added token does not get its specified id"
+            key = f"added token {token.content!r}"
+            raise FormatError(what, file=_FILES, key=key, expected=number, found=found)
 
 
 def _add_ends(tokenizer: Tokenizer, added: Mapping[str, str]) -> None:

@@ -126,20 +126,40 @@ def load_tokenizer(
     """
     config = _optional_json(files, "tokenizer_config.json")
     kind = choose_class(model_type, config.get("tokenizer_class") or class_name)
+    special_map = _optional_json(files, "special_tokens_map.json")
+    added = _optional_json(files, "added_tokens.json")
     if "tokenizer.json" in files:
         tokenizer = read_tokenizer_json(files["tokenizer.json"])
-        if isinstance(tokenizer.model, models.BPE):
-            _set_steps(tokenizer, kind, config)
-        return Tokenizer(tokenizer)
-    if not (_has_merges(files) or _MODEL in files):
+        in_file = tokenizer.get_added_tokens_decoder()
+        settings = read_token_settings(config, special_map, added, in_file).without_ends()
+        tokenizer, defaults = _without_steps(tokenizer, kind)
+        own = ()
+    elif _has_merges(files) or _MODEL in files:
+        settings = read_token_settings(config, special_map, added)
+        tokenizer, defaults, own = _read_vocabulary(files, kind, settings)
+    else:
         return None
-    old = (_optional_json(files, f"{name}.json") for name in ("special_tokens_map", "added_tokens"))
-    settings = read_token_settings(config, *old)
-    tokenizer, defaults, own = _read_vocabulary(files, kind, settings)
     _set_steps(tokenizer, kind, config)
     with backend_errors("the tokens of the checkpoint cannot be added"):
-        add_tokens(tokenizer, settings, defaults, own)
+        add_tokens(tokenizer, settings, defaults, own, resets_flags=kind == "Qwen2Tokenizer")
     return Tokenizer(tokenizer)
+
+
+def _without_steps(
+    tokenizer: tokenizers.Tokenizer, kind: str
+) -> tuple[tokenizers.Tokenizer, Mapping[str, str]]:
+    """A tokenizer.json as the class reads it, and the usual special tokens of the class.
+
+    A class with its own steps takes only the model and the template from the file.
+    """
+    if not _has_own_steps(tokenizer, kind):
+        return tokenizer, {}
+    bare = tokenizers.Tokenizer(tokenizer.model)
+    if kind != "GPTNeoXTokenizer":  # transformers discards the template of this class
+        bare.post_processor = tokenizer.post_processor
+    if kind in byte_level.CLASSES:
+        return bare, byte_level.CLASSES[kind].special_tokens
+    return bare, from_sentencepiece.CLASSES[kind] or {}
 
 
 def _read_vocabulary(
@@ -162,11 +182,21 @@ def _has_merges(files: Files) -> bool:
     return "vocab.json" in files and "merges.txt" in files
 
 
+def _has_own_steps(tokenizer: tokenizers.Tokenizer, kind: str) -> bool:
+    """Whether the class sets the steps before and after the model."""
+    if not isinstance(tokenizer.model, models.BPE):
+        return False
+    is_llama = kind == "LlamaTokenizer" and not is_byte_level(tokenizer)
+    return kind in byte_level.CLASSES or kind == "GemmaTokenizer" or is_llama
+
+
 def _set_steps(tokenizer: tokenizers.Tokenizer, kind: str, config: Mapping[str, object]) -> None:
     """Sets the steps before and after the model, if the class has its own."""
+    if not _has_own_steps(tokenizer, kind):
+        return
     if kind in byte_level.CLASSES:
         byte_level.set_steps(tokenizer, kind, config)
-    elif kind == "GemmaTokenizer" or (kind == "LlamaTokenizer" and not is_byte_level(tokenizer)):
+    else:
         from_sentencepiece.set_steps(tokenizer, kind, config)
 
 

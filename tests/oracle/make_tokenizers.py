@@ -145,6 +145,16 @@ CASES: dict[str, tuple[str, str, dict[str, dict]]] = {
             "special_tokens_map": {"bos_token": "</s>"},
         },
     ),
+    "llama_named": (
+        "llama",
+        "bpe",
+        {
+            "tokenizer_config": {
+                "tokenizer_class": "LlamaTokenizer",
+                "extra_special_tokens": {"mark_token": "<mark>"},
+            }
+        },
+    ),
     "no_settings": ("llama", "bpe", {}),
     "mistral": (
         "mistral",
@@ -239,6 +249,79 @@ CASES: dict[str, tuple[str, str, dict[str, dict]]] = {
         {"tokenizer_config": {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}},
     ),
     "json_neox": ("gpt_neox", "byte_level_json", {}),
+    "json_added": (
+        "qwen2",
+        "byte_level_json",
+        {
+            "tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer"},
+            "added_tokens": {"<|im_start|>": 501},
+        },
+    ),
+    "json_decoder": (
+        "qwen3",
+        "byte_level_json",
+        {
+            "tokenizer_config": {
+                "tokenizer_class": "Qwen2Tokenizer",
+                "added_tokens_decoder": {
+                    "500": {"content": "<|endoftext|>", **TOKEN, "special": True},
+                    "501": {"content": "<|im_start|>", **TOKEN, "special": True},
+                },
+            }
+        },
+    ),
+    "json_flags": (
+        "llama",
+        "byte_level_json",
+        {
+            "tokenizer_config": {
+                "added_tokens_decoder": {
+                    "500": {
+                        "content": "<|endoftext|>",
+                        **TOKEN,
+                        "lstrip": True,
+                        "rstrip": True,
+                        "special": True,
+                    }
+                },
+            }
+        },
+    ),
+    "json_neox_map": (
+        "gpt_neox",
+        "byte_level_json",
+        {"special_tokens_map": {"eos_token": "<|im_start|>"}},
+    ),
+    "json_neox_pad": (
+        "gpt_neox",
+        "byte_level_json",
+        {"tokenizer_config": {"pad_token": "<|im_start|>", "add_bos_token": True}},
+    ),
+    "json_mistral_eos": (
+        "mistral",
+        "bpe_json",
+        {"tokenizer_config": {"eos_token": "<|im_start|>", "add_eos_token": True}},
+    ),
+    "json_llama_more": (
+        "llama",
+        "bpe_json",
+        {
+            "tokenizer_config": {
+                "tokenizer_class": "LlamaTokenizer",
+                "additional_special_tokens": ["<mark>"],
+            }
+        },
+    ),
+    "json_gemma_more": (
+        "gemma2",
+        "bpe_json",
+        {
+            "tokenizer_config": {
+                "tokenizer_class": "GemmaTokenizer",
+                "additional_special_tokens": ["<mark>"],
+            }
+        },
+    ),
     "unigram": ("llama", "unigram", {}),
     "unigram_bytes": ("llama", "unigram_bytes", {"tokenizer_config": {"add_eos_token": True}}),
     "qwen2": (
@@ -257,6 +340,14 @@ CASES: dict[str, tuple[str, str, dict[str, dict]]] = {
                 "add_prefix_space": False,
                 "unk_token": None,
             }
+        },
+    ),
+    "qwen2_old_files": (
+        "qwen2",
+        "byte_level",
+        {
+            "special_tokens_map": {"additional_special_tokens": ["<|im_start|>"]},
+            "added_tokens": {"<|im_start|>": 500},
         },
     ),
     "qwen3": ("qwen3", "byte_level", {"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer"}}),
