@@ -39,23 +39,23 @@ def check_target(target: Path, *, overwrite: bool) -> list[str]:
 
     Raises:
       UsageError: it may not be created, or another process is creating it.
-      StorageError: its parent folder cannot be read or changed.
+      StorageError: it cannot be read, or its parent folder cannot be read or changed.
     """
-    if not target.parent.is_dir():
-        raise UsageError("the parent folder of the output does not exist", file=target.parent)
     with convert_write_errors(target):
+        if not target.parent.is_dir():
+            raise UsageError("the parent folder of the output does not exist", file=target.parent)
         if any(map(is_locked, find_hidden(target))):
             raise UsageError("another process is writing this output", file=target)
         restored = restore(target)
         left = [_describe_left(path) for path in find_hidden(target)]
-    if os.path.lexists(target):
-        _check_existing(target, overwrite=overwrite, restored=restored)
+        if os.path.lexists(target):
+            _check_existing(target, overwrite=overwrite, restored=restored)
     return left
 
 
 def _describe_left(path: Path) -> str:
     if is_locked(path) is None:
-        return f"left by a conversion that was killed, or of one that still runs: {path}"
+        return f"left by a conversion that was killed, or written by one that still runs: {path}"
     return f"left by a conversion that was killed; delete it: {path}"
 
 

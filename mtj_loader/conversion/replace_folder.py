@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from mtj_loader.errors import StorageError
@@ -23,6 +23,8 @@ from mtj_loader.errors import StorageError
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 # Errors that mean that the system or the file system (NFS, FUSE) cannot exchange.
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
+# Errors that mean that the file system (NFS, Lustre) cannot lock a folder.
+_CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 _HIDDEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(partial|old)", re.DOTALL)
 
 
@@ -51,22 +53,27 @@ def locked(folder: Path) -> Iterator[None]:
     """Locks a folder, where the file system can do so."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for `is_locked` of other processes
+        except OSError as error:
+            if error.errno not in _CANNOT_LOCK:
+                raise
         yield
     finally:
         os.close(descriptor)
 
 
 def is_locked(folder: Path) -> bool | None:
-    """Whether another process works on a hidden folder; None if the file system cannot tell."""
+    """Whether another process works on a hidden folder; None if that is not known."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # gone meanwhile
+    except FileNotFoundError:  # gone meanwhile
         return False
+    except OSError:  # such as a folder of another user
+        return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # NFS cannot lock a folder
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # several may check at once
+    except OSError as error:
         return True if error.errno == errno.EWOULDBLOCK else None
     finally:
         os.close(descriptor)

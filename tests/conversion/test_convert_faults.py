@@ -24,6 +24,7 @@ from tests.conversion.test_convert import leftovers, refusal, snapshot, write
 from tests.support.checkpoints import safetensors_bytes
 
 ROOT = Path(__file__).parents[2]
+MAYBE_KILLED = "left by a conversion that was killed, or written by one that still runs"
 CALLS = ["open", "pwrite", "preadv", "fsync", "mkdir", "rename"]  # functions of the module os
 
 
@@ -251,9 +252,41 @@ def test_a_folder_that_may_be_in_use_is_not_called_abandoned(source, monkeypatch
     hidden.mkdir()
     monkeypatch.setattr(fcntl, "flock", flock)
     report = mtj_loader.convert(source, dtype="float16")
-    words = "left by a conversion that was killed, or of one that still runs"
-    assert report.warnings == (f"{words}: {hidden}",)
+    assert report.warnings == (f"{MAYBE_KILLED}: {hidden}",)
     assert hidden.exists()
+
+
+def test_a_folder_of_another_user_is_not_called_abandoned(source, monkeypatch):
+    def refuse_hidden(path, *arguments, **options):
+        if path == hidden:
+            raise OSError(errno.EACCES, "Permission denied")
+        return os_open(path, *arguments, **options)
+
+    hidden, os_open = source.with_name(".tiny-float16.0123abcd.partial"), os.open
+    hidden.mkdir()
+    monkeypatch.setattr(os, "open", refuse_hidden)
+    report = mtj_loader.convert(source, dtype="float16")
+    assert report.warnings == (f"{MAYBE_KILLED}: {hidden}",)
+
+
+def test_processes_that_check_a_folder_at_once_see_no_conversion(tmp_path):
+    checking = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(checking, fcntl.LOCK_SH)  # as another process does while it checks
+    assert replace_folder.is_locked(tmp_path) is False
+    release = threading.Timer(0.1, os.close, [checking])
+    release.start()
+    with replace_folder.locked(tmp_path):  # waits for the check
+        assert replace_folder.is_locked(tmp_path)
+    release.join()
+
+
+def test_a_lock_that_fails_for_another_reason_is_an_error(source, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    message = refusal(StorageError, source, dtype="float16")
+    assert message.endswith("tiny-float16\n  found: Input/output error\n")
 
 
 # Overwriting.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from pathlib import Path
@@ -55,6 +56,19 @@ def test_overwrite_replaces_only_checkpoints(source, tmp_path):
     assert "is not a" in refusal(UsageError, source, file, dtype="float16", overwrite=True)
     assert (home / "thesis.tex").exists()
     assert file.read_text() == "text"
+
+
+def test_an_existing_target_that_cannot_be_read(source, tmp_path, monkeypatch):
+    def is_file(path):
+        if path.parent == out:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return path_is_file(path)
+
+    out, path_is_file = tmp_path / "out", Path.is_file
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_file", is_file)
+    message = refusal(StorageError, source, out, dtype="float16", overwrite=True)
+    assert message == f"cannot write\n  file: {out}\n  found: Permission denied\n"
 
 
 def test_overwrite_of_an_empty_folder(source, tmp_path):
