@@ -168,6 +168,26 @@ def rope_keys(config: Mapping[str, object]) -> set[str]:
     }
 
 
+def rope_spellings(config: Mapping[str, object], key: str) -> list[str]:
+    """All paths and names of a rotary setting, given as one of them; empty for another setting."""
+    places: list[tuple[tuple[str, ...], dict[str, list[str]]]]
+    if thetas := _ROPE_BY_LAYER_TYPE.get(str(config.get("model_type"))):
+        full, sliding = (f"rope_parameters.{layer_type}" for layer_type in thetas)
+        names = [{"rope_theta": [theta]} for theta in thetas.values()]
+        places = [((full, "rope_scaling"), names[0]), ((sliding,), names[1])]
+    else:
+        places = [(ROPE_SECTIONS, _top_level_rope(config))]
+    for sections, top_level in places:
+        settings = [key.removeprefix(f"{name}.") for name in sections if key.startswith(f"{name}.")]
+        settings += [setting for setting, names in top_level.items() if key in names]
+        if settings:
+            types = ("rope_type", "type")
+            inner = types if settings[0] in types else settings[:1]
+            paths = [f"{section}.{name}" for section in sections for name in inner]
+            return [*paths, *top_level.get(settings[0], ())]
+    return []
+
+
 def _top_level_rope(config: Mapping[str, object]) -> dict[str, list[str]]:
     """The names in _TOP_LEVEL_ROPE that transformers reads in this family."""
     model_type = config.get("model_type")

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtj_loader.errors import UsageError
 from mtj_loader.formats.typed_reader import shorten
 
 _FILE = Path(__file__).with_name("transformers_settings.json")
@@ -137,35 +136,6 @@ def remarks(
     return ([], [*warnings, f"{note}; {doubt}"]) if doubt else ([note], warnings)
 
 
-def leave_out(config: Mapping[str, object], keys: Sequence[str], *, file: str) -> dict[str, object]:
-    """The config without some keys; a key of a section has a path, such as `rope_scaling.type`.
-
-    Raises:
-      UsageError: the config has no such key.
-    """
-    result = dict(config)
-    for key in keys:
-        if not _remove(result, key):
-            what = "ignore_settings names a setting that config.json does not have"
-            raise UsageError(what, file=file, key=shorten(key))
-    return result
-
-
-def _remove(config: dict[str, object], key: str) -> bool:
-    """Removes a key in place; whether it was there."""
-    if key in config:
-        del config[key]
-        return True
-    name, _, inner = key.partition(".")
-    removed = False
-    for section in ROPE_SECTIONS if name in ROPE_SECTIONS else (name,):  # messages use either
-        value = config.get(section)
-        if isinstance(value, Mapping) and inner in value:
-            config[section] = {k: v for k, v in value.items() if k != inner}
-            removed = True
-    return removed
-
-
 def why_doubtful(config: Mapping[str, object]) -> str | None:
     """Why a key that is not listed may matter all the same; None if it cannot."""
     if config.get("auto_map"):
@@ -173,7 +143,8 @@ def why_doubtful(config: Mapping[str, object]) -> str | None:
     ours = _lists()["transformers_version"]
     version = config.get("transformers_version")
     if _numbers(version) > _numbers(ours):
-        return f"the checkpoint was saved by transformers {version}, and {ours} is known here"
+        saved = shorten(str(version))
+        return f"the checkpoint was saved by transformers {saved}, and {ours} is known here"
     return None
 
 

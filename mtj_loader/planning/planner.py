@@ -12,7 +12,8 @@ from mtj_loader import dtypes, models
 from mtj_loader.errors import AdapterError, ConfigError, MapError, UsageError
 from mtj_loader.formats import hf_config
 from mtj_loader.formats.checkpoint import Checkpoint
-from mtj_loader.formats.known_settings import leave_out, remarks
+from mtj_loader.formats.known_settings import remarks
+from mtj_loader.formats.leave_out import leave_out
 from mtj_loader.formats.records import TensorRecord
 from mtj_loader.formats.token_ids import outside_vocabulary, token_id_problems
 from mtj_loader.lora.adapter import Adapter, open_adapter

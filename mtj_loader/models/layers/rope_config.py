@@ -54,7 +54,7 @@ def read_rope(
     _check_shared(rope, shared)
     if whole_heads and shared["fraction"] != 1 and kind is not Proportional:
         what = "this family rotates whole heads"
-        config.refuse(what, "partial_rotary_factor", "1")
+        rope.refuse(what, "partial_rotary_factor", "1")
     result = kind.read(rope, shared)
     if layer_type is not None and not getattr(result, "truncate", True):
         what = "transformers does not read this in the section of a layer type"
