@@ -28,7 +28,7 @@ from mtj_loader.generation.compile_ahead import (
     read_shapes,
 )
 from mtj_loader.generation.prompts import PromptRules
-from mtj_loader.generation.tokenizer import Tokenizer, load_tokenizer
+from mtj_loader.generation.tokenizer import load_tokenizer
 from mtj_loader.loading.load_params import load_params
 from mtj_loader.loading.process_memory import no_garbage_collection
 from mtj_loader.loading.progress import progress_bar
@@ -187,10 +187,10 @@ def _execute(plan: LoadPlan, mesh: Mesh, hosts: Hosts, run: RunOptions, begun: f
     """Loads what is planned, and meanwhile compiles for generation."""
     plan_seconds = time.perf_counter() - begun
     with hosts.phase("prepare"), plan.checkpoint.storage:
-        tokenizer, missing = _load_tokenizer(plan.checkpoint, plan.model_type)
+        rules = _prompt_rules(plan)
         dtype = parameter_dtype(plan.options.dtype)
         forward = Forward(plan.config, mesh, plan.options.transposed_linear, dtype)
-        shapes = read_shapes(run.warm_up, _rules(plan, tokenizer, missing), mesh.shape["dp"])
+        shapes = read_shapes(run.warm_up, rules, mesh.shape["dp"])
     needed = plan.host_bytes(jax.process_index())
     with compile_in_background(forward, plan, shapes) as first_compiled:
         with closing_all(*plan.storages), progress_bar(needed, shown=run.progress) as advance:
@@ -200,30 +200,23 @@ def _execute(plan: LoadPlan, mesh: Mesh, hosts: Hosts, run: RunOptions, begun: f
         loaded = time.perf_counter()
         compiled = keep_common_shapes(first_compiled(), hosts)
     report = add_compile_times(report, compiled, loaded)
-    if missing is not None:
+    if (missing := rules.missing) is not None:
         report = replace(
             report,
             warnings=(*report.warnings, f"only token ids work: {missing.what}: {missing.found}"),
         )
-    return Model(params, plan.config, mesh, tokenizer, report, plan, forward, compiled, begun)
+    return Model(params, plan.config, mesh, rules, report, plan, forward, compiled, begun)
 
 
-def _load_tokenizer(
-    checkpoint: Checkpoint, model_type: str
-) -> tuple[Tokenizer | None, TokenizerMissingError | None]:
-    """The tokenizer, or why it cannot be used: the model can still be used with token ids."""
-    class_name = checkpoint.config.get("tokenizer_class")
-    try:
-        return load_tokenizer(checkpoint.tokenizer_files, model_type, class_name), None
-    except TokenizerMissingError as error:
-        return None, error
-
-
-def _rules(
-    plan: LoadPlan, tokenizer: Tokenizer | None, missing: TokenizerMissingError | None
-) -> PromptRules:
-    """Which prompts the model accepts."""
+def _prompt_rules(plan: LoadPlan) -> PromptRules:
+    """What the model accepts as a prompt: only token ids if the tokenizer cannot be used."""
     config, checkpoint = plan.config, plan.checkpoint
+    tokenizer = missing = None
+    try:
+        class_name = checkpoint.config.get("tokenizer_class")
+        tokenizer = load_tokenizer(checkpoint.tokenizer_files, plan.model_type, class_name)
+    except TokenizerMissingError as error:
+        missing = error
     bos = bos_id(checkpoint.config, checkpoint.generation_config)
     return PromptRules(config.vocab_size, config.max_positions, tokenizer, bos, missing)
 

@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from mtj_loader.distributed.host_group import connect_hosts
-from mtj_loader.formats.token_ids import bos_id, eos_ids
+from mtj_loader.formats.token_ids import eos_ids
 from mtj_loader.generation.compile_ahead import CompiledPrograms
 from mtj_loader.generation.generator import Continuation, Generator, Stop
-from mtj_loader.generation.prompts import PromptLike, Shape, check_batch
+from mtj_loader.generation.prompts import PromptLike, PromptRules, Shape, check_batch
 from mtj_loader.generation.row_output import TextPiece
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class Model:
       params: `params[module][param]`, MTJ's Haiku tree; every array is [n, …], split over `mp`.
       config: the model's sizes and settings.
       mesh: its devices, with the axes dp and mp.
-      tokenizer: None if the checkpoint has none.
+      rules: what it accepts as a prompt.
       report: what the load did.
       plan: what was loaded, and how.
       forward: the model's compiled functions, for direct use.
@@ -53,7 +53,7 @@ class Model:
     params: Params
     config: ModelConfig
     mesh: Mesh
-    tokenizer: Tokenizer | None
+    rules: PromptRules
     report: LoadReport
     plan: LoadPlan
     forward: Forward
@@ -63,6 +63,11 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<Model {self.plan.headline} ({self.mesh.devices.flat[0].platform})>"
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer, None if it has none that can be used."""
+        return self.rules.tokenizer
 
     @property
     def warm(self) -> tuple[Shape, ...]:
@@ -81,7 +86,7 @@ class Model:
         Raises:
           PromptError: ids are outside the vocabulary, or a sequence is too long for the model.
         """
-        return self.forward.logits(self.params, check_batch(ids, self._generator.rules))
+        return self.forward.logits(self.params, check_batch(ids, self.rules))
 
     def generate(
         self,
@@ -198,15 +203,8 @@ class Model:
     @cached_property
     def _generator(self) -> Generator:
         checkpoint = self.plan.checkpoint
-        config = checkpoint.config, checkpoint.generation_config
-        return Generator(
-            self.forward,
-            self.params,
-            self.tokenizer,
-            eos_ids(*config),
-            bos_id(*config),
-            self.compiled,
-        )
+        ends = eos_ids(checkpoint.config, checkpoint.generation_config)
+        return Generator(self.forward, self.params, self.rules, ends, self.compiled)
 
     def _start(
         self, prompts: PromptLike | Sequence[PromptLike], params: SamplingParams, stop: Stop

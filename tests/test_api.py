@@ -96,6 +96,9 @@ def test_a_tokenizer_of_an_unknown_class_leaves_the_weights_usable(tmp_path: Pat
     model = mtj_loader.load(folder, "mp=2")
     assert model.tokenizer is None
     assert any("only token ids work" in one and "Roberta" in one for one in model.report.warnings)
+    for text, stop in (("a", None), ([1], "a")):
+        with pytest.raises(TokenizerMissingError, match="RobertaTokenizer"):
+            model.generate(text, stop=stop, max_new_tokens=1)
     with pytest.raises(TokenizerMissingError, match=r"RobertaTokenizer, vocab\.json, merges\.txt"):
         mtj_loader.load(folder, "mp=2", warm_up=lambda rules: read_prompts("a", rules, 1))
 

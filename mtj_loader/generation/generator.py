@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from mtj_loader.errors import NonFiniteError, TokenizerMissingError, UsageError
+from mtj_loader.errors import NonFiniteError, UsageError
 from mtj_loader.generation.cache_memory import check_cache
 from mtj_loader.generation.compile_ahead import NO_PROGRAMS, CompiledPrograms
 from mtj_loader.generation.decode import decode
@@ -27,7 +27,6 @@ from mtj_loader.generation.row_output import (
     read_stop_strings,
 )
 from mtj_loader.generation.sampling import NOT_FINITE, SamplingParams, make_sampler
-from mtj_loader.generation.tokenizer import Tokenizer
 from mtj_loader.models.forward import Forward, Params
 
 Stop = str | Sequence[str] | None
@@ -84,27 +83,19 @@ class Generator:
     Attributes:
       forward: its compiled functions.
       params: its parameters.
-      tokenizer: None allows only token ids.
+      rules: what the model accepts as a prompt.
       eos_ids: the end-of-text tokens.
-      bos_id: replaces an empty text.
       compiled: the programs compiled ahead.
     """
 
     forward: Forward
     params: Params
-    tokenizer: Tokenizer | None
+    rules: PromptRules
     eos_ids: frozenset[int]
-    bos_id: int | None
     compiled: CompiledPrograms = NO_PROGRAMS
 
     def __repr__(self) -> str:
-        return f"<Generator of a {self.forward.config.model_type} model, {self.tokenizer!r}>"
-
-    @property
-    def rules(self) -> PromptRules:
-        """What the model accepts as a prompt."""
-        config = self.forward.config
-        return PromptRules(config.vocab_size, config.max_positions, self.tokenizer, self.bos_id)
+        return f"<Generator of a {self.forward.config.model_type} model, {self.rules.tokenizer!r}>"
 
     def start(
         self, prompts: PromptLike | Sequence[PromptLike], params: SamplingParams, stop: Stop = None
@@ -125,12 +116,13 @@ class Generator:
         """
         read, is_list = read_prompts(prompts, self.rules, params.max_new_tokens)
         strings = read_stop_strings(stop)
-        if strings and self.tokenizer is None:
-            raise TokenizerMissingError("stop strings need a tokenizer", key="stop")
+        if strings:
+            self.rules.require_tokenizer("stop strings need a tokenizer", key="stop")
+        tokenizer = self.rules.tokenizer
         conditions = StopConditions(params.max_new_tokens, self.eos_ids, strings)
-        rows = [RowOutput(row, self.tokenizer, conditions) for row in range(len(read))]
+        rows = [RowOutput(row, tokenizer, conditions) for row in range(len(read))]
         pieces = _collect(rows, self._decode(read, params))
-        return Continuation(read, is_list, self.tokenizer is not None, pieces)
+        return Continuation(read, is_list, tokenizer is not None, pieces)
 
     def _decode(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[np.ndarray]:
         seeds, rules = params.seeds(len(prompts)), self.rules

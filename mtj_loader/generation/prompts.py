@@ -56,6 +56,17 @@ class PromptRules:
     bos_id: int | None = None
     missing: TokenizerMissingError | None = None
 
+    def require_tokenizer(self, what: str, *, key: str) -> Tokenizer:
+        """The tokenizer that the argument `key` needs.
+
+        Raises:
+          TokenizerMissingError: `missing`, or `what` if the checkpoint has no tokenizer files.
+        """
+        if self.tokenizer is None:
+            error = self.missing or TokenizerMissingError(what, key=key, hint="pass token ids")
+            raise error.with_traceback(None)  # `missing` is raised each time
+        return self.tokenizer
+
 
 def read_prompts(
     prompts: PromptLike | Sequence[PromptLike], rules: PromptRules, max_new_tokens: int
@@ -147,17 +158,16 @@ def _read(item: object, name: str, rules: PromptRules, room: int) -> Prompt:
 
 
 def _encode(text: str, name: str, rules: PromptRules, room: int) -> list[int]:
-    if rules.tokenizer is None:
-        what = "the prompt is text, but the checkpoint has no tokenizer"
-        raise rules.missing or TokenizerMissingError(what, key=name, hint="pass token ids")
-    if is_too_long(text, room, rules.tokenizer):
+    what = "the prompt is text, but the checkpoint has no tokenizer"
+    tokenizer = rules.require_tokenizer(what, key=name)
+    if is_too_long(text, room, tokenizer):
         raise PromptError(
             "the prompt exceeds the model's context",
             key=name,
             expected=f"at most {room:,} tokens",
             found=f"a text of {len(text):,} characters",
         )
-    ids = rules.tokenizer.encode(text)
+    ids = tokenizer.encode(text)
     if not ids and rules.bos_id is None:
         what = "the prompt is empty, and the checkpoint has no bos_token_id to start with"
         raise PromptError(what, key=name, expected="at least one token")

@@ -45,11 +45,12 @@ def load_fixture_tokenizer() -> Tokenizer:
 
 
 TOKENIZER = load_fixture_tokenizer()
+MODEL_RULES = PromptRules(VOCAB, FakeConfig(VOCAB).max_positions, TOKENIZER)
 
 
 def hashing(dp: int = 1, **fields) -> Generator:
     forward = HashForward(FakeConfig(VOCAB), make_mesh(dp))
-    made = Generator(forward, {"table": TABLE}, TOKENIZER, frozenset(), None)  # pyright: ignore
+    made = Generator(forward, {"table": TABLE}, MODEL_RULES, frozenset())  # pyright: ignore
     return replace(made, **fields)
 
 
@@ -60,7 +61,7 @@ def saying(*scripts: list[int] | str, **fields) -> Generator:
     for row, tokens in zip(script, ids, strict=True):
         row[: len(tokens)] = tokens
     forward = ScriptForward(FakeConfig(VOCAB))
-    made = Generator(forward, {"script": script}, TOKENIZER, frozenset({END}), None)  # pyright: ignore
+    made = Generator(forward, {"script": script}, MODEL_RULES, frozenset({END}))  # pyright: ignore
     return replace(made, **fields)
 
 
@@ -120,7 +121,7 @@ def test_the_result_has_the_form_of_the_prompt():
 
 
 def test_without_a_tokenizer_ids_still_work():
-    generator = hashing(tokenizer=None)
+    generator = hashing(rules=replace(MODEL_RULES, tokenizer=None))
     assert generate(generator, [5], GREEDY) == hash_tokens(TABLE, [5], 12)
     assert completions(generator, [5])[0].text is None
     with pytest.raises(TokenizerMissingError, match=r"(?s)has no tokenizer.*prompts\[1\].*ids"):

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from mtj_loader.formats.token_ids import bos_id, eos_ids
 from mtj_loader.generation.generator import Generator
+from mtj_loader.generation.prompts import PromptRules
 from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.tokenizer import load_tokenizer
 from tests.support.models import DATA, config_of, make_forward, place
@@ -35,7 +36,9 @@ def generator() -> Generator:
     ]
     tokenizer = load_tokenizer({path.name: path for path in FIXTURE.iterdir()}, "gpt_neox")
     params = place(tree, forward)
-    return Generator(forward, params, tokenizer, eos_ids(*configs), bos_id(*configs))
+    config = forward.config
+    rules = PromptRules(config.vocab_size, config.max_positions, tokenizer, bos_id(*configs))
+    return Generator(forward, params, rules, eos_ids(*configs))
 
 
 def test_no_oracle_step_is_nearly_tied():
@@ -50,8 +53,8 @@ def test_greedy_ids_of_a_batch_equal_transformers(generator: Generator):
 
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case["prompt"])
 def test_greedy_text_of_one_prompt_equals_transformers(generator: Generator, case: dict):
-    assert generator.tokenizer is not None
-    expected = generator.tokenizer.decode(case["new_ids"])
+    assert generator.rules.tokenizer is not None
+    expected = generator.rules.tokenizer.decode(case["new_ids"])
     assert generator.start(case["prompt"], GREEDY).result() == expected
     assert "".join(generator.start(case["prompt"], GREEDY).stream()) == expected  # pyright: ignore
 
