@@ -18,6 +18,7 @@ from mtj_loader.dtypes import parameter_dtype
 from mtj_loader.errors import MeshError, TokenizerMissingError, UsageError
 from mtj_loader.formats.checkpoint import Checkpoint, Headers, open_checkpoint
 from mtj_loader.formats.token_ids import bos_id
+from mtj_loader.formats.typed_reader import format_value
 from mtj_loader.generation.compile_ahead import (
     WarmUpLike,
     add_compile_times,
@@ -200,12 +201,18 @@ def _execute(plan: LoadPlan, mesh: Mesh, hosts: Hosts, run: RunOptions, begun: f
         loaded = time.perf_counter()
         compiled = keep_common_shapes(first_compiled(), hosts)
     report = add_compile_times(report, compiled, loaded)
-    if (missing := rules.missing) is not None:
-        report = replace(
-            report,
-            warnings=(*report.warnings, f"only token ids work: {missing.what}: {missing.found}"),
-        )
+    report = replace(report, warnings=(*report.warnings, *_tokenizer_warnings(rules)))
     return Model(params, plan.config, mesh, rules, report, plan, forward, compiled, begun)
+
+
+def _tokenizer_warnings(rules: PromptRules) -> list[str]:
+    if rules.missing is not None:
+        return [f"only token ids work: {rules.missing.what}: {rules.missing.found}"]
+    if rules.tokenizer is None or rules.tokenizer.unknown_class is None:
+        return []
+    name = format_value(rules.tokenizer.unknown_class)
+    ignored = f"tokenizer.json is used without the rules of the tokenizer's class {name}"
+    return [f"{ignored}: token ids may differ from those of transformers"]
 
 
 def _prompt_rules(plan: LoadPlan) -> PromptRules:

@@ -89,6 +89,14 @@ def test_without_a_tokenizer_ids_still_work(tmp_path: Path) -> None:
         model.generate("text")
 
 
+@pytest.mark.parametrize(("name", "known"), [("CohereTokenizer", False), ("BloomTokenizer", True)])
+def test_tokenizer_json_of_an_unknown_class_gives_a_warning(tmp_path: Path, name, known) -> None:
+    folder = neox.write(tmp_path, tokenizer_class=name)
+    shutil.copy(FIXTURE / "tokenizer.json", folder)
+    report = mtj_loader.load(folder, "mp=2").report
+    assert any(name in one and "may differ" in one for one in report.warnings) is not known
+
+
 def test_a_tokenizer_of_an_unknown_class_leaves_the_weights_usable(tmp_path: Path) -> None:
     folder = neox.write(tmp_path, tokenizer_class="RobertaTokenizer")
     (folder / "vocab.json").write_text('{"a": 0}')

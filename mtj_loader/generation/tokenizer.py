@@ -45,6 +45,7 @@ _OVERRULED = ("phi3", "qwen2")
 _PLAIN = "TokenizersBackend"
 _RENAMED = {
     "PreTrainedTokenizer": _PLAIN,
+    "BloomTokenizer": _PLAIN,  # transformers 5 has no such class
     "LLaMATokenizer": "LlamaTokenizer",  # in the first conversions, before transformers had it
 }
 
@@ -55,9 +56,16 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a si
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer that returns the same ids as transformers' AutoTokenizer."""
+    """A tokenizer that returns the same ids as transformers' AutoTokenizer.
+
+    Attributes:
+      backend: of the `tokenizers` library.
+      unknown_class: the class that the checkpoint names, if its rules are not known here, so that
+        ids may differ from those of transformers.
+    """
 
     backend: tokenizers.Tokenizer
+    unknown_class: str | None = None
 
     def __repr__(self) -> str:
         return f"<Tokenizer with {self.backend.get_vocab_size():,} tokens>"
@@ -142,7 +150,8 @@ def load_tokenizer(
     _set_steps(tokenizer, kind, config)
     with backend_errors("the tokens of the checkpoint cannot be added"):
         add_tokens(tokenizer, settings, defaults, own, resets_flags=kind == "Qwen2Tokenizer")
-    return Tokenizer(tokenizer)
+    known = kind in byte_level.CLASSES or kind in from_sentencepiece.CLASSES
+    return Tokenizer(tokenizer, unknown_class=None if known else kind)
 
 
 def _without_steps(
