@@ -5,8 +5,9 @@ Axes: b batch, t time (padded prompt), T cache length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import jax
 import numpy as np
@@ -87,6 +88,8 @@ def read_prompts(
         ids and prompts.
       TokenizerMissingError: text without a tokenizer.
     """
+    for name, length in _lengths(prompts).items():
+        _check_length(name, length, max_new_tokens, rules.max_positions)
     plain = _to_lists(prompts)
     items = _split_prompts(plain)
     named = {"prompt": plain} if items is None else {f"prompts[{i}]": p for i, p in items}
@@ -116,6 +119,23 @@ def check_batch(ids: ArrayLike, rules: PromptRules) -> np.ndarray:
         raise _invalid_id(f"ids{list(first)}", array[first].item(), rules)
     _check_length("ids", array.shape[1], 0, rules.max_positions)
     return array.astype(np.int32)
+
+
+def _lengths(prompts: object) -> dict[str, int]:
+    """The lengths of prompts of token ids, by name, without a look at every id."""
+    if _is_ids(prompts):
+        return {"prompt": len(prompts)}
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+        return {}
+    return {f"prompts[{i}]": len(item) for i, item in enumerate(prompts) if _is_ids(item)}
+
+
+def _is_ids(value: object) -> TypeGuard[Sized]:
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.ndim == 1
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or not value:
+        return False
+    return isinstance(value[0], int | np.integer)
 
 
 def _to_lists(value: object, levels: int = 2) -> object:

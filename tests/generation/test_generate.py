@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -309,6 +310,23 @@ LOOP.append(LOOP)
 def test_invalid_prompts(given: object, message: str):
     with pytest.raises(PromptError, match=message):
         read_prompts(given, RULES, 4)  # pyright: ignore[reportArgumentType]
+
+
+class BillionIds(Sequence):
+    """Only the first may be read."""
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, index: int) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        assert index == 0
+        return 1
+
+
+@pytest.mark.parametrize("given", [BillionIds(), [BillionIds()]])
+def test_the_length_of_a_prompt_is_checked_before_its_ids(given: list[int] | list[list[int]]):
+    with pytest.raises(PromptError, match="exceed the model's context"):
+        read_prompts(given, RULES, 4)
 
 
 def test_a_prompt_may_use_all_positions():
