@@ -18,9 +18,8 @@ from mtj_loader.cli.load_command import describe, load_model
 from mtj_loader.cli.output import note, print_generated, print_json
 from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
 from mtj_loader.cli.start_up import PendingPrompts, StartUp
-from mtj_loader.errors import FormatError, StorageError, UsageError
+from mtj_loader.errors import UsageError
 from mtj_loader.options import LoadOptions, Source
-from mtj_loader.storage.local import read_file
 
 if TYPE_CHECKING:
     from mtj_loader import Model
@@ -49,7 +48,7 @@ class Prompts:
             metavar="FILE",
             exists=True,
             dir_okay=False,
-            help="A file that contains one prompt. May be repeated.",
+            help="A file or pipe that contains one prompt. May be repeated.",
         ),
     ] = None
     ids: Annotated[
@@ -64,7 +63,7 @@ class Prompts:
         """All prompts: texts, then files, then token ids.
 
         Raises:
-          UsageError: there is no prompt, a file is not text, or ids are not numbers.
+          UsageError: there is no prompt, a file is not text or too large, or ids are not numbers.
         """
         given: list[Prompt] = [*(self.prompt or ()), *map(_read_file, self.prompt_file or ())]
         given += map(_read_ids, self.ids or ())
@@ -197,10 +196,16 @@ def _to_text(piece: Prompt) -> str:
 
 
 def _read_file(path: Path) -> str:
+    """Reads a prompt from a file or a pipe; every line end becomes a newline."""
     try:
-        return read_file(path, _MAX_PROMPT_BYTES).decode()
-    except (FormatError, StorageError, UnicodeDecodeError) as error:
-        found = error if isinstance(error, UnicodeDecodeError) else error.found or error.what
+        with path.open("rb") as file:
+            data = file.read(_MAX_PROMPT_BYTES + 1)
+        if len(data) > _MAX_PROMPT_BYTES:
+            expected = f"at most {_MAX_PROMPT_BYTES:,} bytes"
+            raise UsageError("the prompt is too large", file=path, expected=expected, found="more")
+        return data.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        found = error if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UsageError("cannot read the prompt", file=path, found=found) from error
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from mtj_loader.cli import generate_command
+from mtj_loader.cli.generate_command import Prompts
+from mtj_loader.errors import UsageError
 from tests.support.command_line import FIXTURE, ROOT, run
 
 
@@ -63,10 +66,27 @@ def test_wrong_prompts(model: Path, arguments: list[str], message: str):
     assert f"error: {message}" in result.stderr
 
 
-def test_a_prompt_from_a_pipe_is_refused(model: Path, tmp_path: Path):
-    os.mkfifo(tmp_path / "pipe")
-    result = run("generate", model, "--prompt-file", tmp_path / "pipe")
+def test_a_prompt_from_a_pipe(model: Path):
+    reader, writer = os.pipe()
+    os.write(writer, b"\xff")
+    os.close(writer)
+    path = f"/dev/fd/{reader}"
+    result = run("generate", model, "--prompt-file", path)
+    os.close(reader)
     assert result.exit_code == 2
-    assert result.stderr == (
-        f"error: cannot read the prompt\n  file: {tmp_path}/pipe\n  found: not a regular file\n"
+    start = f"error: cannot read the prompt\n  file: {path}\n  found: 'utf-8' codec"
+    assert result.stderr.startswith(start)
+
+
+def test_line_ends_of_a_prompt_become_newlines(tmp_path: Path):
+    (tmp_path / "prompt").write_bytes(b"a\r\nb\rc\n\n")
+    assert Prompts(prompt_file=[tmp_path / "prompt"]).read() == ["a\nb\nc\n\n"]
+
+
+def test_a_prompt_that_does_not_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(generate_command, "_MAX_PROMPT_BYTES", 10)
+    with pytest.raises(UsageError) as caught:
+        Prompts(prompt_file=[Path("/dev/zero")]).read()
+    assert str(caught.value) == (
+        "the prompt is too large\n  file: /dev/zero\n  expected: at most 10 bytes\n  found: more"
     )
