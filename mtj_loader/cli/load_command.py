@@ -210,7 +210,8 @@ def _check_writable(*files: Path | None) -> None:
         if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
             found = "the file or its folder is not writable, or the folder does not exist"
             raise StorageError("cannot write the file", file=file, found=found)
-        if file.is_fifo() and not file.is_relative_to("/dev"):  # `>(…)` is in /dev, and is read
+        is_in_dev = Path(os.path.normpath(file)).is_relative_to("/dev")  # as `>(…)`, which is read
+        if file.is_fifo() and not is_in_dev:
             hint = "--json prints the report to a pipe"
             found = "a named pipe, which may have no reader"
             raise StorageError("cannot write the file", file=file, found=found, hint=hint)

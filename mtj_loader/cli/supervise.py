@@ -95,7 +95,7 @@ def supervise_memory_limit() -> None:
     if (error := explain_exit(code, stderr, limit_bytes)) is not None:
         raise error
     sys.stderr.write(stderr)
-    sys.exit(code)
+    sys.exit(code if code >= 0 else 128 - code)  # a signal, as shells report it
 
 
 def explain_exit(code: int, stderr: str, limit_bytes: int) -> MtjLoaderError | None:

@@ -75,6 +75,18 @@ time.sleep(600)
     pytest.fail("it is still running")
 
 
+def test_under_a_limit_an_error_before_a_crash_is_kept():
+    script = """
+import os, signal, sys
+from mtj_loader.cli import supervise
+supervise.supervise_memory_limit()
+print("error: the disk is full", file=sys.stderr, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    code, stderr = run_limited("ulimit -v 10000000", script=script)
+    assert (code, stderr) == (128 + signal.SIGKILL, "error: the disk is full\n")
+
+
 def test_an_ignored_signal_stays_ignored():
     process = begin(NATIVE, first="trap '' INT")
     process.send_signal(signal.SIGINT)
