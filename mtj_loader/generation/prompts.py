@@ -89,7 +89,8 @@ def read_prompts(
       TokenizerMissingError: text without a tokenizer.
     """
     for name, length in _lengths(prompts).items():
-        _check_length(name, length, max_new_tokens, rules.max_positions)
+        if length > rules.max_positions:  # refused before the ids are looked at
+            _check_length(name, length, max_new_tokens, rules.max_positions)
     plain = _to_lists(prompts)
     items = _split_prompts(plain)
     named = {"prompt": plain} if items is None else {f"prompts[{i}]": p for i, p in items}

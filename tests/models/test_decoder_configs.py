@@ -178,6 +178,7 @@ SMALL = {
     "intermediate_size": 48,
 }
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}
+ROPE = "rope_parameters."
 FULL, LOCAL = (f"rope_parameters.{kind}_attention." for kind in ("full", "sliding"))
 REFUSED = [
     ("llama", {"num_key_value_heads": 3}, "num_key_value_heads", "cannot share key-value heads"),
@@ -187,8 +188,8 @@ REFUSED = [
     ("llama", {"sliding_window": 4}, "sliding_window", "not supported"),
     ("llama", {"hidden_act": "swish"}, "hidden_act", "not a legal value"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config", "not supported"),
-    ("llama", {"rope_scaling": {"type": "su"}}, "rope_parameters.rope_type", "not a legal value"),
-    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor", "rotates whole heads"),
+    ("llama", {"rope_scaling": {"type": "su"}}, ROPE + "rope_type", "not a legal value"),
+    ("llama", {"partial_rotary_factor": 0.5}, ROPE + "partial_rotary_factor", "whole heads"),
     ("mistral", {"sliding_window": 0}, "sliding_window", "not a legal value"),
     ("mistral", {"layer_types": ["full_attention"]}, "layer_types", "not supported"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok", "not a legal value"),
@@ -203,7 +204,7 @@ REFUSED = [
     ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern", "not a legal value"),
     ("gemma3_text", {"rope_scaling": {"rope_type": "x"}}, FULL + "rope_type", "not a legal value"),
     ("gemma3_text", {"rope_local_base_freq": 0}, LOCAL + "rope_theta", "a number above 1"),
-    ("phi3", {"rope_scaling": {"type": "linear"}}, "rope_parameters.rope_type", "one of default"),
+    ("phi3", {"rope_scaling": {"type": "linear"}}, ROPE + "rope_type", "one of default"),
     ("phi3", {"rope_scaling": LONGROPE}, "original_max_position_embeddings", "is missing"),
     ("qwen2", {"layer_types": ["full_attention"]}, "layer_types", "32 of full_attention"),
     ("qwen2", {"layer_types": ["chunked_attention"] * 32}, "layer_types", "32 of full_attention"),

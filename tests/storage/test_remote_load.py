@@ -377,19 +377,28 @@ def test_a_hub_that_is_overloaded_briefly(hub, local):
 
 @pytest.mark.parametrize("request_name", ["HfApi.model_info", "get_hf_file_metadata"])
 def test_an_interrupt_does_not_wait_for_the_hub(hub, monkeypatch, request_name):
-    interrupts = deque([signal.SIGINT])  # addresses are requested for several files at once
-    answered, ended = threading.Event(), threading.Event()
+    interrupted, answered, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def interrupt_once(*_):
+        if not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
 
     def stall(*_, **__):
-        while interrupts:
-            os.kill(os.getpid(), interrupts.pop())
-        answered.wait(10)
+        while not interrupted.is_set():  # a signal just before the main thread waits is not seen
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        answered.wait(60)
         ended.set()
         raise TransientError("too late")
 
     monkeypatch.setattr(f"mtj_loader.storage.hub.{request_name}", stall)
-    with pytest.raises(KeyboardInterrupt):
-        open_checkpoint(Source("org/neox", stream=True))
+    previous = signal.signal(signal.SIGINT, interrupt_once)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            open_checkpoint(Source("org/neox", stream=True))
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert not ended.is_set()
     answered.set()
 
