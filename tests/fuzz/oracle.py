@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -39,6 +39,16 @@ def logits_with_adapter(base: Path, adapter: Path, ids: np.ndarray) -> np.ndarra
             model = PeftModel.from_pretrained(copy.deepcopy(_base(base)), adapter)
             return _logits(model, ids)
     except Exception:  # noqa: BLE001 - any refusal
+        return None
+
+
+def token_ids(folder: Path, text: str) -> list[int] | None:
+    """The ids of transformers' tokenizer; None if it refuses the files or the text."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    except BaseException:  # noqa: BLE001 - any refusal; the library's panics are BaseExceptions
         return None
 
 
