@@ -14,7 +14,7 @@ from mtj_loader.errors import PromptError, TokenizerMissingError
 from mtj_loader.formats.sentencepiece import parse_model
 from mtj_loader.generation import byte_level, from_sentencepiece
 from mtj_loader.generation.added_tokens import TokenSettings, add_tokens, read_token_settings
-from mtj_loader.generation.tokenizer_files import File, backend_errors, read_json
+from mtj_loader.generation.tokenizer_files import File, backend_errors, check_flags, read_json
 from mtj_loader.generation.tokenizer_json import is_byte_level, read_tokenizer_json
 from mtj_loader.storage.base import read_small
 
@@ -133,6 +133,7 @@ def load_tokenizer(
       TokenizerMissingError: the rules of the tokenizer's class are not known here.
     """
     config = _optional_json(files, "tokenizer_config.json")
+    check_flags(config, file=files.get("tokenizer_config.json"))
     kind = choose_class(model_type, config.get("tokenizer_class") or class_name)
     special_map = _optional_json(files, "special_tokens_map.json")
     added = _optional_json(files, "added_tokens.json")

@@ -14,6 +14,7 @@ from mtj_loader.storage.base import StoredFile, read_small
 
 File = Path | StoredFile
 
+_FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy")
 MAX_ID = 2**32 - 1  # the library's ids are unsigned 32-bit integers
 _MAX_SETTINGS_BYTES = 12_000_000  # ten times Gemma 3's tokenizer_config.json
 
@@ -25,6 +26,14 @@ def read_json(file: File, max_bytes: int = _MAX_SETTINGS_BYTES) -> dict[str, obj
       FormatError: the file has more than `max_bytes`, or does not contain an object.
     """
     return strict_json.parse_object(read_small(file, max_bytes), file=str(file))
+
+
+def check_flags(config: Mapping[str, object], *, file: object) -> None:
+    """Raises FormatError if a flag of tokenizer_config.json is neither a bool nor null."""
+    for key in _FLAGS:
+        if not isinstance(value := config.get(key), bool | None):
+            found = format_value(value)
+            raise FormatError("not a bool", file=file, key=key, found=found)
 
 
 def check_ids(values: Mapping[str, object], *, file: object) -> Mapping[str, int]:

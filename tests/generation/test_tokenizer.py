@@ -186,6 +186,8 @@ def test_damaged_tokenizer_json(tmp_path: Path, content: bytes):
             '{"added_tokens_decoder": {"1%s": "a"}}' % ("0" * 5_000),
             "not added tokens",
         ),
+        ("tokenizer_config_json", '{"add_bos_token": 1}', "(?s)not a bool.*add_bos_token.*1"),
+        ("tokenizer_config_json", '{"legacy": "false"}', "(?s)not a bool.*legacy.*false"),
         ("special_tokens_map_json", "null", "not a JSON object"),
     ],
 )
