@@ -15,6 +15,7 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 UNEXPECTED = 1  # exit code for any other exception, as in Python
 
 _MAX_FACT_CHARS = 1_000  # of a file, a value, …: a file may contain megabytes of either
+_MAX_PROBLEMS_SHOWN = 30  # about one screen; the attribute has all
 
 
 class MtjLoaderError(Exception):
@@ -110,9 +111,9 @@ class ConfigMismatchError(ConfigError):
         return _bullets(self.what, [_in_one_line(error, names) for error in self.problems])
 
 
-def _in_one_line(error: MtjLoaderError, names: Iterable[str]) -> str:
-    facts = [f"{n} {_shorten(v)}" for n in names if (v := getattr(error, n)) is not None]
-    return f"{escape(error.what)}: {', '.join(facts)}"
+def _in_one_line(problem: MtjLoaderError | Problem, names: Iterable[str]) -> str:
+    facts = [f"{n} {_shorten(v)}" for n in names if (v := getattr(problem, n)) is not None]
+    return ": ".join([escape(problem.what), *([", ".join(facts)] if facts else [])])
 
 
 def raise_all(problems: Sequence[ConfigError]) -> None:
@@ -191,9 +192,7 @@ class Problem:
     found: str | None = None
 
     def __str__(self) -> str:
-        names = ("file", "tensor", "target", "expected", "found")
-        facts = [f"{n} {_shorten(v)}" for n in names if (v := getattr(self, n)) is not None]
-        return f"{escape(self.what)}: {', '.join(facts)}" if facts else escape(self.what)
+        return _in_one_line(self, ("file", "tensor", "target", "expected", "found"))
 
 
 class CheckpointMismatchError(CheckpointError):
@@ -232,9 +231,6 @@ def _bullets(what: str, problems: Sequence[str]) -> str:
     if len(problems) > _MAX_PROBLEMS_SHOWN:
         shown.append(f"- … and {len(problems) - _MAX_PROBLEMS_SHOWN} more (see .problems)")
     return "\n".join([what, *shown])
-
-
-_MAX_PROBLEMS_SHOWN = 30  # about one screen; the attribute has all
 
 
 def fold_layers(problems: Iterable[Problem]) -> list[Problem]:

@@ -56,6 +56,8 @@ def check_target(target: Path, *, overwrite: bool) -> list[str]:
 def _describe_left(path: Path) -> str:
     if is_locked(path) is None:
         return f"left by a conversion that was killed, or written by one that still runs: {path}"
+    if path.suffix == ".old":  # also left if another process created the target meanwhile
+        return f"an earlier output, left by an overwrite; delete it if you do not need it: {path}"
     return f"left by a conversion that was killed; delete it: {path}"
 
 
@@ -130,15 +132,10 @@ def convert_write_errors(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        hint = (
-            "free disk space, or choose another disk with --out"
-            if error.errno in _DISK_FULL
-            else None
-        )
-        found = error.strerror or str(error)
-        raise StorageError(
-            "cannot write", file=visible_path(path), found=found, hint=hint
-        ) from error
+        full = error.errno in _DISK_FULL
+        hint = "free disk space, or choose another disk with --out" if full else None
+        file, found = visible_path(path), error.strerror or str(error)
+        raise StorageError("cannot write", file=file, found=found, hint=hint) from error
 
 
 def write_at(path: Path, offset_bytes: int, data: memoryview) -> None:

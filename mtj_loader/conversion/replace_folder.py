@@ -64,7 +64,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool | None:
-    """Whether another process works on a hidden folder; None if that is not known."""
+    """Whether another process is writing a hidden folder; None if that is not known."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:  # gone meanwhile
@@ -96,10 +96,8 @@ def restore(target: Path) -> bool:
 def replace_folder(target: Path, folder: Path) -> None:
     """Puts a folder in the place of an existing target.
 
-    There is always one of both in this place. Only where the file system cannot do that, there is
-    none for a moment; `restore` repairs what a process that is killed then leaves.
-
-    Afterwards `folder` is the old target, or gone.
+    The target always exists. If the file system cannot exchange folders, it is missing for a
+    moment; `restore` repairs that after a kill. Afterwards `folder` is the old target, or gone.
 
     Raises:
       OSError: the target is unchanged.

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from mtj_loader.errors import FormatError
 
@@ -24,12 +25,20 @@ _TEXT, _SCORE, _TYPE = 1 << 3 | _BYTES, 2 << 3 | _FIXED32, 3 << 3 | _VARINT
 _MODEL_TYPE, _BYTE_FALLBACK = 3 << 3 | _VARINT, 35 << 3 | _VARINT
 _CHARSMAP = 2 << 3 | _BYTES
 
-# The fields of the trainer's specification with the id and the piece of each special token, and
-# their defaults.
+
+class _SpecialToken(NamedTuple):
+    """The fields of the trainer's specification for one special token, and their defaults."""
+
+    id_tag: int
+    default_id: int
+    text_tag: int
+    default_text: bytes
+
+
 _SPECIAL = {
-    "unk_token": (40 << 3 | _VARINT, 0, 45 << 3 | _BYTES, b"<unk>"),
-    "bos_token": (41 << 3 | _VARINT, 1, 46 << 3 | _BYTES, b"<s>"),
-    "eos_token": (42 << 3 | _VARINT, 2, 47 << 3 | _BYTES, b"</s>"),
+    "unk_token": _SpecialToken(40 << 3 | _VARINT, 0, 45 << 3 | _BYTES, b"<unk>"),
+    "bos_token": _SpecialToken(41 << 3 | _VARINT, 1, 46 << 3 | _BYTES, b"<s>"),
+    "eos_token": _SpecialToken(42 << 3 | _VARINT, 2, 47 << 3 | _BYTES, b"</s>"),
 }
 _NO_TOKEN = 1 << 63  # ids from here on are negative: the model has no such token
 
@@ -125,8 +134,8 @@ def _read_model(data: bytes) -> SentencePieceModel:
             specs[tag].update(_fields(_bytes(value)))
     _check_texts(pieces)
     trainer = specs[_TRAINER]
-    ids = {name: trainer.get(tag, default) for name, (tag, default, *_) in _SPECIAL.items()}
-    texts = {name: trainer.get(tag) or text for name, (*_, tag, text) in _SPECIAL.items()}
+    ids = {name: trainer.get(token.id_tag, token.default_id) for name, token in _SPECIAL.items()}
+    texts = {n: trainer.get(token.text_tag) or token.default_text for n, token in _SPECIAL.items()}
     unk_id = _int(ids["unk_token"])
     if unk_id >= len(pieces):
         raise ValueError(f"the unknown token has the id {unk_id} of {len(pieces)} pieces")

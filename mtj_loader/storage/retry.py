@@ -63,7 +63,7 @@ async def retry(
     Args:
       attempt: may keep partial results between calls.
       policy: how often and how long.
-      explain: makes the final error from the number of attempts and the last error.
+      explain: makes the final error from a summary of the attempts.
 
     Raises:
       StorageError: from `explain`, after the last attempt.

@@ -143,3 +143,12 @@ def test_the_folder_that_was_renamed_last_is_restored(order, tmp_path):
         time.sleep(0.02)  # longer than a tick of the file system's clock
     assert restore(target)
     assert (target / "version").read_text() == "1"
+
+
+def test_an_earlier_output_that_was_kept_is_not_called_abandoned(tmp_path):
+    (kept := tmp_path / ".out.00000000.old").mkdir()
+    (tmp_path / "out").mkdir()
+    (warning,) = folder_module.check_target(tmp_path / "out", overwrite=True)
+    assert warning == (
+        f"an earlier output, left by an overwrite; delete it if you do not need it: {kept}"
+    )
