@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
-from mtj_loader.errors import CheckpointError, FormatError, MtjLoaderError, StorageError
+from mtj_loader.errors import CheckpointError, FormatError, StorageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -168,19 +170,46 @@ def read_small(file: Path | StoredFile, max_bytes: int) -> bytes:
     """Reads a whole file that may not be large.
 
     Raises:
-      FormatError: it has more than `max_bytes`.
+      FormatError: it is not a regular file, or has more than `max_bytes`.
       CheckpointError, StorageError: it cannot be read.
     """
+    if isinstance(file, Path):
+        return read_file(file, max_bytes)
+    _check_size(file, file.size_bytes, max_bytes)
+    return file.read_bytes()
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Reads a small file at a path that the user gave.
+
+    Raises:
+      FormatError: it is not a regular file, or has more than `max_bytes`.
+      StorageError: the operating system cannot read it.
+    """
     try:
-        size_bytes = file.stat().st_size if isinstance(file, Path) else file.size_bytes
-        if size_bytes > max_bytes:
-            expected, found = f"at most {max_bytes:,} bytes", f"{size_bytes:,} bytes"
-            raise FormatError("the file is too large", file=file, expected=expected, found=found)
-        return file.read_bytes()
-    except MtjLoaderError:
-        raise
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError("not a regular file", file=path)
+            _check_size(path, status.st_size, max_bytes)
+            data = file.read(max_bytes + 1)  # it may grow meanwhile
     except OSError as error:
-        raise StorageError("cannot read the file", file=file, found=error.strerror) from error
+        raise os_error("cannot read the file", path, error) from error
+    except ValueError as error:  # a NUL in the path
+        raise StorageError("cannot read the file", file=ascii(path), found=error) from error
+    _check_size(path, len(data), max_bytes)
+    return data
+
+
+def _check_size(file: Path | StoredFile, size_bytes: int, max_bytes: int) -> None:
+    if size_bytes > max_bytes:
+        expected, found = f"at most {max_bytes:,} bytes", f"{size_bytes:,} bytes"
+        raise FormatError("the file is too large", file=file, expected=expected, found=found)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file; does not wait for the writer of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def closing_all(*storages: Storage) -> ExitStack:
@@ -253,3 +282,8 @@ def truncated_error(
         expected=f"{length_bytes:,} bytes at byte {offset_bytes:,}",
         found=f"{max(available_bytes, 0):,} bytes",
     )
+
+
+def os_error(what: str, file: object, error: OSError) -> StorageError:
+    """The error for a call that the operating system refused."""
+    return StorageError(what, file=file, found=error.strerror or str(error))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtj_loader.errors import CheckpointError, FormatError, StorageError
+from mtj_loader.errors import CheckpointError, FormatError
 from mtj_loader.storage.base import (
     ByteRange,
     FileVersion,
@@ -18,6 +18,7 @@ from mtj_loader.storage.base import (
     Storage,
     as_bytes,
     is_relative_name,
+    os_error,
     truncated_error,
 )
 
@@ -58,14 +59,14 @@ class LocalStorage(Storage):
           StorageError: the folder cannot be listed.
         """
         try:
-            return sorted(entry.name for entry in self.root.iterdir() if entry.is_file())
+            return sorted(e.name for e in self.root.iterdir() if e.exists() and not e.is_dir())
         except OSError as error:
-            raise _os_error("cannot list the folder", self.root, error) from error
+            raise os_error("cannot list the folder", self.root, error) from error
 
     def exists(self, path: str) -> bool:
-        """Whether the file exists; a dangling link does not count."""
+        """Whether there is a file, or a pipe or device, which cannot be read; see `version`."""
         status = self._status(path)
-        return status is not None and stat.S_ISREG(status.st_mode)
+        return status is not None and not stat.S_ISDIR(status.st_mode)
 
     def version(self, path: str) -> FileVersion:
         """The file's current size and modification time, looked up by its name each time.
@@ -112,7 +113,7 @@ class LocalStorage(Storage):
                 count = os.preadv(descriptor, [view[done:]], offset_bytes + done)
             except OSError as error:
                 what = f"a read at byte {offset_bytes + done:,} failed"
-                raise _os_error(what, self.root / path, error) from error
+                raise os_error(what, self.root / path, error) from error
             if count == 0:
                 raise truncated_error(path, offset_bytes, len(view), done)
             done += count
@@ -142,7 +143,7 @@ class LocalStorage(Storage):
         try:
             return os.open(target, os.O_RDONLY)
         except OSError as error:
-            raise _os_error("cannot open the file", target, error) from error
+            raise os_error("cannot open the file", target, error) from error
 
     def _status(self, path: str) -> os.stat_result | None:
         target = self._resolve(path)
@@ -151,7 +152,7 @@ class LocalStorage(Storage):
         except OSError as error:
             if error.errno in _ABSENT:
                 return None
-            raise _os_error("cannot read the status of the file", target, error) from error
+            raise os_error("cannot read the status of the file", target, error) from error
 
     def _resolve(self, path: str) -> Path:
         if not is_relative_name(path):
@@ -168,33 +169,6 @@ class LocalStorage(Storage):
         return target
 
 
-def read_file(path: Path, max_bytes: int) -> bytes:
-    """Reads a small file at a path that the user gave.
-
-    Raises:
-      FormatError: it is not a regular file, or has more than `max_bytes`.
-      StorageError: the operating system cannot read it.
-    """
-    try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FormatError("not a regular file", file=path)
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise _os_error("cannot read the file", path, error) from error
-    except ValueError as error:  # a NUL in the path
-        raise StorageError("cannot read the file", file=ascii(path), found=error) from error
-    if len(data) > max_bytes:
-        expected = f"at most {max_bytes:,} bytes"
-        raise FormatError("the file is too large", file=path, expected=expected, found="more")
-    return data
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens a file; does not wait for the writer of a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def _readable_folders(root: Path) -> list[Path]:
     """The folder; for `models--…/snapshots/<commit>` also the cache's folders of blobs."""
     for folder in root.parents:
@@ -203,7 +177,3 @@ def _readable_folders(root: Path) -> list[Path]:
             # The cache's own folder of blobs is shared by all repositories.
             return [root, repository / "blobs", cache / "blobs"]
     return [root]
-
-
-def _os_error(what: str, path: object, error: OSError) -> StorageError:
-    return StorageError(what, file=path, found=error.strerror or str(error))

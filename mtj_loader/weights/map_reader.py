@@ -9,7 +9,7 @@ from pathlib import Path
 from mtj_loader.errors import FormatError, MapError, StorageError
 from mtj_loader.formats import strict_json
 from mtj_loader.formats.typed_reader import TypedReader, format_value
-from mtj_loader.storage.local import read_file
+from mtj_loader.storage.base import read_file
 from mtj_loader.weights.map_schema import included_file, vocabulary
 from mtj_loader.weights.merging import NO_CONVERSIONS, Conversions, Merge, Rename
 from mtj_loader.weights.weight_map import ConfigRule, Target, Targets, WeightMap

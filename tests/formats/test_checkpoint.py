@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -80,6 +81,14 @@ def test_folder(folder, kind):
     assert sorted(checkpoint.tokenizer_files) == TOKENIZER
     assert checkpoint.tokenizer_files["vocab.json"] == folder / "vocab.json"
     assert read_a(checkpoint) == A.tobytes()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+def test_a_pipe_is_named_and_not_waited_for(single, name):
+    (single / name).unlink(missing_ok=True)
+    os.mkfifo(single / name)
+    message = refusal(single, FormatError)
+    assert message.startswith(f"not a regular file\n  file: {name}\n")
 
 
 def test_folder_without_optional_files(single):

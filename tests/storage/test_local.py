@@ -12,11 +12,8 @@ import pytest
 
 from mtj_loader.errors import CheckpointError, FormatError, StorageError
 from mtj_loader.formats.strict_json import read_object
-from mtj_loader.storage.base import (
-    check_unchanged,
-    is_relative_name,
-)
-from mtj_loader.storage.local import LocalStorage, read_file
+from mtj_loader.storage.base import check_unchanged, is_relative_name, read_file, read_small
+from mtj_loader.storage.local import LocalStorage
 
 
 @pytest.fixture
@@ -271,6 +268,6 @@ def test_read_file(storage, tmp_path):
         (Path("\0"), 9, StorageError),
     ]:
         with pytest.raises(kind) as caught:
-            read_file(path, max_bytes)
+            read_small(path, max_bytes)
         assert caught.value.file in (str(path), ascii(path))
     assert open_descriptors() == before

@@ -187,7 +187,7 @@ def test_files_that_are_no_maps_are_named(tmp_path: Path) -> None:
         tmp_path: "Is a directory",
         pipe: "not a regular file",
         Path("/dev/zero"): "not a regular file",
-        large: "more",
+        large: "1,048,577 bytes",
         Path("\0"): "embedded null byte",
     }.items():
         with pytest.raises(MapError, match="cannot read the weight map") as caught:
