@@ -129,9 +129,9 @@ def _compile(folder: Path, mesh: object, prompt: int) -> Run:
     """Compiles what `warm_up` compiles, and does nothing else."""
     import mtj_loader  # noqa: PLC0415
     from mtj_loader.dtypes import parameter_dtype  # noqa: PLC0415
+    from mtj_loader.generation.compilation_cache import enable_compilation_cache  # noqa: PLC0415
     from mtj_loader.generation.compile_ahead import (  # noqa: PLC0415
         compile_in_background,
-        enable_compilation_cache,
         read_shapes,
     )
     from mtj_loader.generation.prompts import PromptRules  # noqa: PLC0415

@@ -19,12 +19,14 @@ from mtj_loader.errors import MeshError, TokenizerMissingError, UsageError
 from mtj_loader.formats.checkpoint import Checkpoint, Headers, open_checkpoint
 from mtj_loader.formats.token_ids import bos_id
 from mtj_loader.formats.typed_reader import format_value
+from mtj_loader.generation.compilation_cache import (
+    compilation_cache_folder,
+    enable_compilation_cache,
+)
 from mtj_loader.generation.compile_ahead import (
     WarmUpLike,
     add_compile_times,
-    compilation_cache_folder,
     compile_in_background,
-    enable_compilation_cache,
     keep_common_shapes,
     read_shapes,
 )
