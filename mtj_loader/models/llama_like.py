@@ -21,7 +21,7 @@ from mtj_loader.models.parameter_table import ParameterBuilder
 
 Windows = tuple[int | None, ...]
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"  # types of layers
+FULL, SLIDING = "full_attention", "sliding_attention"  # types of layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +77,15 @@ def windows_by_layer(
 
     Refuses a malformed `layer_types`, and a layer with a window if the config has none.
     """
-    default = [_SLIDING if slides(layer) else _FULL for layer in range(layers)]
+    default = [SLIDING if slides(layer) else FULL for layer in range(layers)]
     types = reader.names("layer_types") if reader.has("layer_types") else default
-    if len(types) != layers or not set(types) <= {_FULL, _SLIDING}:
-        expected = f"{layers} of {_FULL}, {_SLIDING}"
+    if len(types) != layers or not set(types) <= {FULL, SLIDING}:
+        expected = f"{layers} of {FULL}, {SLIDING}"
         reader.refuse("not a legal value", "layer_types", expected, given=["num_hidden_layers"])
-    elif window is None and _SLIDING in types:
+    elif window is None and SLIDING in types:
         what = "a layer has a sliding window, and the config gives no width"
         reader.refuse(what, "layer_types", "a config with sliding_window")
-    return tuple(window if kind == _SLIDING else None for kind in types)
+    return tuple(window if kind == SLIDING else None for kind in types)
 
 
 def make_llama_like(

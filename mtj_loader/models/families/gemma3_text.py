@@ -16,10 +16,8 @@ from mtj_loader.models.families import gemma2
 from mtj_loader.models.layers.norms import RMSNorm
 from mtj_loader.models.layers.rope import Rope
 from mtj_loader.models.layers.rope_config import read_rope
-from mtj_loader.models.llama_like import Windows, windows_by_layer
+from mtj_loader.models.llama_like import FULL, SLIDING, Windows, windows_by_layer
 from mtj_loader.models.parameter_table import ParameterBuilder
-
-_LAYER_TYPES = ("full_attention", "sliding_attention")  # sections of rope_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +30,15 @@ class Config(gemma2.Config):
 
     model_type = "gemma3_text"
     defaults: ClassVar = {  # of transformers' Gemma3TextConfig
-        "attention_bias": False,
-        "head_dim": 256,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
+        **gemma2.Config.defaults,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
         "max_position_embeddings": 131072,
-        "norm_eps": 1e-6,
-        "num_attention_heads": 8,
-        "num_hidden_layers": 26,
-        "num_key_value_heads": 4,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
         "sliding_window_pattern": 6,
-        "tie_word_embeddings": True,
         "vocab_size": 262208,
     }
     rotary: ClassVar = {
-        "fraction": 1.0, "layer_type": "full_attention", "theta": 1e6, "whole_heads": True,
+        "fraction": 1.0, "layer_type": FULL, "theta": 1e6, "whole_heads": True,
     }  # fmt: skip
     ignored_keys = ("_sliding_window_pattern",)  # transformers writes layer_types beside it
 
@@ -62,7 +51,7 @@ class Config(gemma2.Config):
         if own["score_cap"] is not None:
             reader.refuse("a setting that is not supported", "attn_logit_softcapping", "null")
         sections = reader.rope()
-        for key in _LAYER_TYPES:
+        for key in (FULL, SLIDING):
             sections.has(key)
         sections.refuse_unsupported(lambda key: False)  # it ignores settings beside the sections
         reader.has("rope_local_base_freq")  # now in the section
@@ -72,7 +61,7 @@ class Config(gemma2.Config):
             max_positions=reader.integer("max_position_embeddings"),
             fraction=1.0,
             whole_heads=True,
-            layer_type="sliding_attention",
+            layer_type=SLIDING,
         )
         return {**own, "local_rope": local}
 

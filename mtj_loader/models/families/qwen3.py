@@ -19,21 +19,9 @@ class Config(qwen2.Config):
 
     model_type = "qwen3"
     defaults: ClassVar = {  # of transformers' Qwen3Config
+        **qwen2.Config.defaults,
         "attention_bias": False,
         "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "intermediate_size": 22016,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 28,
-        "norm_eps": 1e-6,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-        "vocab_size": 151936,
     }
 
 
