@@ -76,7 +76,7 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
     except MemoryError as error:
         message = "error: out of memory on this machine"
         raise _fail(message, MachineError.exit_code, debug) from error
-    except (typer.Exit, ImportError):  # a broken installation, or a memory limit (see supervise)
+    except (typer.Exit, ImportError):  # a broken installation, or a memory limit (see memory_limit)
         raise
     except Exception as error:
         hint = "" if debug else "\n  hint: --debug shows the traceback"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mtj_loader.cli import signals, supervise
+from mtj_loader.cli import memory_limit, signals, supervise
 from mtj_loader.cli.streams import CLOSED_PIPE, discard_stdout, prepare_streams, print_to_stderr
 from mtj_loader.errors import MachineError, MtjLoaderError
 
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         prepare_streams()
         with supervise.supervise_host(arguments):
-            supervise.supervise_memory_limit()
+            memory_limit.supervise_memory_limit()
             signals.exit_on_signal()
             _run(arguments)
     except signals.Stopped as stopped:

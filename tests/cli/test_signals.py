@@ -57,8 +57,8 @@ def test_signals_end_native_code_at_once(number: int, code: int, word: str):
 def test_under_a_limit_the_working_process_ends_with_its_parent():
     script = """
 import os, time
-from mtj_loader.cli import supervise
-supervise.supervise_memory_limit()
+from mtj_loader.cli.memory_limit import supervise_memory_limit
+supervise_memory_limit()
 print(os.getpid(), flush=True)
 time.sleep(600)
 """
@@ -78,8 +78,8 @@ time.sleep(600)
 def test_under_a_limit_an_error_before_a_crash_is_kept():
     script = """
 import os, signal, sys
-from mtj_loader.cli import supervise
-supervise.supervise_memory_limit()
+from mtj_loader.cli.memory_limit import supervise_memory_limit
+supervise_memory_limit()
 print("error: the disk is full", file=sys.stderr, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
