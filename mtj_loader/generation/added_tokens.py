@@ -31,15 +31,15 @@ class TokenSettings:
     Attributes:
       numbered: tokens with their ids.
       special: special tokens by role, such as `bos_token`; None means that there is none.
-      more: special tokens without a role.
-      complete: `more` replaces the special tokens of a tokenizer.model.
+      unnamed: special tokens without a role.
+      replaces_model_tokens: `unnamed` replaces the special tokens of a tokenizer.model.
       add_bos, add_eos: whether a text gets the token at its beginning or end.
     """
 
     numbered: Mapping[int, AddedToken]
     special: Mapping[str, AddedToken | None]
-    more: Sequence[AddedToken]
-    complete: bool
+    unnamed: Sequence[AddedToken]
+    replaces_model_tokens: bool
     add_bos: bool
     add_eos: bool
 
@@ -67,21 +67,21 @@ def read_token_settings(
       FormatError: a value is not a token, or not an id.
     """
     decoder = config.get("added_tokens_decoder")
-    old = {} if decoder is not None else special_map
-    special, more = _special_tokens({**config, **old})
-    complete = any(key in config and not isinstance(config[key], dict) for key in _LISTS)
-    named = (*special.values(), *(more if complete else ()))
-    texts = {token.content for token in named if token is not None}
+    legacy_map = {} if decoder is not None else special_map
+    special, unnamed = _special_tokens({**config, **legacy_map})
+    replaces = any(key in config and not isinstance(config[key], dict) for key in _LISTS)
+    tokens = (*special.values(), *(unnamed if replaces else ()))
+    texts_of_special = {token.content for token in tokens if token is not None}
     if decoder is not None:
         numbered = _numbered_tokens(decoder)
     else:
-        numbered = _old_tokens(added, texts) | dict(in_file or {})
-    of_text = {token.content: token for token in numbered.values()}
+        numbered = _legacy_tokens(added, texts_of_special) | dict(in_file or {})
+    by_text = {token.content: token for token in numbered.values()}
     return TokenSettings(
         numbered,
-        {role: token and of_text.get(token.content, token) for role, token in special.items()},
-        more,
-        complete,
+        {role: token and by_text.get(token.content, token) for role, token in special.items()},
+        unnamed,
+        replaces,
         add_bos=config.get("add_bos_token") is True,
         add_eos=config.get("add_eos_token") is True,
     )
@@ -91,7 +91,7 @@ def add_tokens(
     tokenizer: Tokenizer,
     settings: TokenSettings,
     defaults: Mapping[str, str],
-    own: Sequence[AddedToken] = (),
+    model_tokens: Sequence[AddedToken] = (),
     *,
     resets_flags: bool = False,
 ) -> None:
@@ -101,7 +101,7 @@ def add_tokens(
       tokenizer: with its vocabulary; it is changed.
       settings: of the checkpoint.
       defaults: special tokens by role, as the tokenizer's class defines them.
-      own: the special tokens of a tokenizer.model.
+      model_tokens: the special tokens of a tokenizer.model.
       resets_flags: the class gives its special tokens the default flags.
 
     Raises:
@@ -110,9 +110,9 @@ def add_tokens(
     special = {role: AddedToken(text, special=True) for role, text in defaults.items()}
     special = _in_order({**special, **settings.special})
     _add_numbered(tokenizer, settings.numbered, {token.content for token in special.values()})
-    more = settings.more if settings.complete else [*own, *settings.more]
+    kept = () if settings.replaces_model_tokens else model_tokens
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    named = [*special.values(), *more]
+    named = [*special.values(), *kept, *settings.unnamed]
     _add(tokenizer, [token for token in named if token.content not in known])
     if resets_flags:
         _add(tokenizer, [AddedToken(token.content, special=True) for token in named])
@@ -180,13 +180,13 @@ def _special_tokens(values: Object) -> tuple[dict[str, AddedToken | None], list[
         if value != ""  # the first conversions of Llama: not set
     }
     key = next((key for key in _LISTS if values.get(key)), "")
-    more = values.get(key, [])
-    if isinstance(more, dict):
-        named = {role: _read_token(value, key, special=True) for role, value in more.items()}
+    unnamed = values.get(key, [])
+    if isinstance(unnamed, dict):
+        named = {role: _read_token(value, key, special=True) for role, value in unnamed.items()}
         return special | named, []
-    if not isinstance(more, list):
-        raise FormatError("not a list of tokens", file=_FILES, key=key, found=format_value(more))
-    return special, [_read_token(value, key) for value in more]
+    if not isinstance(unnamed, list):
+        raise FormatError("not a list of tokens", file=_FILES, key=key, found=format_value(unnamed))
+    return special, [_read_token(value, key) for value in unnamed]
 
 
 def _numbered_tokens(decoder: object) -> dict[int, AddedToken]:
@@ -205,7 +205,7 @@ def _is_id(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) <= MAX_ID
 
 
-def _old_tokens(added: Object, special: set[str]) -> dict[int, AddedToken]:
+def _legacy_tokens(added: Object, special: set[str]) -> dict[int, AddedToken]:
     """The tokens of added_tokens.json: text → id."""
     return {
         number: AddedToken(text, special=text in special, normalized=text not in special)

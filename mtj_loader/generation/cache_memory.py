@@ -15,7 +15,8 @@ from mtj_loader.loading.memory_check import free_device_bytes
 from mtj_loader.loading.process_memory import available
 from mtj_loader.models.forward import Forward
 
-_UNCHECKED_BYTES = 64 << 20  # per device; below this, finding out what is free is not worth it
+# Per device. For less, asking for the free memory takes longer than it saves.
+_UNCHECKED_BYTES = 64 << 20
 
 
 def check_cache(forward: Forward, shape: Shape) -> None:

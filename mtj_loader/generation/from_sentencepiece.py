@@ -15,6 +15,8 @@ from mtj_loader.formats.sentencepiece import ModelType, PieceType, SentencePiece
 from mtj_loader.generation.added_tokens import TokenSettings
 from mtj_loader.generation.tokenizer_files import backend_errors
 
+PLAIN = "TokenizersBackend"
+
 # The classes, with their special tokens by role unless the checkpoint has others. None: those of
 # the tokenizer.model.
 CLASSES: Mapping[str, Mapping[str, str] | None] = {
@@ -26,7 +28,7 @@ CLASSES: Mapping[str, Mapping[str, str] | None] = {
         "pad_token": "<pad>",
         "mask_token": "<mask>",
     },
-    "TokenizersBackend": None,
+    PLAIN: None,
 }
 
 _MAX_MERGES = 6_000_000  # ten times Gemma 2's
@@ -48,7 +50,7 @@ def build(
       TokenizerMissingError: there are no rules for this kind of model.
       FormatError: the parts of the model do not fit together.
     """
-    plain = kind == "TokenizersBackend"
+    plain = kind == PLAIN
     types = (ModelType.BPE, ModelType.UNIGRAM) if plain else (ModelType.BPE,)
     if model.model_type not in types:
         raise TokenizerMissingError(
@@ -129,9 +131,8 @@ def _renamed(model: SentencePieceModel, settings: TokenSettings) -> dict[int, st
 
 def _bpe(model: SentencePieceModel, renamed: Mapping[int, str], file: object) -> models.BPE:
     vocab = {piece.text: number for number, piece in enumerate(model.pieces)}
-    texts = {number: text for text, number in vocab.items()} | dict(renamed)
     return models.BPE(
-        {text: number for number, text in texts.items()},
+        {renamed.get(number, text): number for text, number in vocab.items()},
         find_merges(vocab, file=file),
         unk_token=model.special_tokens.get("unk_token"),
         fuse_unk=True,

@@ -14,6 +14,7 @@ from mtj_loader.errors import PromptError, TokenizerMissingError
 from mtj_loader.formats.sentencepiece import parse_model
 from mtj_loader.generation import byte_level, from_sentencepiece
 from mtj_loader.generation.added_tokens import TokenSettings, add_tokens, read_token_settings
+from mtj_loader.generation.from_sentencepiece import PLAIN
 from mtj_loader.generation.tokenizer_files import File, backend_errors, check_flags, read_json
 from mtj_loader.generation.tokenizer_json import is_byte_level, read_tokenizer_json
 from mtj_loader.storage.base import read_small
@@ -31,21 +32,20 @@ _CLASSES = {
     "gpt_neo": "GPT2Tokenizer",
     "gpt_neox": "GPTNeoXTokenizer",
     "gptj": "GPT2Tokenizer",
-    "mistral": "TokenizersBackend",
-    "mixtral": "TokenizersBackend",
+    "mistral": PLAIN,
+    "mixtral": PLAIN,
     "mpt": "GPTNeoXTokenizer",
     "opt": "GPT2Tokenizer",
-    "phi3": "TokenizersBackend",
+    "phi3": PLAIN,
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
-    "stablelm": "TokenizersBackend",
+    "stablelm": PLAIN,
     "xglm": "XGLMTokenizer",
 }
 _OVERRULED = ("phi3", "qwen2")
-_PLAIN = "TokenizersBackend"
 _RENAMED = {
-    "PreTrainedTokenizer": _PLAIN,
-    "BloomTokenizer": _PLAIN,  # transformers 5 has no such class
+    "PreTrainedTokenizer": PLAIN,
+    "BloomTokenizer": PLAIN,  # transformers 5 has no such class
     "LLaMATokenizer": "LlamaTokenizer",  # in the first conversions, before transformers had it
 }
 
@@ -142,15 +142,16 @@ def load_tokenizer(
         in_file = tokenizer.get_added_tokens_decoder()
         settings = read_token_settings(config, special_map, added, in_file).without_ends()
         tokenizer, defaults = _without_steps(tokenizer, kind)
-        own = ()
+        model_tokens = ()
     elif _has_merges(files) or _MODEL in files:
         settings = read_token_settings(config, special_map, added)
-        tokenizer, defaults, own = _read_vocabulary(files, kind, settings)
+        tokenizer, defaults, model_tokens = _read_vocabulary(files, kind, settings)
     else:
         return None
     _set_steps(tokenizer, kind, config)
     with backend_errors("the tokens of the checkpoint cannot be added"):
-        add_tokens(tokenizer, settings, defaults, own, resets_flags=kind == "Qwen2Tokenizer")
+        resets = kind == "Qwen2Tokenizer"
+        add_tokens(tokenizer, settings, defaults, model_tokens, resets_flags=resets)
     known = kind in byte_level.CLASSES or kind in from_sentencepiece.CLASSES
     return Tokenizer(tokenizer, unknown_class=None if known else kind)
 
@@ -218,9 +219,9 @@ def choose_class(model_type: str | None, named: object) -> str:
       named: the class that the checkpoint names; None for none.
     """
     usual = _CLASSES.get(model_type or "")
-    name = named.removesuffix("Fast") if isinstance(named, str) and named else usual or _PLAIN
-    if usual == _PLAIN or model_type in _OVERRULED:
-        return usual or _PLAIN
+    if usual is not None and (usual == PLAIN or model_type in _OVERRULED):
+        return usual
+    name = named.removesuffix("Fast") if isinstance(named, str) and named else usual or PLAIN
     return _RENAMED.get(name, name)
 
 
