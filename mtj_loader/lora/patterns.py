@@ -171,7 +171,8 @@ class _Parser:
     def take(self, text: str) -> bool:
         """Skips the text if it comes next; returns whether it did."""
         found = self.pattern.startswith(text, self.at)
-        self.at += len(text) * found
+        if found:
+            self.at += len(text)
         return found
 
     def alternatives(self, depth: int) -> Program:

@@ -171,11 +171,12 @@ class _MapReader(TypedReader):
         """The axes of merge_modulelist, and of concatenate if there are several patterns."""
         operations = ["merge_modulelist", "concatenate"][: 1 if patterns == 1 else 2]
         items = self.items("operations")
-        dims = [_dim(item, name) for item, name in zip(items, operations, strict=False)]
-        if len(items) != len(operations) or None in dims:
+        found = map(_dim, items, operations)
+        dims = [dim for dim in found if dim is not None]
+        if not len(dims) == len(items) == len(operations):
             expected = " then ".join(f'{{"{name}": {{"dim": N}}}}' for name in operations)
             raise self.error("the operations do not fit their sources", "operations", expected)
-        return dims[0] or 0, dims[1] if patterns > 1 else None
+        return dims[0], dims[1] if patterns > 1 else None
 
     def check_placeholders(self, key: str, text: str, layered: bool) -> None:
         """Names in layers have `{layer}` once; others have no placeholder."""
