@@ -125,18 +125,24 @@ def remarks(
       ignored: keys that nothing reads.
       asked_for: keys that were left out because the user asked for it.
     """
-    warnings = []
+    notes: list[str] = []
+    warnings: list[str] = []
     if asked_for:
         warnings.append(f"ignored settings, as asked for: {', '.join(asked_for)}")
-    if not ignored:
-        return [], warnings
-    names = [shorten(key) for key in ignored[:_MAX_NAMED]]
-    names += [f"and {len(ignored) - _MAX_NAMED} more"] if len(ignored) > _MAX_NAMED else []
-    note, doubt = f"ignored settings: {', '.join(names)}", why_doubtful(config)
-    return ([], [*warnings, f"{note}; {doubt}"]) if doubt else ([note], warnings)
+    if ignored and (doubt := _explain_doubt(config)):
+        warnings.append(f"{_describe_ignored(ignored)}; {doubt}")
+    elif ignored:
+        notes.append(_describe_ignored(ignored))
+    return notes, warnings
 
 
-def why_doubtful(config: Mapping[str, object]) -> str | None:
+def _describe_ignored(keys: Sequence[str]) -> str:
+    names = [shorten(key) for key in keys[:_MAX_NAMED]]
+    names += [f"and {len(keys) - _MAX_NAMED} more"] if len(keys) > _MAX_NAMED else []
+    return f"ignored settings: {', '.join(names)}"
+
+
+def _explain_doubt(config: Mapping[str, object]) -> str | None:
     """Why a key that is not listed may matter all the same; None if it cannot."""
     if config.get("auto_map"):
         return "the checkpoint brings code of its own (auto_map), which may read them"
