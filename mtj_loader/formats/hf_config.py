@@ -152,11 +152,7 @@ def _rope_sections(
     keys = [{"rope_type" if key == "type" else key for key in each} for each in result.values()]
     if len(keys) == 2 and keys[0] != keys[1]:  # transformers would take one of the sections
         only = ", ".join(map(shorten, sorted(keys[0] ^ keys[1])))
-        what = "two spellings of one setting disagree"
-        error = ConfigError(
-            what, file=file, key=" and ".join(result), found=f"{only} only in one of them"
-        )
-        _report(error, problems)
+        _report_disagreement(list(result), f"{only} only in one of them", file, problems)
     return result
 
 
@@ -289,14 +285,14 @@ def _agreed_value(spellings: list[tuple[str, object]], file: str, problems: Prob
     name, value = spellings[0]
     for other_name, other in spellings[1:]:
         if other != value or isinstance(other, bool) != isinstance(value, bool):
-            error = ConfigError(
-                "two spellings of one setting disagree",
-                file=file,
-                key=f"{name} and {other_name}",
-                found=f"{format_value(value)} and {format_value(other)}",
-            )
-            _report(error, problems)
+            found = f"{format_value(value)} and {format_value(other)}"
+            _report_disagreement([name, other_name], found, file, problems)
     return value
+
+
+def _report_disagreement(keys: list[str], found: str, file: str, problems: Problems) -> None:
+    what, key = "two spellings of one setting disagree", " and ".join(keys)
+    _report(ConfigError(what, file=file, key=key, found=found), problems)
 
 
 def _report(error: ConfigError, problems: Problems) -> None:
