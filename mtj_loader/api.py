@@ -171,7 +171,7 @@ def _load(
     make: Callable[[Hosts, Mesh | str | None], LoadPlan], mesh: Mesh | str | None, run: RunOptions
 ) -> Model:
     """Plans with `make`, checks that all hosts have the same plan, and loads."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with connect_hosts(run.host_timeout) as hosts:
         with hosts.phase("plan"):
             mesh = _existing_mesh(mesh)
@@ -179,16 +179,16 @@ def _load(
             devices = _devices(mesh, plan)
             check_same_load(hosts, plan, devices)
         warnings = enable_compilation_cache() if run.compilation_cache else ()
-        model = _execute(plan, devices, hosts, run, begun)
+        model = _execute(plan, devices, hosts, run, started)
         warnings = (*model.report.warnings, *warnings)
         folder = compilation_cache_folder()
         report = replace(model.report, warnings=warnings, compilation_cache=folder)
         return replace(model, report=report)
 
 
-def _execute(plan: LoadPlan, mesh: Mesh, hosts: Hosts, run: RunOptions, begun: float) -> Model:
+def _execute(plan: LoadPlan, mesh: Mesh, hosts: Hosts, run: RunOptions, started: float) -> Model:
     """Loads what is planned, and meanwhile compiles for generation."""
-    plan_seconds = time.perf_counter() - begun
+    plan_seconds = time.perf_counter() - started
     with hosts.phase("prepare"), plan.checkpoint.storage:
         rules = _prompt_rules(plan)
         dtype = parameter_dtype(plan.options.dtype)
@@ -204,7 +204,7 @@ def _execute(plan: LoadPlan, mesh: Mesh, hosts: Hosts, run: RunOptions, begun: f
         compiled = keep_common_shapes(first_compiled(), hosts)
     report = add_compile_times(report, compiled, loaded)
     report = replace(report, warnings=(*report.warnings, *_tokenizer_warnings(rules)))
-    return Model(params, plan.config, mesh, rules, report, plan, forward, compiled, begun)
+    return Model(params, plan.config, mesh, rules, report, plan, forward, compiled, started)
 
 
 def _tokenizer_warnings(rules: PromptRules) -> list[str]:

@@ -46,7 +46,7 @@ class Model:
       plan: what was loaded, and how.
       forward: the model's compiled functions, for direct use.
       compiled: the programs that are compiled ahead of time, finished or in progress.
-      begun: when the load in `report` began, in seconds of `time.perf_counter`.
+      started: when the load in `report` began, in seconds of `time.perf_counter`.
       base: the model that `with_adapter` was called on; None if this model did not come from it.
     """
 
@@ -58,7 +58,7 @@ class Model:
     plan: LoadPlan
     forward: Forward
     compiled: CompiledPrograms
-    begun: float
+    started: float
     base: Model | None = None
 
     def __repr__(self) -> str:
@@ -192,13 +192,13 @@ class Model:
         if not self.plan.adapters:
             return self
         unadapted = self.plan.without_adapters
-        begun = time.perf_counter()
+        started = time.perf_counter()
         changed = {param.spec for param in self.plan.adapted}
         again = replace(unadapted, params=tuple(p for p in unadapted.params if p.spec in changed))
         with connect_hosts() as hosts, closing_all(*again.storages):
             fresh, report = load_params(again, self.mesh, hosts=hosts)
         params = {m: arrays | fresh.get(m, {}) for m, arrays in self.params.items()}
-        return replace(self, params=params, plan=unadapted, report=report, begun=begun)
+        return replace(self, params=params, plan=unadapted, report=report, started=started)
 
     @cached_property
     def _generator(self) -> Generator:
@@ -215,5 +215,5 @@ class Model:
     def _time_first_token(self, pieces: Iterator[TextPiece]) -> Iterator[TextPiece]:
         """Yields the same pieces; adds the time of the model's first token to the report."""
         for piece in pieces:
-            self.report.seconds.setdefault("first_token", time.perf_counter() - self.begun)
+            self.report.seconds.setdefault("first_token", time.perf_counter() - self.started)
             yield piece

@@ -8,7 +8,7 @@ from typing import Self
 
 from mtj_loader.errors import ConfigError
 from mtj_loader.formats.hf_config import Problems, rope_keys
-from mtj_loader.formats.known_settings import HARMLESS, SUPPORTED_AT
+from mtj_loader.formats.known_settings import KEYS_WITHOUT_EFFECT, SUPPORTED_AT
 from mtj_loader.formats.typed_reader import TypedReader
 
 
@@ -39,18 +39,20 @@ class Reader(TypedReader):
     def refuse_unsupported(
         self,
         matters: Callable[[str], bool],
-        harmless: Collection[str] = (),
+        without_effect: Collection[str] = (),
         supported: Mapping[str, object] | None = None,
     ) -> None:
         """Refuses the keys that were not read and may change the logits; the rest are ignored.
 
         Args:
           matters: whether transformers reads a key.
-          harmless: keys of this family that never change the logits.
+          without_effect: keys of this family that never change the logits.
           supported: keys of this family that do, and the value at which they do not.
         """
         supported = {**SUPPORTED_AT, **(supported or {})}
-        for key in sorted(self._values.keys() - self._read - HARMLESS - set(harmless)):
+        for key in sorted(
+            self._values.keys() - self._read - KEYS_WITHOUT_EFFECT - set(without_effect)
+        ):
             value, neutral = self._values[key], supported.get(key)
             if value is None or (key in supported and value == neutral):
                 continue

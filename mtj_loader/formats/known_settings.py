@@ -20,7 +20,7 @@ _FILE = Path(__file__).with_name("transformers_settings.json")
 
 # Keys of PretrainedConfig, of generation and of training that do not change the logits.
 # `auto_map` and `custom_pipelines` name code to import; they are ignored, never followed.
-_HARMLESS_WORDS = """
+_WITHOUT_EFFECT = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation _experts_implementation_internal _name_or_path _output_attentions
     architectures attn_implementation auto_map custom_pipelines dtype experts_implementation
@@ -48,7 +48,7 @@ _HARMLESS_WORDS = """
     remove_invalid_values repetition_penalty return_dict_in_generate temperature top_k top_p
     typical_p
 """
-HARMLESS = frozenset(_HARMLESS_WORDS.split())
+KEYS_WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT.split())
 
 # Keys that would change the model, and the value at which they do not. transformers reads some of
 # them no more; a file with another value still describes a model that is not supported.
@@ -103,7 +103,7 @@ def ignored_settings(config: Mapping[str, object]) -> list[str]:
     The reader of a family finds the same keys, and others in the sections that only it knows; this
     is for those who need no model.
     """
-    known = HARMLESS | _READ_HERE | SUPPORTED_AT.keys()
+    known = KEYS_WITHOUT_EFFECT | _READ_HERE | SUPPORTED_AT.keys()
     given = {key: value for key, value in config.items() if value is not None}
     found = [k for k in given.keys() - known if not reads(config.get("model_type"), k)]
     for section in ROPE_SECTIONS:

@@ -133,9 +133,9 @@ class Streamer:
     def _place(self, batch: Batch, futures: list[Future[None]]) -> None:
         """Waits until a batch is complete, and transfers it."""
         self._wait(futures)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         self._placer.place(batch)
-        self.device_seconds += time.perf_counter() - begun
+        self.device_seconds += time.perf_counter() - started
 
     def _wait(self, futures: list[Future[None]]) -> None:
         waiting: set[Future[None]] = set(futures)
@@ -183,22 +183,22 @@ class Streamer:
         inside = [slice(start - read.start, stop - read.start) for start, stop in read.runs]
         for (start, _), run in zip(read.runs, inside, strict=True):
             self._read(target, read.source, start, chunk[run])
-        begun = time.perf_counter()
+        started = time.perf_counter()
         converted = chunk if convert is None else convert(chunk)
         for run in inside:
             after = None if convert is None else converted[run]
             self._check_values(target, read.source, chunk[run], after)
         for copy in read.copies:
             kernels.execute_copy(copy, converted, read.start, buffer)
-        self._stats.transform_seconds += time.perf_counter() - begun
+        self._stats.transform_seconds += time.perf_counter() - started
 
     def _read(self, target: Target, source: int, first: int, elements: np.ndarray) -> None:
         """Reads elements of a record, starting with element `first`."""
         record = target.param.view.records[source]
         offset_bytes = record.offset_bytes + first * elements.itemsize
-        begun = time.perf_counter()
+        started = time.perf_counter()
         self._reader.read_into(record.file, offset_bytes, elements.view(np.uint8))
-        self._stats.read_seconds += time.perf_counter() - begun
+        self._stats.read_seconds += time.perf_counter() - started
         self._stats.bytes_read += elements.nbytes
 
     def _check_values(

@@ -3,7 +3,7 @@ r"""Matches untrusted regular expressions within a bounded amount of work.
 Python's `re` backtracks: a pattern such as `(a+)+!` takes exponential time. Here all alternatives
 are followed at once, as a set of positions in a small program (Thompson, "Regular expression
 search algorithm", 1968; Cox, "Regular expression matching can be simple and fast", 2007). Sets
-that were reached before are remembered, and the work for new ones is limited. Backreferences and
+that were reached before are cached, and the work for new ones is limited. Backreferences and
 lookaround cannot be matched this way and are refused.
 
 Supported: characters, escapes such as `\.` and `\d`, `.`, `[…]`, `(…)`, `(?:…)`, `|`, `*`, `+`,
@@ -77,11 +77,11 @@ class Work:
 
 
 class Matcher:
-    """Matches a program, and remembers which positions follow which at a character.
+    """Matches a program, and caches which positions follow which at a character.
 
     Args:
       program: compiled.
-      work: what remembering may still cost.
+      work: what caching may still cost.
     """
 
     def __init__(self, program: Program, work: Work) -> None:

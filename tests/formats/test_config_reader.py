@@ -7,7 +7,7 @@ import pytest
 from mtj_loader.errors import ConfigError, ConfigMismatchError
 from mtj_loader.formats.config_reader import Reader
 from mtj_loader.formats.hf_config import normalize
-from mtj_loader.formats.known_settings import HARMLESS, reads
+from mtj_loader.formats.known_settings import KEYS_WITHOUT_EFFECT, reads
 from mtj_loader.models import family
 
 
@@ -91,7 +91,7 @@ def test_a_key_that_transformers_reads_and_we_do_not_is_refused():
         refuse_unsupported(config)
     assert (caught.value.key, caught.value.found) == ("sliding_window", "30")
     assert "--ignore-setting" in caught.value.hint
-    refuse_unsupported(config, harmless=["sliding_window"])
+    refuse_unsupported(config, without_effect=["sliding_window"])
 
 
 def test_a_key_that_transformers_does_not_read_is_ignored():
@@ -100,8 +100,8 @@ def test_a_key_that_transformers_does_not_read_is_ignored():
     assert config.ignored == ["rep_pen", "welcome"]  # neither null nor what is known
 
 
-def test_harmless_keys_may_have_any_value():
-    config = reader(**dict.fromkeys(HARMLESS, "anything"))
+def test_keys_without_effect_may_have_any_value():
+    config = reader(**dict.fromkeys(KEYS_WITHOUT_EFFECT, "anything"))
     refuse_unsupported(config)
     assert config.ignored == []
 

@@ -13,7 +13,7 @@ from mtj_loader.errors import ConfigError
 from mtj_loader.formats import known_settings
 from mtj_loader.formats.hf_config import normalize
 from mtj_loader.formats.known_settings import (
-    HARMLESS,
+    KEYS_WITHOUT_EFFECT,
     ignored_settings,
     reads,
     remarks,
@@ -99,7 +99,7 @@ KNOWN: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("model_type", "settings"), KNOWN)
-def test_a_key_that_is_known_to_be_harmless_is_not_mentioned(
+def test_a_key_that_is_known_to_have_no_effect_is_not_mentioned(
     model_type: str, settings: dict[str, Any]
 ) -> None:
     config = read(model_type, settings)
@@ -212,6 +212,6 @@ def test_remarks_are_short() -> None:
     assert note.endswith("and 99971 more")
 
 
-def test_nothing_that_matters_is_called_harmless() -> None:
+def test_no_size_is_listed_as_without_effect() -> None:
     sizes = {"hidden_size", "rope_theta", "sliding_window", "layer_types", "tie_word_embeddings"}
-    assert not sizes & HARMLESS
+    assert not sizes & KEYS_WITHOUT_EFFECT

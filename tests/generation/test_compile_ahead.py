@@ -278,17 +278,17 @@ def test_threads_switch_more_often_while_tracing(folder: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("begun", "ended", "overlap"), [(10.0, 13.0, 2.0), (10.5, 11.0, 0.5), (12.5, 14.0, 0.0)]
+    ("started", "ended", "overlap"), [(10.0, 13.0, 2.0), (10.5, 11.0, 0.5), (12.5, 14.0, 0.0)]
 )
 def test_the_report_has_the_overlap_of_load_and_compilation(
-    folder: Path, begun: float, ended: float, overlap: float
+    folder: Path, started: float, ended: float, overlap: float
 ):
     report = mtj_loader.load(folder, "mp=1").report
     report = replace(report, seconds=report.seconds | {"load": 2.0})  # from 10 to 12
-    found = add_compile_times(report, CompiledPrograms(begun, ended, {}, {}), load_end=12.0)
-    assert found.seconds["compile"] == ended - begun
+    found = add_compile_times(report, CompiledPrograms(started, ended, {}, {}), load_end=12.0)
+    assert found.seconds["compile"] == ended - started
     assert found.seconds["overlap"] == overlap
-    words = f"load 2.00 s, compile {ended - begun:.2f} s, overlapping for {overlap:.2f} s"
+    words = f"load 2.00 s, compile {ended - started:.2f} s, overlapping for {overlap:.2f} s"
     assert str(found).splitlines()[1] == words
 
 

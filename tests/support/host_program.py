@@ -180,7 +180,7 @@ class Running:
 
     name: str
     children: dict[int, int]  # process → host
-    begun: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
     codes: dict[int, int] = field(default_factory=dict)
 
     def poll(self) -> bool:
@@ -189,7 +189,7 @@ class Running:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 self.codes[self.children.pop(child)] = os.waitstatus_to_exitcode(status)
-        late = time.monotonic() - self.begun > CASE_SECONDS
+        late = time.monotonic() - self.started > CASE_SECONDS
         if late or (self.codes and all(map(_is_stopped, self.children))):
             for child in self.children:
                 os.kill(child, signal.SIGKILL)
