@@ -1,0 +1,1 @@
+"""Chooses tokens: the settings of a request, the samplers, and the random choice."""
