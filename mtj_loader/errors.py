@@ -83,6 +83,10 @@ class TokenizerMissingError(UsageError):
     """Text was given or requested, but the checkpoint has no tokenizer."""
 
 
+class GrammarError(UsageError):
+    """A grammar or JSON schema is malformed, too large, or cannot be followed."""
+
+
 class CheckpointError(MtjLoaderError):
     """The checkpoint's files are damaged, incomplete or inconsistent."""
 
