@@ -23,7 +23,7 @@ from mtj_loader.sampling.row_settings import (
     RowSettings,
 )
 from mtj_loader.sampling.temperature import apply_temperature
-from mtj_loader.sampling.truncation import keep_by_mass, keep_min_p, keep_tail_free, keep_top_a
+from mtj_loader.sampling.truncation import keep_best_tokens, keep_min_p, keep_top_a
 
 # Takes logits, float32 [b, V], and the rows to change, bool [b].
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]
@@ -45,11 +45,10 @@ def apply_samplers(
             stage == PENALTIES, x, lambda x, r: penalize_repetition(x, r, history, lengths, s)
         )
         x = _when(stage == TEMPERATURE, x, lambda x, rows: apply_temperature(x, rows, s))
-        x = _when(stage == TFS, x, lambda x, rows: keep_tail_free(x, rows, s))
         x = _when(stage == TOP_A, x, lambda x, rows: keep_top_a(x, rows, s))
         top_p = (stage == TOP_P) & (s.top_p < 1)
-        by_mass = (stage == TOP_K) | top_p | (stage == TYPICAL)
-        x = _when(by_mass, x, lambda x, rows: keep_by_mass(x, rows, stage, s))
+        best = (stage == TOP_K) | top_p | (stage == TFS) | (stage == TYPICAL)
+        x = _when(best, x, lambda x, rows: keep_best_tokens(x, rows, stage, s))
         min_p = (stage == TOP_P) & (s.min_p > 0)
         return _when(min_p, x, lambda x, rows: keep_min_p(x, rows, s))
 

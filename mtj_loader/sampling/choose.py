@@ -67,8 +67,8 @@ def choose(  # noqa: PLR0917
         no row has a grammar.
       top: how many of the most likely tokens to report; static.
     """
-    largest = jnp.max(logits, axis=1)  # NaN if any logit is
-    finite = jnp.isfinite(largest)
+    # Not by their maximum: on CPUs it may be a number although a logit is NaN.
+    finite = jnp.all(logits < jnp.inf, axis=1) & jnp.any(logits > -jnp.inf, axis=1)
     scores = jnp.where(finite[:, None], logits, 0)
     scores = _mask(_add_bias(scores, settings), settings, steps, allowed)
     left = jnp.max(scores, axis=1) > -jnp.inf

@@ -1,7 +1,5 @@
 """Finds how many of the best tokens to keep without sorting them.
 
-Sorting the logits of 16 rows of 50,000 tokens takes a CPU 200 ms; this search takes 5.
-
 Axes: b rows, V vocabulary.
 """
 
@@ -10,14 +8,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-_INT32 = jnp.iinfo(jnp.int32)
-TINY = float(jnp.finfo(jnp.float32).tiny)
+_DROPPED, _KEPT = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max - 1
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+_State = tuple[jax.Array, jax.Array]
 
 
 def keep_best(
     scores: jax.Array, weights: jax.Array, target: jax.Array, keep_ties: jax.Array
 ) -> jax.Array:
-    """Keeps the fewest tokens of the highest scores whose weights sum to at least the target.
+    """Keeps the fewest tokens, the highest scores first, whose weights sum to at least the target.
 
     Args:
       scores: float32 [b, V], no NaN.
@@ -29,72 +29,50 @@ def keep_best(
     Returns:
       bool [b, V]; all true if all the weights sum to less than the target.
     """
-    order = _sortable(scores)
-    target = jnp.maximum(target, TINY)
-    cutoff = _find_cutoff(order, weights, target)[:, None]
-    above, tied = order > cutoff, order == cutoff
-    rest = target - _mass(above, weights)
-    ties = ~keep_ties & (jnp.sum(tied, axis=1) > 1)
-    return jax.lax.cond(
-        jnp.any(ties),
-        lambda: above | (tied & (keep_ties[:, None] | _first(tied, weights, rest))),
-        lambda: above | tied,
-    )
+    ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+
+    def narrow(state: _State) -> _State:
+        order, _ = state
+        cutoff = find_cutoff(order, weights, target)[:, None]
+        tied = order == cutoff
+        undecided = jnp.any(~keep_ties & (jnp.sum(tied, axis=1) > 1))
+        kept = (order > cutoff) | (tied & keep_ties[:, None])
+        return jnp.where(kept, _KEPT, jnp.where(tied, -ids, _DROPPED)), undecided
+
+    start = _sortable(scores), jnp.any(target >= 0)  # once by score; by id if any row has a tie
+    order, _ = jax.lax.while_loop(lambda state: state[1], narrow, start)
+    return order != _DROPPED
 
 
-def keep_count(scores: jax.Array, cutoff: jax.Array, count: jax.Array) -> jax.Array:
-    """Keeps the `count` highest scores, of those equal to the last one the smallest ids.
+def find_cutoff(order: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """The largest t for which the weights where order ≥ t sum to at least the target.
+
+    Bisection over the int32 values, 32 sums at most. It is exact: the sum is monotonic in t, also
+    as rounded, because every t adds the same numbers, or zeros, in the same order.
 
     Args:
-      scores: float32 [b, V].
-      cutoff: float32 [b], the lowest score to keep.
-      count: int32 [b].
+      order: int32 [b, V].
+      weights: float32 [b, V], 0 or more.
+      target: float32 [b]; 0 means any positive weight.
 
     Returns:
-      bool [b, V].
+      int32 [b]; the smallest int32 if all the weights sum to less than the target.
     """
-    above, tied = scores > cutoff[:, None], scores == cutoff[:, None]
-    rest = count - jnp.sum(above, axis=1, dtype=jnp.int32)
-    return jax.lax.cond(
-        jnp.any(jnp.sum(tied, axis=1, dtype=jnp.int32) > rest),
-        lambda: above | (tied & _first(tied, tied.astype(jnp.float32), rest.astype(jnp.float32))),
-        lambda: above | tied,
-    )
+    target = jnp.maximum(target, _TINY)
 
-
-def _first(tied: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """The first tied tokens, by id, whose weights sum to at least the target; bool [b, V]."""
-    order = jnp.where(tied, -jax.lax.broadcasted_iota(jnp.int32, tied.shape, 1), _INT32.min)
-    cutoff = _find_cutoff(order, jnp.where(tied, weights, 0), jnp.maximum(target, TINY))
-    return order >= cutoff[:, None]
-
-
-def _find_cutoff(order: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """The largest t for which the weights where order ≥ t sum to at least the target; int32 [b].
-
-    Bisection over the int32 values, at most 32 sums. It is exact: the sum is monotonic in t, also
-    as rounded, because every t adds the same numbers, or zeros, in the same order.
-    """
-
-    def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(bounds: _State) -> _State:
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # their mean without overflow
-        enough = _mass(order >= middle[:, None], weights) >= target
+        mass = jnp.sum(jnp.where(order >= middle[:, None], weights, 0), axis=1)
+        enough = mass >= target
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     high = jnp.max(order, axis=1) + 1
-    low = jnp.full_like(high, _INT32.min)
-    low, _ = jax.lax.while_loop(
-        lambda bounds: jnp.any(bounds[0] + 1 < bounds[1]), halve, (low, high)
-    )
-    return low
-
-
-def _mass(kept: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(kept, weights, 0), axis=1)
+    start = jnp.full_like(high, _DROPPED), high
+    return jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] + 1 < bounds[1]), halve, start)[0]
 
 
 def _sortable(x: jax.Array) -> jax.Array:
     """int32 numbers in the order of the floats, equal where those are equal."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)  # -0 as +0
-    return jnp.where(bits < 0, bits ^ _INT32.max, bits)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)

@@ -54,7 +54,8 @@ def _longest(reverse: jax.Array, s: RowSettings) -> jax.Array:
     """The longest repetition that counts, int32 [b]: up to a breaker, or where floats overflow."""
     words = jnp.take_along_axis(s.dry_breakers, jnp.maximum(reverse, 0) // 32, axis=1)
     breaks = ((words >> (reverse % 32).astype(jnp.uint32)) & 1 == 1) | (reverse < 0)
-    before_breaker = jnp.sum(jnp.cumsum(breaks, axis=1) == 0, axis=1, dtype=jnp.int32)
+    age = jax.lax.broadcasted_iota(jnp.int32, reverse.shape, 1)
+    before_breaker = jnp.min(jnp.where(breaks, age, reverse.shape[1]), axis=1)
     useful = _MAX_LOG / jnp.maximum(jnp.log(s.dry_base), 1e-3) + 1
     return jnp.minimum(before_breaker, s.dry_allowed_length + useful.astype(jnp.int32))
 

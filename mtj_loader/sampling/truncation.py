@@ -11,8 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mtj_loader.sampling.cutoff import keep_best, keep_count
-from mtj_loader.sampling.row_settings import TOP_K, TYPICAL, RowSettings
+from mtj_loader.sampling.cutoff import find_cutoff, keep_best
+from mtj_loader.sampling.row_settings import TFS, TOP_K, TYPICAL, RowSettings
 
 _LN_2 = 0.6931471805599453
 
@@ -33,25 +33,33 @@ def entropy(logits: jax.Array) -> jax.Array:
     return _entropy(logits, weights, total)
 
 
-def keep_by_mass(logits: jax.Array, rows: jax.Array, stage: jax.Array, s: RowSettings) -> jax.Array:
-    """Top-k, top-p or typical sampling, whichever a row's stage names.
+def keep_best_tokens(
+    logits: jax.Array, rows: jax.Array, stage: jax.Array, s: RowSettings
+) -> jax.Array:
+    """Top-k, top-p, tail-free or typical sampling, whichever a row's stage names.
 
-    The three share one search: each keeps the fewest tokens, best first, that suffice.
+    They share one search: each keeps the fewest tokens, best first, that suffice.
 
     Args:
       logits: float32 [b, V].
       rows: bool [b], the rows to change.
-      stage: int32 [b], `TOP_K`, `TYPICAL`, or anything else for top-p.
+      stage: int32 [b], `TOP_K`, `TFS`, `TYPICAL`, or anything else for top-p.
       s: the settings.
     """
     weights, total = probabilities(logits)
-    top_k, typical = stage == TOP_K, stage == TYPICAL
-    target = jnp.where(typical, s.typical_p, s.top_p) * total
+    tail_free, typical = rows & (stage == TFS), stage == TYPICAL
+    count = jax.lax.cond(
+        jnp.any(tail_free),
+        lambda: jnp.where(tail_free, _tail_free_count(logits, s), s.top_k),
+        lambda: s.top_k,
+    )
+    counted = tail_free | (stage == TOP_K)
+    mass = jnp.where(typical, s.typical_p, s.top_p) * total
     kept = keep_best(
         jnp.where(typical[:, None], -_deviation(logits, weights, total), logits),
-        jnp.where(top_k[:, None], 1, weights),
-        jnp.where(top_k, s.top_k.astype(jnp.float32), target),
-        top_k,
+        jnp.where(counted[:, None], 1, weights),
+        jnp.where(counted, count.astype(jnp.float32), mass),
+        keep_ties=stage == TOP_K,
     )
     return jnp.where(kept | ~rows[:, None], logits, -jnp.inf)
 
@@ -76,27 +84,6 @@ def keep_top_n_sigma(logits: jax.Array, rows: jax.Array, s: RowSettings) -> jax.
     squares = jnp.where(present, jnp.square(logits - mean[:, None]), 0)
     deviation = jnp.sqrt(jnp.sum(squares, axis=1) / count)
     return _keep_from(logits, rows, jnp.max(logits, axis=1) - s.top_n_sigma * deviation)
-
-
-def keep_tail_free(logits: jax.Array, rows: jax.Array, s: RowSettings) -> jax.Array:
-    """Cuts the tail where the curve of the sorted probabilities has become flat.
-
-    The absolute second differences of the sorted probabilities, normalized, are summed up; the
-    token in the middle of the three that make a difference goes once the sum exceeds tfs.
-    """
-    vocab_size = logits.shape[1]
-    if vocab_size < 3:  # no second difference
-        return logits
-    ordered = jnp.sort(logits, axis=1, descending=True)
-    weights, _ = probabilities(ordered)
-    bends = jnp.abs(jnp.diff(weights, n=2, axis=1))
-    curve = jnp.cumsum(bends, axis=1)
-    inside = curve <= s.tfs[:, None] * curve[:, -1:]
-    count = 1 + jnp.sum(inside, axis=1, dtype=jnp.int32)
-    count = jnp.where(count == vocab_size - 1, vocab_size, count)  # the last goes with its neighbor
-    cutoff = jnp.take_along_axis(ordered, count[:, None] - 1, axis=1)[:, 0]
-    kept = keep_count(logits, cutoff, count)
-    return jnp.where(kept | ~rows[:, None], logits, -jnp.inf)
 
 
 def exclude_top_choices(
@@ -143,3 +130,19 @@ def _deviation(logits: jax.Array, weights: jax.Array, total: jax.Array) -> jax.A
     below = logits - jnp.max(logits, axis=1, keepdims=True)
     surprise = jnp.log(total)[:, None] - below
     return jnp.abs(surprise - _entropy(logits, weights, total)[:, None])
+
+
+def _tail_free_count(logits: jax.Array, s: RowSettings) -> jax.Array:
+    """How many tokens are left of where the curve of the sorted probabilities is flat; int32 [b].
+
+    The absolute second differences of the sorted probabilities, normalized, are summed up; the
+    token in the middle of the three that make a difference goes once the sum exceeds tfs.
+    """
+    vocab_size = logits.shape[1]
+    if vocab_size < 3:  # no second difference
+        return jnp.full_like(s.top_k, vocab_size)
+    weights, _ = probabilities(jnp.sort(logits, axis=1, descending=True))
+    bends = jnp.abs(jnp.diff(weights, n=2, axis=1))
+    places = jnp.zeros_like(bends, jnp.int32) + jnp.arange(vocab_size - 2)
+    last = find_cutoff(-places, bends, s.tfs * jnp.sum(bends, axis=1))
+    return 1 - jnp.maximum(last, 1 - vocab_size)

@@ -10,11 +10,22 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from mtj_loader.sampling.choose import NO_TOKEN, NOT_FINITE, choose
+from mtj_loader.sampling.choose import NO_TOKEN, NOT_FINITE, Choice, choose
 from mtj_loader.sampling.params import SamplingParams
-from mtj_loader.sampling.row_settings import bitmask, neutral_rows, row_settings
+from mtj_loader.sampling.row_settings import bitmask
 from tests.sampling import reference
-from tests.sampling.rows import EOS, TOP, draw, pad, run, stack
+from tests.sampling.rows import (
+    EOS,
+    ROWS,
+    TIME,
+    TOP,
+    VOCAB,
+    choose_jitted,
+    draw,
+    pad,
+    run,
+    stack,
+)
 
 INF = np.inf
 LOGITS = np.log(np.array([1, 4, 1, 2], np.float32))  # probabilities 1/8, 1/2, 1/8, 1/4
@@ -51,17 +62,18 @@ def test_bans_that_leave_no_token_are_marked():
     choice = run(np.zeros((2, 3)), [nothing, SamplingParams(logprobs=1, mirostat=2)])
     assert choice.tokens[0] == NO_TOKEN
     assert choice.tokens[1] >= 0
-    choice = run(np.zeros((1, 3)), [SamplingParams()], allowed=np.zeros((1, 1), np.uint32))
-    assert choice.tokens.tolist() == [NO_TOKEN]
     choice = run(np.full((1, 3), np.nan), [nothing])
     assert choice.tokens.tolist() == [NOT_FINITE]
 
 
 def test_a_grammar_leaves_only_allowed_tokens():
-    tokens = [3, 31, 32, 63, 69]
-    params = [SamplingParams(seed=seed) for seed in range(60)]
-    allowed = np.tile(bitmask(tokens, 70), (60, 1))
-    assert set(run(np.zeros((60, 70)), params, allowed=allowed).tokens) == set(tokens)
+    tokens = [3, 31, 32, 63, 269]
+    allowed = np.zeros((ROWS, bitmask([], VOCAB).size), np.uint32)
+    allowed[:] = bitmask(tokens, VOCAB)
+    params = [SamplingParams(temperature=1e9, seed=seed) for seed in range(ROWS)]
+    assert set(run(np.zeros((ROWS, 270)), params, allowed=allowed).tokens) == set(tokens)
+    choice = run(np.zeros((1, 4)), [SamplingParams()], allowed=allowed & ~np.uint32(8))
+    assert choice.tokens.tolist() == [NO_TOKEN]
 
 
 def test_end_of_text_can_be_banned_or_delayed():
@@ -69,7 +81,7 @@ def test_end_of_text_can_be_banned_or_delayed():
     params = [SamplingParams(temperature=0, **x) for x in ({"ban_eos": True}, {}, {})]
     assert run(logits, params).tokens.tolist() == [3, EOS, EOS]
     params = [SamplingParams(temperature=0, min_new_tokens=n) for n in (0, 4, 5)]
-    assert run(logits, params, steps=4).tokens.tolist() == [EOS, EOS, 3]
+    assert run(logits, params, step=4).tokens.tolist() == [EOS, EOS, 3]
 
 
 @pytest.mark.parametrize(
@@ -99,29 +111,18 @@ def test_end_of_text_can_be_banned_or_delayed():
     ],
 )
 def test_frequencies(settings: dict, expected: list[float]):
-    tokens = draw(LOGITS, 8000, SamplingParams(**settings))
+    tokens = draw(LOGITS, SamplingParams(**settings))
     found = np.bincount(tokens, minlength=4) / 8000
     assert np.allclose(found, expected, atol=0.023)  # four standard deviations of 8000 draws
     assert (found[np.array(expected) == 0] == 0).all()
 
 
-def test_frequencies_over_all_levels_of_the_draw():
-    vocab_size, rows = 8200, 3000  # three groups of blocks
-    logits = np.full(vocab_size, -INF)
-    logits[[0, 127, 128, 4095, 4096, 8199]] = np.log([1, 2, 3, 1, 2, 3])
-    tokens = draw(logits, rows, SamplingParams(temperature=1.0))
-    found = np.bincount(tokens, minlength=vocab_size) / rows
-    assert np.allclose(found, np.exp(logits) / 12, atol=0.032)
-    assert (found[logits == -INF] == 0).all()
-
-
 def test_steps_of_one_row_are_independent_draws():
-    steps = np.arange(800)
-    params = [SamplingParams(temperature=1.0, seed=7)] * 800
-    tokens = run(np.zeros((800, 4)), params, steps=steps).tokens
-    assert np.allclose(np.bincount(tokens) / 800, 0.25, atol=0.07)
-    followed = np.bincount(tokens[:-1] * 4 + tokens[1:], minlength=16) / 799
-    assert np.allclose(followed, 1 / 16, atol=0.04)
+    steps = np.arange(8000, dtype=np.int32)
+    tokens = draw(np.zeros(4), SamplingParams(temperature=1.0, seed=7), steps)
+    assert np.allclose(np.bincount(tokens) / 8000, 0.25, atol=0.02)
+    followed = np.bincount(tokens[:-1] * 4 + tokens[1:], minlength=16) / 7999
+    assert np.allclose(followed, 1 / 16, atol=0.012)
 
 
 def test_mirostat_moves_towards_its_target():
@@ -164,59 +165,49 @@ MIXED = [
 
 def mixed_rows() -> tuple[np.ndarray, list[SamplingParams], list[list[int]]]:
     rng = np.random.default_rng(1)
-    logits = rng.normal(size=(len(MIXED), 300)).astype(np.float32) * 3
+    logits = rng.normal(size=(len(MIXED), VOCAB)).astype(np.float32) * 3
     params = [SamplingParams(**({"seed": 5} | settings)) for settings in MIXED]
     histories = [(rng.integers(0, 4, size=14) + 5 * i).tolist() for i in range(len(MIXED))]
     return logits, params, histories
 
 
-def same(one: np.ndarray, other: np.ndarray) -> bool:
-    return np.array_equal(one, other, equal_nan=True)
+def same(one: Choice, other: Choice, rows: list[int] | slice = slice(None)) -> bool:
+    """Whether the choices are equal to the bit; `rows` of the second."""
+    equal = partial(np.array_equal, equal_nan=True)
+    return jax.tree.all(jax.tree.map(lambda x, y: equal(x, y[rows]), one, other))
 
 
 def test_company_does_not_change_a_row():
     logits, params, histories = mixed_rows()
-    together = run(logits, params, histories=histories, steps=2)
-    for row in range(len(params)):
-        alone = run(
-            logits[row : row + 1],
-            params[row : row + 1],
-            histories=histories[row : row + 1],
-            steps=2,
-        )
-        assert jax.tree.all(jax.tree.map(lambda a, t, r=row: same(a[0], t[r]), alone, together))
+    together = run(logits, params, histories=histories, step=2)
+    for i in range(len(params)):
+        row = slice(i, i + 1)
+        alone = run(logits[row], params[row], histories=histories[row], step=2)
+        assert same(alone, together, row)
 
 
-def test_order_of_rows_and_garbage_after_a_history_do_not_matter():
+def test_neither_the_place_of_a_row_nor_what_follows_its_history_matters():
     logits, params, histories = mixed_rows()
-    b, other = len(params), [*range(1, len(params)), 0]
     together = run(logits, params, histories=histories)
-    moved = run(logits[other], [params[i] for i in other], histories=[histories[i] for i in other])
-    assert jax.tree.all(jax.tree.map(lambda x, y: same(x[np.array(other)], y), together, moved))
-    history, lengths = pad(histories, 16)
-    settings = stack(params, 300)
-    arguments = (lengths, np.zeros(b, np.int32), settings.initial_mu, None, 3)
-    zeros = choose(logits, settings, np.where(history > 300, 0, history), *arguments)
-    assert jax.tree.all(jax.tree.map(lambda x, y: same(x, np.asarray(y)), together, zeros))
+    order = [*range(3, len(params)), 0, 1, 2]
+    moved = run(logits[order], [params[i] for i in order], histories=[histories[i] for i in order])
+    assert same(moved, together, order)
+    for garbage in (0, -1, 299):
+        assert same(run(logits, params, histories=histories, garbage=garbage), together)
 
 
 def test_new_settings_compile_nothing():
     logits, params, histories = mixed_rows()
-    history, lengths = pad(histories, 16)
-    compiled = jax.jit(lambda *arguments: choose(*arguments, top=TOP))
-    settings = neutral_rows(len(params), vocab_size=300)
-    for step, row in enumerate(params):
-        new = row_settings(row, vocab_size=300, eos_ids=[EOS])
-        for array, value in zip(jax.tree.leaves(settings), jax.tree.leaves(new), strict=True):
-            array[step] = value
-        steps = np.full(len(params), step, np.int32)
-        compiled(logits, settings, history, lengths, steps, settings.initial_mu, None)
-    assert compiled._cache_size() == 1
+    run(logits[:1], params[:1])
+    compiled = choose_jitted._cache_size()
+    for i in range(len(params)):
+        run(logits[i:], params[i:], histories=histories[i:], step=i)
+    assert choose_jitted._cache_size() == compiled
 
 
 def test_inside_shard_map_and_scan():
     logits, params, histories = mixed_rows()
-    settings = stack(params, 300)
+    settings = stack(params, VOCAB)
     mesh = Mesh(np.array(jax.devices()[:2]), "dp")
     rows = PartitionSpec("dp")
 
@@ -230,11 +221,10 @@ def test_inside_shard_map_and_scan():
 
         return jax.lax.scan(step, state, length=4)[1].T
 
-    history, lengths = pad(histories, 16)
-    zeros = np.zeros(len(params), np.int32)
-    tokens = generate(logits, settings, history, (lengths, zeros, settings.initial_mu))
+    history, lengths = pad(histories, len(params), TIME)
     mu = settings.initial_mu
+    tokens = generate(logits, settings, history, (lengths, np.zeros_like(lengths), mu))
     for step in range(4):
-        choice = run(logits, params, histories=histories, steps=step, mu=mu)
+        choice = run(logits, params, histories=histories, step=step, mu=mu)
         assert np.array_equal(tokens[:, step], choice.tokens)
         mu = choice.mu

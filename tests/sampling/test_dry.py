@@ -12,15 +12,17 @@ from tests.sampling import reference
 from tests.sampling.rows import pad, stack
 
 V, T = 9, 40
+ROWS = 200
 penalize = jax.jit(penalize_sequences)
 
 
 def found(params: list[SamplingParams], histories: list[list[int]]) -> np.ndarray:
     """What is subtracted from each logit, [b, V]."""
-    settings = stack(params, V)
-    logits = np.zeros((len(params), V), np.float32)
+    settings = stack(params, V, ROWS)
+    logits = np.zeros((ROWS, V), np.float32)
+    arrays = pad(histories, ROWS, T)
     rows = settings.dry_multiplier > 0
-    return -np.asarray(penalize(logits, rows, *pad(histories, T), settings))
+    return -np.asarray(penalize(logits, rows, *arrays, settings))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,6 @@ def test_what_is_penalized(history: list[int], breakers: list[int], expected: di
 
 def test_random_histories_equal_the_reference():
     rng = np.random.default_rng(0)
-    rows = 200
     params = [
         SamplingParams(
             dry_multiplier=rng.choice([0, 0.8, 2]),
@@ -55,14 +56,14 @@ def test_random_histories_equal_the_reference():
             dry_range=int(rng.choice([0, 1, 5, 20, 99])),
             dry_sequence_breakers=rng.choice(V, size=rng.integers(0, 2)).tolist(),
         )
-        for _ in range(rows)
+        for _ in range(ROWS)
     ]
     histories = [
         rng.integers(0, rng.integers(1, V + 1), size=rng.integers(0, T + 1)).tolist()
-        for _ in range(rows)
+        for _ in range(ROWS)
     ]
     penalties = found(params, histories)
-    for row in range(rows):
+    for row in range(ROWS):
         expected = -reference.dry(np.zeros(V), params[row], histories[row])
         assert np.allclose(penalties[row], expected, rtol=1e-4), (params[row], histories[row])
 

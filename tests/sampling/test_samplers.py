@@ -9,11 +9,11 @@ import pytest
 
 from mtj_loader.sampling.params import SamplingParams
 from tests.sampling import reference
-from tests.sampling.rows import run_chain
+from tests.sampling.rows import CHAIN_ROWS, CHAIN_TIME, CHAIN_VOCAB, run_chain
 
 INF = np.inf
-V, T = 11, 24
-ROWS = 64
+V, T = CHAIN_VOCAB, CHAIN_TIME
+ROWS = CHAIN_ROWS
 
 SINGLE = {
     "top_k": [1, 3, V, 99],
@@ -49,7 +49,7 @@ def random_histories(rows: int, seed: int) -> list[list[int]]:
 
 
 def check(logits: np.ndarray, params: list[SamplingParams], histories: list[list[int]]) -> None:
-    found = run_chain(logits, params, histories, T)
+    found = run_chain(logits, params, histories)
     for row in range(len(params)):
         expected = reference.chain(logits[row], params[row], histories[row])
         where = f"row {row}: {params[row]}, logits {logits[row]}, history {histories[row]}"
@@ -112,11 +112,16 @@ def test_every_order():
 
 def test_neutral_settings_change_nothing():
     logits = random_logits(ROWS, 7) * 1e4
-    params = [
-        SamplingParams(
-            temperature=1.0, sampler_order=np.random.default_rng(i).permutation(7).tolist()
-        )
-        for i in range(ROWS)
-    ]
-    found = run_chain(logits, params, random_histories(ROWS, 8), T)
-    assert np.array_equal(found, logits)
+    params = [SamplingParams(temperature=1.0)] * ROWS
+    assert np.array_equal(run_chain(logits, params, random_histories(ROWS, 8)), logits)
+
+
+def test_rows_without_a_sampler_keep_their_logits():
+    logits = random_logits(ROWS, 9)
+    everything = SamplingParams(
+        top_k=2, top_a=0.5, top_p=0.5, min_p=0.5, tfs=0.5, typical_p=0.5, presence_penalty=1
+    )
+    params = [everything, SamplingParams(temperature=1.0)] * (ROWS // 2)
+    found = run_chain(logits, params, random_histories(ROWS, 10))
+    assert np.array_equal(found[1::2], logits[1::2])
+    assert not np.array_equal(found[::2], logits[::2])
