@@ -69,10 +69,8 @@ def choose(  # noqa: PLR0917
     """
     # Not by their maximum: on CPUs it may be a number although a logit is NaN.
     finite = jnp.all(logits < jnp.inf, axis=1) & jnp.any(logits > -jnp.inf, axis=1)
-    scores = jnp.where(finite[:, None], logits, 0)
-    scores = _mask(_add_bias(scores, settings), settings, steps, allowed)
-    left = jnp.max(scores, axis=1) > -jnp.inf
-    scores = jnp.where(left[:, None], scores, 0)
+    scores, left = _mask(_add_bias(logits, settings), settings, steps, allowed)
+    # Rows that are not finite or have no token left go on, and their results are not used.
     scores = _penalize_sequences(scores, history, lengths, settings)
     scores = apply_samplers(scores, history, lengths, settings)
     uniform = uniforms(settings.key, steps, LEVELS + 1)
@@ -97,17 +95,25 @@ def _add_bias(scores: jax.Array, s: RowSettings) -> jax.Array:
 
 def _mask(
     scores: jax.Array, s: RowSettings, steps: jax.Array, allowed: jax.Array | None
-) -> jax.Array:
-    """Minus infinity for tokens that are banned, too early, or not allowed."""
+) -> tuple[jax.Array, jax.Array]:
+    """Minus infinity for tokens that are banned, too early, or not allowed.
+
+    Returns:
+      float32 [b, V], and whether any token is left, bool [b].
+    """
     early = jnp.where((steps < s.min_new_tokens)[:, None], s.eos, 0)
     forbidden = s.banned | early | (0 if allowed is None else ~allowed)
 
-    def apply(x: jax.Array) -> jax.Array:
+    def apply(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         bits = (forbidden[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
         bits = bits.reshape(x.shape[0], -1)[:, : x.shape[1]]
-        return jnp.where(bits == 1, -jnp.inf, x)
+        masked = jnp.where(bits == 1, -jnp.inf, x)
+        return masked, jnp.any(masked > -jnp.inf, axis=1)
 
-    return jax.lax.cond(jnp.any(forbidden != 0), apply, lambda x: x, scores)
+    def keep(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return x, jnp.full_like(steps, True, dtype=bool)
+
+    return jax.lax.cond(jnp.any(forbidden != 0), apply, keep, scores)
 
 
 def _penalize_sequences(

@@ -32,14 +32,15 @@ def keep_best(
     ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
 
     def narrow(state: _State) -> _State:
-        order, _ = state
+        order, by_score = state
         cutoff = find_cutoff(order, weights, target)[:, None]
         tied = order == cutoff
-        undecided = jnp.any(~keep_ties & (jnp.sum(tied, axis=1) > 1))
+        undecided = by_score & jnp.any(~keep_ties & (jnp.sum(tied, axis=1) > 1))
         kept = (order > cutoff) | (tied & keep_ties[:, None])
         return jnp.where(kept, _KEPT, jnp.where(tied, -ids, _DROPPED)), undecided
 
-    start = _sortable(scores), jnp.any(target >= 0)  # once by score; by id if any row has a tie
+    by_score = jnp.any(jnp.ones_like(keep_ties))  # true; a second pass, by id, decides ties
+    start = _sortable(scores), by_score
     order, _ = jax.lax.while_loop(lambda state: state[1], narrow, start)
     return order != _DROPPED
 

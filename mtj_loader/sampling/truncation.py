@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from mtj_loader.sampling.cutoff import find_cutoff, keep_best
 from mtj_loader.sampling.row_settings import TFS, TOP_K, TYPICAL, RowSettings
+from mtj_loader.sampling.sort import sort_descending
 
 _LN_2 = 0.6931471805599453
 
@@ -59,7 +60,7 @@ def keep_best_tokens(
         jnp.where(typical[:, None], -_deviation(logits, weights, total), logits),
         jnp.where(counted[:, None], 1, weights),
         jnp.where(counted, count.astype(jnp.float32), mass),
-        keep_ties=stage == TOP_K,
+        keep_ties=(stage == TOP_K) | ~rows,
     )
     return jnp.where(kept | ~rows[:, None], logits, -jnp.inf)
 
@@ -141,7 +142,7 @@ def _tail_free_count(logits: jax.Array, s: RowSettings) -> jax.Array:
     vocab_size = logits.shape[1]
     if vocab_size < 3:  # no second difference
         return jnp.full_like(s.top_k, vocab_size)
-    weights, _ = probabilities(jnp.sort(logits, axis=1, descending=True))
+    weights, _ = probabilities(sort_descending(logits))
     bends = jnp.abs(jnp.diff(weights, n=2, axis=1))
     places = jnp.zeros_like(bends, jnp.int32) + jnp.arange(vocab_size - 2)
     last = find_cutoff(-places, bends, s.tfs * jnp.sum(bends, axis=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -194,6 +195,24 @@ def test_neither_the_place_of_a_row_nor_what_follows_its_history_matters():
     assert same(moved, together, order)
     for garbage in (0, -1, 299):
         assert same(run(logits, params, histories=histories, garbage=garbage), together)
+
+
+@pytest.mark.parametrize(("bad", "marked"), [(np.nan, NOT_FINITE), (-INF, NO_TOKEN)])
+def test_rows_without_a_choice_do_not_disturb_others(bad: float, marked: int):
+    logits, params, histories = mixed_rows()
+    together = run(logits, params, histories=histories)
+    spoiled = logits.copy()
+    spoiled[1::2] = bad
+    spoiled[1::2, 7] = 0 if marked == NO_TOKEN else 5  # one finite logit
+    banned = [
+        replace(row, banned_tokens=[7]) if i % 2 and marked == NO_TOKEN else row
+        for i, row in enumerate(params)
+    ]
+    choice = run(spoiled, banned, histories=histories)
+    assert (choice.tokens[1::2] == marked).all()
+    assert (choice.mu[1::2] == 10).all()  # twice tau, unchanged
+    even = [*range(0, len(params), 2)]
+    assert np.array_equal(choice.tokens[even], together.tokens[even])
 
 
 def test_new_settings_compile_nothing():
