@@ -4,7 +4,8 @@ llguidance splits a text into lexemes first, and takes the longest one. GBNF kno
 `root ::= [a-z]+ "x"` the last x may belong to either. So a lexeme must not be the beginning of
 another. That holds for single characters, whose UTF-8 is no prefix of another's, and for one lexeme
 that is the whole text. A grammar without recursion becomes one lexeme, a regular expression, which
-makes masks fast; any other one gets a lexeme for each character.
+makes masks fast; any other one gets a lexeme for each character, or for each run of them where that
+is the same (`character_runs`).
 
 Syntax: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
@@ -12,8 +13,10 @@ Syntax: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from mtj_loader.errors import GrammarError
+from mtj_loader.grammar.character_runs import find_runs
 from mtj_loader.grammar.syntax_tree import (
     Characters,
     Choice,
@@ -44,7 +47,8 @@ def write_lark(rules: Rules) -> str:
     is_regular = size is not None and size <= _MAX_REGEX_CHARACTERS
     # In upper case, a rule is part of a lexeme.
     names = {name: f"{'R' if is_regular else 'r'}{number}" for number, name in enumerate(rules)}
-    lines = [f"{names[name]}: {_write(node, names)}\n" for name, node in rules.items()]
+    writer = _Writer(names, () if is_regular else find_runs(rules))
+    lines = [f"{names[name]}: {writer.write(node)}\n" for name, node in rules.items()]
     return "".join([_HEADER, f"start: {names['root']}\n", *lines])
 
 
@@ -53,29 +57,43 @@ def write_json_lark(schema: str) -> str:
     return f"{_HEADER}start: %json {schema}\n"
 
 
+_MAX_COPIES = 8  # of one character, so that `character_runs` can tell them apart
+
 _CHOICE, _SEQUENCE, _ITEM = range(3)  # how tightly the place of a node binds
 
 
-def _write(node: Node, names: Mapping[str, str], place: int = _CHOICE) -> str:
-    """A node in Lark, in parentheses only where they are needed: llguidance limits their depth."""
-    match node:
-        case Characters(ranges):
-            parts = (f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in ranges)
-            return f"/[{''.join(parts)}]/"
-        case Reference(name):
-            return names[name]
-        case Sequence(()):
-            return '""'
-        case Sequence(items):
-            text = " ".join(_write(item, names, _SEQUENCE) for item in items)
-            return f"({text})" if place == _ITEM else text
-        case Choice(options):
-            text = " | ".join(_write(option, names) for option in options)
-            return text if place == _CHOICE else f"({text})"
-        case Repetition(item, least, most):
-            counts = f"{least},{'' if most is None else most}"
-            text = f"{_write(item, names, _ITEM)}{{{counts}}}"
-            return f"({text})" if place == _ITEM else text
+@dataclass(frozen=True)
+class _Writer:
+    """Writes nodes in Lark.
+
+    Attributes:
+      names: of the rules.
+      runs: the `id` of the characters that are written as runs, see `character_runs`.
+    """
+
+    names: Mapping[str, str]
+    runs: Collection[int]
+
+    def write(self, node: Node, place: int = _CHOICE) -> str:
+        """A node, in parentheses only where they are needed: llguidance limits their depth."""
+        match node:
+            case Characters(ranges):
+                parts = (f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in ranges)
+                return f"/[{''.join(parts)}]{'+' if id(node) in self.runs else ''}/"
+            case Reference(name):
+                return self.names[name]
+            case Sequence(()):
+                return '""'
+            case Sequence(items):
+                text = " ".join(self.write(item, _SEQUENCE) for item in items)
+                return f"({text})" if place == _ITEM else text
+            case Choice(options):
+                text = " | ".join(self.write(option) for option in options)
+                return text if place == _CHOICE else f"({text})"
+            case Repetition(item, least, most):
+                counts = f"{least},{'' if most is None else most}"
+                text = f"{self.write(item, _ITEM)}{{{counts}}}"
+                return f"({text})" if place == _ITEM else text
 
 
 def _without_endless(rules: Rules) -> Rules:
@@ -110,7 +128,7 @@ def _can_end(node: Node, complete: Collection[str]) -> bool:
 
 
 def _prune(node: Node, complete: Collection[str]) -> Node:
-    """A node that can end, without the parts that cannot."""
+    """A node that can end, without the parts that cannot, and with short counts written out."""
     match node:
         case Choice(options):
             return Choice(tuple(_prune(o, complete) for o in options if _can_end(o, complete)))
@@ -119,6 +137,9 @@ def _prune(node: Node, complete: Collection[str]) -> Node:
         case Repetition(item, least, most):
             if most == 0 or not _can_end(item, complete):
                 return Sequence(())
+            if isinstance(item, Characters) and least == most and least <= _MAX_COPIES:
+                # Each with its place: as in "\\u" [0-9a-f]{4} beside other characters of a string.
+                return Sequence(tuple(Characters(item.ranges) for _ in range(least)))
             return Repetition(_prune(item, complete), least, most)
         case _:
             return node

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
 from mtj_loader.errors import GrammarError
 from mtj_loader.grammar.gbnf import parse_gbnf
+from mtj_loader.grammar.to_lark import write_lark
 from tests.support.grammars import accepts, compile_gbnf, walk
 
 # GBNF, an equal regular expression, texts that match and texts that do not.
@@ -122,6 +124,37 @@ def test_a_recursive_grammar() -> None:
         assert accepts(grammar, good)
     for bad in ["a=1", "(a=1\n", "1 2=1\n", "a=b=c\n", "=\n"]:
         assert not accepts(grammar, bad)
+
+
+JSON = r"""
+root   ::= object
+value  ::= object | array | string | number | ("true" | "false" | "null") ws
+object ::= "{" ws (string ":" ws value ("," ws string ":" ws value)*)? "}" ws
+array  ::= "[" ws (value ("," ws value)*)? "]" ws
+string ::= "\"" ([^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4}))* "\"" ws
+number ::= "-"? ([0-9] | [1-9] [0-9]{0,15}) ("." [0-9]+)? ([eE] [-+]? [1-9] [0-9]?)? ws
+ws     ::= | " " | "\n" [ \t]{0,20}
+"""
+
+
+def test_json_as_a_grammar() -> None:
+    grammar, complete = compile_gbnf(JSON), 0
+    for seed in range(30):
+        output = walk(grammar, seed, max_tokens=80)
+        if output.complete:
+            complete += 1
+            assert isinstance(json.loads(output.text), dict)
+    assert complete > 2
+    good = ['{"a":[1,-2.5e3 ,"\\u00e9\\n",null], "é": {}}', "{ }\n  "]
+    assert [accepts(grammar, text) for text in good] == [True, True]
+    bad = ['{"a":01}', "[]", '{"a" 1}', '{"a":"\n"}', "{"]
+    assert not any(accepts(grammar, text) for text in bad)
+
+
+def test_the_characters_of_strings_are_read_as_runs() -> None:
+    # Masks of a large vocabulary are a hundred times slower without.
+    strings = write_lark(parse_gbnf(JSON)).count("\\x{e000}-\\x{10ffff}]+/")
+    assert strings == 1
 
 
 @pytest.mark.parametrize(
