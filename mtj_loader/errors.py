@@ -156,6 +156,10 @@ class StorageError(MachineError, OSError):
     """A read or write failed: disk, network, or a file that disappeared."""
 
 
+class ProgramError(MachineError):
+    """A compiled program cannot be saved, or a saved one cannot be used."""
+
+
 class DeviceError(MachineError):
     """There are fewer devices than the mesh needs, or a device refused an allocation."""
 

@@ -19,7 +19,7 @@ from mtj_loader.conversion.convert_plan import (
     make_plan,
 )
 from mtj_loader.conversion.convert_tensors import convert_tensors
-from mtj_loader.conversion.output_folder import check_target, create_folder, write_at
+from mtj_loader.conversion.output_folder import check_target, write_at
 from mtj_loader.display import counted, parse_bytes, show_bytes
 from mtj_loader.errors import NonFiniteError, UsageError
 from mtj_loader.formats.checkpoint import CONFIG_FILE
@@ -29,6 +29,7 @@ from mtj_loader.loading.progress import progress_bar
 from mtj_loader.names import escape
 from mtj_loader.options import PathLike, Source, SourceKeywords, takes_options
 from mtj_loader.storage.base import Storage, check_unchanged
+from mtj_loader.storage.create_folder import create_folder
 
 NewDType = Literal["float16", "bfloat16", "float32"]
 OnOverflow = Literal["refuse", "clamp"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from mtj_loader.storage.user_cache import user_cache_folder
+
 # JAX by default keeps programs that take a second or more to compile. Reading one takes 20 ms, so
 # five times that is worth a file; a sampler takes half a second to compile.
 _MIN_STORED_SECONDS = 0.1
@@ -16,10 +18,8 @@ _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 def default_cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/mtj_loader/xla`, by default in `~/.cache` (XDG Base Directories, 0.8)."""
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(xdg) if Path(xdg).is_absolute() else Path.home() / ".cache"
-    return base / "mtj_loader" / "xla"
+    """`$XDG_CACHE_HOME/mtj_loader/xla`, by default in `~/.cache`."""
+    return user_cache_folder("xla")
 
 
 def enable_compilation_cache() -> tuple[str, ...]:

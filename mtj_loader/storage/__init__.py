@@ -1,1 +1,1 @@
-"""Where bytes come from: local folders, Hugging Face repositories, object stores."""
+"""Where bytes come from: local folders, Hugging Face repositories, object stores; new folders."""

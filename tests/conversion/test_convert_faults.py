@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 import mtj_loader
-from mtj_loader.conversion import convert_checkpoint, convert_tensors, replace_folder
+from mtj_loader.conversion import convert_checkpoint, convert_tensors
 from mtj_loader.errors import MachineError, StorageError, UsageError
+from mtj_loader.storage import replace_folder
 from tests.conversion.test_convert import leftovers, refusal, snapshot, write
 from tests.support.checkpoints import safetensors_bytes
 
@@ -210,7 +211,7 @@ KILLED = """
 import errno, os, signal, sys
 from pathlib import Path
 import mtj_loader
-from mtj_loader.conversion import replace_folder
+from mtj_loader.storage import replace_folder
 
 def refuse(*_):
     raise OSError(int(sys.argv[3]), "refused")

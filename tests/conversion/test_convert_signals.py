@@ -26,7 +26,7 @@ def source(tmp_path):
 SLOW = """
 import os, sys, time
 from mtj_loader.cli import main
-from mtj_loader.conversion import {module} as module
+import mtj_loader.{module} as module
 before = module.{function}
 def slow(*arguments, **options):
     os.write(1, b"ready\\n")  # unbuffered, from any thread
@@ -36,11 +36,11 @@ module.{function} = slow
 main(sys.argv[1:])
 """
 MOMENTS = {
-    "copying": ("convert_checkpoint", "_copy_file"),
-    "headers": ("convert_checkpoint", "_write_other_files"),
-    "tensors": ("convert_tensors", "write_at"),
-    "checking": ("convert_checkpoint", "check_unchanged"),
-    "syncing": ("output_folder", "_sync_folder"),
+    "copying": ("conversion.convert_checkpoint", "_copy_file"),
+    "headers": ("conversion.convert_checkpoint", "_write_other_files"),
+    "tensors": ("conversion.convert_tensors", "write_at"),
+    "checking": ("conversion.convert_checkpoint", "check_unchanged"),
+    "syncing": ("storage.create_folder", "_sync_folder"),
 }
 
 

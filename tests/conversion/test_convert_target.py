@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 import mtj_loader
 from mtj_loader.conversion import convert_tensors
 from mtj_loader.conversion import output_folder as folder_module
-from mtj_loader.conversion.replace_folder import restore
 from mtj_loader.errors import StorageError, UsageError
+from mtj_loader.storage.replace_folder import restore
 from tests.support.conversions import (
     TENSORS,
     bfloat16,

@@ -1,0 +1,50 @@
+"""Compiling several programs at once: XLA compiles without the GIL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from jax.stages import Compiled, Lowered
+
+# XLA uses two threads or more for each program.
+_COMPILE_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+
+
+def compile_all(programs: Mapping[str, Callable[[], Lowered]]) -> dict[str, Compiled]:
+    """Traces programs one after another, and compiles up to four at once meanwhile.
+
+    Args:
+      programs: for each name a function that traces and lowers the program.
+
+    Returns:
+      The compiled programs, in the same order.
+
+    Raises:
+      Exception: the first error in the order of the programs, with a note that names the program.
+        Programs that have not started are not compiled.
+    """
+    tracer = ThreadPoolExecutor(1, thread_name_prefix="mtj_loader_trace")
+    compilers = ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="mtj_loader_compile")
+    try:
+        jobs = {
+            name: compilers.submit(_compile, tracer.submit(lower))
+            for name, lower in programs.items()
+        }
+        return {name: _result(name, job) for name, job in jobs.items()}
+    finally:
+        tracer.shutdown(cancel_futures=True)
+        compilers.shutdown(cancel_futures=True)
+
+
+def _compile(traced: Future[Lowered]) -> Compiled:
+    return traced.result().compile()
+
+
+def _result(name: str, job: Future[Compiled]) -> Compiled:
+    try:
+        return job.result()
+    except Exception as error:
+        error.add_note(f"while compiling the program {name!r}")
+        raise
