@@ -65,10 +65,11 @@ def choose(  # noqa: PLR0917
       mu: float32 [b], mirostat's state.
       allowed: uint32 [b, W], the tokens that a grammar allows: bit t % 32 of word t // 32; None if
         no row has a grammar.
-      top: how many of the most likely tokens to report; static.
+      top: how many of the most likely tokens to report, at most V; static.
     """
-    # Not by their maximum: on CPUs it may be a number although a logit is NaN.
-    finite = jnp.all(logits < jnp.inf, axis=1) & jnp.any(logits > -jnp.inf, axis=1)
+    # NaN as infinity: on CPUs the maximum of a wide row may be a number although a logit is NaN.
+    largest = jnp.max(jnp.where(logits < jnp.inf, logits, jnp.inf), axis=1)
+    finite = jnp.isfinite(largest)
     scores, left = _mask(_add_bias(logits, settings), settings, steps, allowed)
     # Rows that are not finite or have no token left go on, and their results are not used.
     scores = _penalize_sequences(scores, history, lengths, settings)
@@ -108,7 +109,7 @@ def _mask(
         bits = (forbidden[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
         bits = bits.reshape(x.shape[0], -1)[:, : x.shape[1]]
         masked = jnp.where(bits == 1, -jnp.inf, x)
-        return masked, jnp.any(masked > -jnp.inf, axis=1)
+        return masked, jnp.max(masked, axis=1) > -jnp.inf
 
     def keep(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return x, jnp.full_like(steps, True, dtype=bool)

@@ -168,7 +168,7 @@ def xtc(logits: np.ndarray, threshold: float) -> np.ndarray:
 def mirostat(logits: np.ndarray, mu: float) -> np.ndarray:
     p = softmax(logits)
     kept = [i for i in ranked(logits) if -np.log2(p[i]) <= mu]
-    return keep(logits, kept or ranked(logits)[:1])
+    return keep(logits, kept or [i for i in ranked(logits) if p[i] == p.max()])
 
 
 def before_samplers(

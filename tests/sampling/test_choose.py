@@ -51,6 +51,35 @@ def test_greedy_ignores_what_only_drops_tokens():
     assert run([LOGITS], [penalized], histories=[[1, 3]]).tokens.tolist() == [0]
 
 
+def test_everything_before_the_draw_equals_the_reference():
+    rng = np.random.default_rng(2)
+    tokens = 12  # few, so that histories repeat themselves
+    logits = rng.normal(size=(ROWS, tokens)).astype(np.float32)
+    histories = [rng.integers(0, 4, size=rng.integers(0, TIME + 1)).tolist() for _ in range(ROWS)]
+    common = [
+        {
+            "logit_bias": {int(rng.integers(tokens)): 2.0, 0: -1.0},
+            "banned_tokens": rng.choice(tokens, size=3).tolist(),
+            "ban_eos": bool(i % 2),
+            "min_new_tokens": i % 5,
+            "dry_multiplier": 0.8,
+            "dry_sequence_breakers": [3],
+            "frequency_penalty": 0.2,
+            "repetition_penalty": 1.3,
+        }
+        for i in range(ROWS)
+    ]
+    greedy = [SamplingParams(**settings, temperature=0) for settings in common]
+    found = run(logits, greedy, histories=histories, step=3).tokens
+    drops = {"top_p": 0.6, "min_p": 0.1, "typical_p": 0.9, "temperature": 1.5}
+    random = [SamplingParams(**settings, **drops, seed=i) for i, settings in enumerate(common)]
+    drawn = run(logits, random, histories=histories, step=3).tokens
+    for i in range(ROWS):
+        before = reference.before_samplers(logits[i], greedy[i], histories[i], EOS, 3)
+        assert found[i] == np.argmax(reference.penalties(before, greedy[i], histories[i]))
+        assert reference.chain(before, random[i], histories[i])[drawn[i]] > -INF
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("bad", [[0, np.nan, 1], [0, INF, 1], [-INF, -INF, -INF]])
 def test_logits_that_are_not_finite_are_marked(bad: list[float], temperature: float):

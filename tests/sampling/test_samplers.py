@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from itertools import permutations
 
+import jax
 import numpy as np
 import pytest
 
 from mtj_loader.sampling.params import SamplingParams
+from mtj_loader.sampling.truncation import exclude_top_choices, keep_below_surprise
 from tests.sampling import reference
-from tests.sampling.rows import CHAIN_ROWS, CHAIN_TIME, CHAIN_VOCAB, run_chain
+from tests.sampling.rows import CHAIN_ROWS, CHAIN_TIME, CHAIN_VOCAB, run_chain, stack
 
 INF = np.inf
 V, T = CHAIN_VOCAB, CHAIN_TIME
@@ -108,6 +110,19 @@ def test_every_order():
     rng = np.random.default_rng(6)
     logits = np.tile(rng.normal(size=V) * 2, (len(orders), 1)).astype(np.float32)
     check(logits, params, [[3, 1, 4, 1, 5, 9, 2, 6]] * len(orders))
+
+
+def test_xtc_and_mirostat_equal_the_reference():
+    rng = np.random.default_rng(11)
+    logits, rows = random_logits(ROWS, 12), np.ones(ROWS, bool)
+    thresholds = rng.choice([0, 0.05, 0.1, 0.3, 0.5, 0.9], size=ROWS)
+    params = [SamplingParams(xtc_threshold=t, xtc_probability=1.0) for t in thresholds]
+    uniform, mu = np.zeros(ROWS, np.float32), rng.uniform(-1, 8, size=ROWS).astype(np.float32)
+    without = jax.jit(exclude_top_choices)(logits, rows, uniform, stack(params, V))
+    likely = jax.jit(keep_below_surprise)(logits, rows, mu)
+    for i, row in enumerate(logits.astype(np.float64)):
+        assert np.array_equal(without[i], reference.xtc(row, thresholds[i])), (i, row)
+        assert np.array_equal(likely[i], reference.mirostat(row, mu[i])), (i, row)
 
 
 def test_neutral_settings_change_nothing():
