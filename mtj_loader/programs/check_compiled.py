@@ -38,7 +38,7 @@ def check_compiled(
         _check_equal(what, row["path"], found, (row["shape"], row["dtype"], row["donated"]))
     for info, row in zip(jax.tree.leaves(compiled.out_info), signature.result_rows, strict=True):
         found = list(info.shape), np.dtype(info.dtype).name
-        _check_equal(what, f"result {row['path']}", found, (row["shape"], row["dtype"]))
+        _check_equal(what, f"result{row['path']}", found, (row["shape"], row["dtype"]))
     args, results = jax.tree.leaves(signature.args), jax.tree.leaves(signature.results)
     _check_placement(what, "argument", parts.argument_shardings, [args[i] for i in parts.used])
     _check_placement(what, "result", parts.result_shardings, results)

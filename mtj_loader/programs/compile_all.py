@@ -8,12 +8,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from jax.stages import Compiled, Lowered
 
+from mtj_loader.programs.jax_private import compile_fresh, without_caches
+
 # XLA uses two threads or more for each program.
 _COMPILE_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
 
 
 def compile_all(programs: Mapping[str, Callable[[], Lowered]]) -> dict[str, Compiled]:
     """Traces programs one after another, and compiles up to four at once meanwhile.
+
+    JAX's compilation cache is off in the whole process meanwhile: programs that were read from it
+    cannot be saved.
 
     Args:
       programs: for each name a function that traces and lowers the program.
@@ -27,19 +32,20 @@ def compile_all(programs: Mapping[str, Callable[[], Lowered]]) -> dict[str, Comp
     """
     tracer = ThreadPoolExecutor(1, thread_name_prefix="mtj_loader_trace")
     compilers = ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="mtj_loader_compile")
-    try:
-        jobs = {
-            name: compilers.submit(_compile, tracer.submit(lower))
-            for name, lower in programs.items()
-        }
-        return {name: _result(name, job) for name, job in jobs.items()}
-    finally:
-        tracer.shutdown(cancel_futures=True)
-        compilers.shutdown(cancel_futures=True)
+    with without_caches():
+        try:
+            jobs = {
+                name: compilers.submit(_compile, tracer.submit(lower))
+                for name, lower in programs.items()
+            }
+            return {name: _result(name, job) for name, job in jobs.items()}
+        finally:
+            tracer.shutdown(cancel_futures=True)
+            compilers.shutdown(cancel_futures=True)
 
 
 def _compile(traced: Future[Lowered]) -> Compiled:
-    return traced.result().compile()
+    return compile_fresh(traced.result())
 
 
 def _result(name: str, job: Future[Compiled]) -> Compiled:

@@ -7,20 +7,24 @@ Checked with JAX 0.10 and 0.12; tests/programs/test_jax_private.py fails if a na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import jax
-from jax._src import core
+from jax._src import compilation_cache, core
 from jax._src.interpreters import pxla
 from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.stages import ArgInfo
 from jax.sharding import Sharding
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 Leaf = Any  # a jax.ShapeDtypeStruct with a NamedSharding
 Tree = Any  # a pytree of leaves
+
+_fresh: WeakSet[Compiled] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,40 @@ class ExecutableParts:
     weak_results: tuple[int, ...]
 
 
+@contextmanager
+def without_caches() -> Iterator[None]:
+    """Makes JAX compile anew in all threads, instead of reading its compilation cache."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX reads the setting only once
+    pxla.clear_in_memory_compilation_cache()  # may hold what was read
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def compile_fresh(lowered: Lowered) -> Compiled:
+    """Compiles a program that `take_apart` accepts; to be called within `without_caches`.
+
+    XLA for CPUs does not keep the machine code of a program that it has read from a file:
+    serialized again, it loads, but fails when it runs.
+    """
+    compiled = lowered.compile(compiler_options={})  # with options, JAX compiles it again
+    _fresh.add(compiled)
+    return compiled
+
+
 def take_apart(compiled: Compiled) -> ExecutableParts:
     """Serializes a compiled program; also one for devices that are not there.
 
     Raises:
       ValueError: the program needs more than its arguments: closed-over arrays, references, or
-        callbacks to the host; or it was not compiled by this process.
+        callbacks to the host. Or it is not from `compile_fresh`.
     """
+    if compiled not in _fresh:
+        raise ValueError("it was not compiled by compile_all, so JAX may have read it from a file")
     loaded: Any = compiled._executable
     unloaded = loaded._unloaded_executable
     outside = {
@@ -70,18 +101,9 @@ def take_apart(compiled: Compiled) -> ExecutableParts:
 
 
 def _serialize(executable: Any) -> bytes:  # noqa: ANN401
-    if not isinstance(executable, xla_client.LoadedExecutable):
-        return executable.serialize()  # compiled for a topology, without its devices
-    client = executable.client
-    data = client.serialize_executable(executable)
-    if client.platform == "cpu":
-        devices = xla_client.DeviceList(tuple(executable.local_devices()))
-        read = client.deserialize_executable(data, executable_devices=devices)
-        # XLA for CPUs does not keep the machine code of a program that it has read: serialized
-        # again, it loads, but fails when it runs. So reading a program must lose something.
-        if len(client.serialize_executable(read)) >= len(data):
-            raise ValueError("XLA read it from a file, such as those of JAX's compilation cache")
-    return data
+    if isinstance(executable, xla_client.LoadedExecutable):
+        return executable.client.serialize_executable(executable)
+    return executable.serialize()  # compiled for a topology, without its devices
 
 
 def put_together(
@@ -111,7 +133,8 @@ def put_together(
     arg_names = tuple(jax.tree_util.keystr(path[1:]) for path, _ in paths)
     flat_args, flat_results = [leaf for _, leaf in paths], jax.tree.leaves(results)
     all_avals = _avals(flat_args)
-    args_info = [ArgInfo(aval, i in set(donated)) for i, aval in enumerate(all_avals)]
+    is_donated = set(donated).__contains__
+    args_info = [ArgInfo(aval, is_donated(i)) for i, aval in enumerate(all_avals)]
     debug_info = core.DebugInfo("program", name, arg_names, None)
     executable = _mesh_executable(
         data,

@@ -63,8 +63,7 @@ def save_programs(
     Args:
       folder: belongs to these programs alone. Missing folders above are created. It gets mode 0700,
         its files 0600.
-      programs: by name. They may be compiled for devices that are not there. They must be compiled
-        by this process, with JAX's compilation cache off.
+      programs: by name, compiled by `compile_all`, maybe for devices that are not there.
       facts: what they depend on.
 
     Raises:

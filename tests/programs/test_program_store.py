@@ -35,6 +35,7 @@ from tests.support.models import PARITY, config_of, make_forward, make_mesh, par
 from tests.support.programs import (
     collect_facts,
     compile_program,
+    compile_signature,
     lower,
     make_arguments,
     make_signature,
@@ -159,7 +160,7 @@ def test_a_mesh_of_some_devices(tmp_path: Path):
 
 def test_a_decoding_step_of_a_real_model(tmp_path: Path):
     checkpoint = PARITY / "pythia_like"
-    forward = make_forward.__wrapped__(config_of(checkpoint), mp=2)  # compiles anew
+    forward = make_forward(config_of(checkpoint), mp=2)
     params, rows = forward.param_shapes(), NamedSharding(forward.mesh, P("dp"))
     cache = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
@@ -168,10 +169,8 @@ def test_a_decoding_step_of_a_real_model(tmp_path: Path):
     tokens = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=rows)
     logits = jax.ShapeDtypeStruct((2, forward.config.vocab_size), jnp.float32, sharding=rows)
     signature = Signature((params, cache, tokens, tokens), (logits, cache), donate_argnums=(1,))
-    compiled = forward.lower_step(params, cache, tokens).compile()
-    save_programs(
-        tmp_path / "model", {"step": CompiledProgram(compiled, signature)}, collect_facts()
-    )
+    step = compile_signature(lambda: forward.lower_step(params, cache, tokens), signature)
+    save_programs(tmp_path / "model", {"step": step}, collect_facts())
     loaded = open_programs(tmp_path / "model").load("step", signature)
 
     def run(step: jax.stages.Compiled) -> object:
@@ -182,7 +181,7 @@ def test_a_decoding_step_of_a_real_model(tmp_path: Path):
         ids, positions = (jax.device_put(np.full(2, i, np.int32), rows) for i in (7, 3))
         return step(weights, cache, ids, positions)
 
-    assert_equal(run(loaded), run(compiled))
+    assert_equal(run(loaded), run(step.compiled))
 
 
 # What is refused.
@@ -379,7 +378,7 @@ def test_nothing_is_saved_where_others_may_write(tmp_path: Path):
         (lambda s: replace(s, results=list(s.results)), "key: results"),
         (lambda s: replace(s, donate_argnums=()), "key: [2]"),
         (lambda s: replace(s, args=(s.args[0], s.args[2], *s.args[2:])), "key: [1]"),
-        (lambda s: replace(s, results=(s.results[1], s.results[1])), "key: result [0]"),
+        (lambda s: replace(s, results=(s.results[1], s.results[1])), "key: result[0]"),
         (lambda s: make_signature(make_mesh(4, 2)), "key: argument 0"),
     ],
 )
@@ -395,7 +394,7 @@ def one_array(function: Callable) -> CompiledProgram:
     sharding = NamedSharding(make_mesh(1, 1), P())
     array = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=sharding)
     jitted = jax.jit(function, out_shardings=sharding)
-    return CompiledProgram(jitted.lower(array).compile(), Signature((array,), array))
+    return compile_signature(lambda: jitted.lower(array), Signature((array,), array))
 
 
 def test_callbacks_are_refused(tmp_path: Path):
@@ -428,11 +427,30 @@ def test_hoisted_closures_are_refused(tmp_path: Path):
     assert "it has arrays that it closes over" in message
 
 
-def test_programs_from_the_compilation_cache_are_refused(folder: Path, tmp_path: Path):
+def test_programs_that_jax_may_have_read_are_refused(folder: Path, tmp_path: Path):
     """XLA for CPUs would save them without their machine code."""
-    read = CompiledProgram(load(folder), make_signature())
-    message = save_refusal(tmp_path / "again", read)
-    assert "XLA read it from a file, such as those of JAX's compilation cache" in message
+    for compiled in load(folder), lower(make_signature()).compile():
+        message = save_refusal(tmp_path / "again", CompiledProgram(compiled, make_signature()))
+        assert "it was not compiled by compile_all, so JAX may have read it from a file" in message
+
+
+def test_programs_in_the_caches_of_jax_are_compiled_again(tmp_path: Path):
+    signature = make_signature()
+    lowered = lower(signature)
+    lowered.compile()
+    lower(signature).compile()  # read from the file that the line above wrote
+    again = compile_signature(lambda: lowered, signature)
+    save_programs(tmp_path / "again", {"sum": again}, collect_facts())
+    results = load(tmp_path / "again")(*make_arguments(signature))
+    assert_equal(results, program().compiled(*make_arguments(signature)))
+
+
+def test_a_program_that_only_copies(tmp_path: Path):
+    """It has no machine code of its own."""
+    copy = one_array(lambda x: x)
+    save_programs(tmp_path / "programs", {"sum": copy}, collect_facts())
+    x = jax.device_put(np.arange(3, dtype=np.float32), copy.signature.args[0].sharding)
+    assert_equal(load(tmp_path / "programs", copy.signature)(x), x)
 
 
 def test_arrays_without_a_mesh_are_refused():

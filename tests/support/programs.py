@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtj_loader.programs import CompiledProgram, ProgramFacts, Signature
+from mtj_loader.programs import CompiledProgram, ProgramFacts, Signature, compile_all
 from tests.support.models import make_mesh
 
 
@@ -49,7 +50,14 @@ def lower(signature: Signature) -> jax.stages.Lowered:
 
 def compile_program(signature: Signature) -> CompiledProgram:
     """The same, compiled."""
-    return CompiledProgram(lower(signature).compile(), signature)
+    return compile_signature(lambda: lower(signature), signature)
+
+
+def compile_signature(
+    lower: Callable[[], jax.stages.Lowered], signature: Signature
+) -> CompiledProgram:
+    """Any program, compiled so that it can be saved."""
+    return CompiledProgram(compile_all({"sum": lower})["sum"], signature)
 
 
 def make_arguments(signature: Signature) -> tuple:
