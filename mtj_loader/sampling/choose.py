@@ -63,8 +63,8 @@ def choose(  # noqa: PLR0917
       steps: int32 [b], the number of tokens chosen for the request before; the counter of its
         random stream.
       mu: float32 [b], mirostat's state.
-      allowed: uint32 [b, W], the tokens that a grammar allows: bit t % 32 of word t // 32; None if
-        no row has a grammar.
+      allowed: uint32 [b, W], the tokens that a grammar allows: bit t % 32 of word t // 32, and all
+        bits of a row without a grammar; None if no row has one.
       top: how many of the most likely tokens to report, at most V; static.
     """
     # NaN as infinity: on CPUs the maximum of a wide row may be a number although a logit is NaN.

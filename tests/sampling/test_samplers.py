@@ -11,7 +11,15 @@ import pytest
 from mtj_loader.sampling.params import SamplingParams
 from mtj_loader.sampling.truncation import exclude_top_choices, keep_below_surprise
 from tests.sampling import reference
-from tests.sampling.rows import CHAIN_ROWS, CHAIN_TIME, CHAIN_VOCAB, run_chain, stack
+from tests.sampling.rows import (
+    CHAIN_ROWS,
+    CHAIN_TIME,
+    CHAIN_VOCAB,
+    apply_jitted,
+    pad,
+    run_chain,
+    stack,
+)
 
 INF = np.inf
 V, T = CHAIN_VOCAB, CHAIN_TIME
@@ -110,6 +118,23 @@ def test_every_order():
     rng = np.random.default_rng(6)
     logits = np.tile(rng.normal(size=V) * 2, (len(orders), 1)).astype(np.float32)
     check(logits, params, [[3, 1, 4, 1, 5, 9, 2, 6]] * len(orders))
+
+
+def test_a_larger_vocabulary():
+    rng = np.random.default_rng(13)
+    size, settings = 2000, ["top_k", "top_p", "min_p", "top_a", "tfs", "typical_p", "top_n_sigma"]
+    values = [50, 0.9, 0.02, 0.1, 0.9, 0.7, 1.5]
+    params = [
+        SamplingParams(temperature=1.0, **{name: value})
+        for name, value in zip(settings, values, strict=True)
+    ]
+    logits = rng.normal(size=(len(params), size)).astype(np.float32) * 3
+    arrays = pad([], len(params), CHAIN_TIME)
+    found = np.asarray(apply_jitted(logits, *arrays, stack(params, size)))
+    for i, row in enumerate(params):
+        expected = reference.chain(logits[i], row, [])
+        assert 1 < (expected > -INF).sum() < size, settings[i]
+        assert np.allclose(found[i], expected, rtol=1e-6), settings[i]
 
 
 def test_xtc_and_mirostat_equal_the_reference():
