@@ -14,10 +14,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity fuzz bench clean
+.PHONY: help demo test lint parity fuzz tpu tpu-all bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 14
 
 demo: $(STAMP)-core  ## load a small GPT-NeoX onto eight virtual devices and generate text
 	$(BIN)/mtj-loader load $(FIXTURE) --mesh mp=8 --cpu-devices 8
@@ -25,7 +25,7 @@ demo: $(STAMP)-core  ## load a small GPT-NeoX onto eight virtual devices and gen
 	  --max-new-tokens 120 --temperature 0.8 --top-k 40 --seed 1
 
 test: $(STAMP)-test  ## run the tests that need no torch
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not parity"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not parity and not tpu"
 
 lint: $(STAMP)-lint  ## check style, types and import layers
 	$(BIN)/ruff check
@@ -38,6 +38,12 @@ parity: $(STAMP)-parity  ## compare logits and text with Hugging Face transforme
 
 fuzz: $(STAMP)-parity  ## load thousands of malformed inputs
 	$(BIN)/python -m tests.fuzz
+
+tpu: $(STAMP)-tpu,test  ## compile every family for TPUs with libtpu; needs no TPU
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m tpu tests/tpu
+
+tpu-all: $(STAMP)-tpu,test  ## the same for every family on every slice; takes an hour
+	MTJ_TPU_ALL=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m tpu -v tests/tpu
 
 bench: $(STAMP)-bench  ## measure load time against other loaders
 	$(BIN)/python -m benchmarks.load
@@ -52,6 +58,6 @@ $(STAMP)-venv:
 	touch $@
 
 # `core` is the package without extras; any other name is an extra of pyproject.toml.
-$(STAMP)-core $(STAMP)-test $(STAMP)-lint $(STAMP)-parity $(STAMP)-bench: $(STAMP)-%: pyproject.toml | $(STAMP)-venv
+$(STAMP)-core $(STAMP)-test $(STAMP)-lint $(STAMP)-parity $(STAMP)-bench $(STAMP)-tpu,test: $(STAMP)-%: pyproject.toml | $(STAMP)-venv
 	$(BIN)/python -m pip install --quiet --editable ".$(patsubst %,[%],$(filter-out core,$*))"
 	touch $@

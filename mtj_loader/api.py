@@ -66,6 +66,8 @@ MeshLike = Mesh | AbstractMesh | Topology | str
 def plan(path: PathLike, mesh: MeshLike | None = None, **keywords: Unpack[Keywords]) -> LoadPlan:
     """Plans a load: every read and every target. Reads no weights and needs no device.
 
+    A folder with config.json and no weights can be planned too, with a warning, but not loaded.
+
     Args:
       path: {path}
       mesh: A mesh with the axes dp and mp, `make_abstract_mesh(…)` for one that does not exist, or
@@ -77,7 +79,7 @@ def plan(path: PathLike, mesh: MeshLike | None = None, **keywords: Unpack[Keywor
       CheckpointError, MapError: the files or the map are at fault.
       MachineError: the disk or the network failed, or there are too few devices.
     """
-    return plan_source(*split_keywords(path, keywords), mesh)
+    return plan_source(*split_keywords(path, keywords), mesh, weights_required=False)
 
 
 @takes_options(LoadOptions, Source)
@@ -142,15 +144,21 @@ class RunOptions:
 
 
 def plan_source(
-    source: Source, options: LoadOptions, mesh: MeshLike | None, hosts: Hosts = SINGLE_HOST
+    source: Source,
+    options: LoadOptions,
+    mesh: MeshLike | None,
+    hosts: Hosts = SINGLE_HOST,
+    *,
+    weights_required: bool = True,
 ) -> LoadPlan:
-    """Plans a load of a source; see `plan`."""
+    """Plans a load of a source; see `plan`. Adapters always require weights."""
     options.check()
     source.check_path()
+    required = weights_required or bool(options.adapters)
 
     def open_here(headers: Headers | None, commit: str | None) -> Checkpoint:
         found = replace(source, revision=commit or source.revision)
-        return open_checkpoint(found, headers=headers)
+        return open_checkpoint(found, headers=headers, weights_required=required)
 
     checkpoint = without_settings(open_on_all_hosts(hosts, open_here), options.ignore_settings)
     with no_garbage_collection():
@@ -176,6 +184,7 @@ def _load(
         with hosts.phase("plan"):
             mesh = _existing_mesh(mesh)
             plan = make(hosts, mesh)
+            plan.check_weights()
             devices = _devices(mesh, plan)
             check_same_load(hosts, plan, devices)
         warnings = enable_compilation_cache() if run.compilation_cache else ()

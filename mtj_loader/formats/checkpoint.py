@@ -15,6 +15,7 @@ from mtj_loader.formats.file_names import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     INDEX_FILE,
+    OTHER_WEIGHTS,
     SINGLE_FILE,
     SUFFIX,
     TOKENIZER_FILES,
@@ -79,7 +80,11 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    source: Source, *, also: Iterable[str] = (), headers: Headers | None = None
+    source: Source,
+    *,
+    also: Iterable[str] = (),
+    headers: Headers | None = None,
+    weights_required: bool = True,
 ) -> Checkpoint:
     """Opens a checkpoint and reads the headers of its weights.
 
@@ -89,6 +94,8 @@ def open_checkpoint(
         only the needed files are downloaded.
       also: more files of the repository to download, in addition to weights, configs and tokenizer.
       headers: the headers, if another host has already read them.
+      weights_required: False also opens a folder with config.json and no weights; its index is
+        empty, with a warning.
 
     Raises:
       UsageError: the path, repository or revision does not exist, or access is denied.
@@ -100,6 +107,8 @@ def open_checkpoint(
     if source.revision is not None and (path is not None or is_remote):
         raise UsageError("only a Hugging Face id has revisions", file=path, key="revision")
     if path is not None:
+        if not weights_required and headers is None and path.is_dir():
+            headers = _read_config_alone(path)
         return _open_path(path, headers)
     if source.local_files_only and (source.stream or is_remote):
         what = "a URL or streaming needs the network"
@@ -238,6 +247,11 @@ def _tokenizer_file(storage: Storage, name: str) -> Path | StoredFile:
 
 
 def _read_headers(storage: Storage, files: Sequence[str] | None) -> Headers:
+    return Headers(*_read_configs(storage), build_index(storage, files))
+
+
+def _read_configs(storage: Storage) -> tuple[dict[str, object], dict[str, object]]:
+    """config.json, and generation_config.json if there is one."""
     if not storage.exists(CONFIG_FILE):
         raise CheckpointError(
             "not a checkpoint: there is no config.json",
@@ -248,4 +262,13 @@ def _read_headers(storage: Storage, files: Sequence[str] | None) -> Headers:
         read_object(storage, name, _MAX_CONFIG_BYTES) if storage.exists(name) else {}
         for name in (CONFIG_FILE, GENERATION_CONFIG_FILE)
     )
-    return Headers(config, generation_config, build_index(storage, files))
+    return config, generation_config
+
+
+def _read_config_alone(folder: Path) -> Headers | None:
+    """The headers of a folder without weights of any format; None if there are any."""
+    with LocalStorage(folder) as storage:
+        if any(name.endswith((SUFFIX, INDEX_FILE, *OTHER_WEIGHTS)) for name in storage.names()):
+            return None
+        warning = "there are no weights here; this is what config.json says"
+        return Headers(*_read_configs(storage), TensorIndex({}, {}, (warning,)))

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.dtypes import BITS
+from mtj_loader.errors import CheckpointError
 from mtj_loader.formats.checkpoint import Checkpoint
 from mtj_loader.lora.adapter import Adapter
 from mtj_loader.lora.low_rank import BaseWeightCopy, LowRank
@@ -72,6 +73,17 @@ class PlanData:
     def map_file(self) -> str:
         """The weight map's file."""
         return self.weight_map.file
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is anything to load; otherwise the plan is that of config.json alone."""
+        return bool(self.checkpoint.index.records)
+
+    def check_weights(self) -> None:
+        """Raises CheckpointError if there are no weights."""
+        if not self.has_weights:
+            what = "the plan was made without weights, from config.json alone"
+            raise CheckpointError(what, file=self.checkpoint.location)
 
     @property
     def headline(self) -> str:

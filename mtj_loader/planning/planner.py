@@ -28,6 +28,7 @@ from mtj_loader.weights.copies import shard_layouts
 from mtj_loader.weights.map_reader import find_map
 from mtj_loader.weights.resolve import Binding, Resolution, TargetKey, resolve
 from mtj_loader.weights.transforms import TransformContext
+from mtj_loader.weights.view import zeros
 from mtj_loader.weights.weight_map import WeightMap
 
 
@@ -117,21 +118,24 @@ def make_plan(
     dtype = dtypes.parameter_dtype(options.dtype)
     config, weight_map = model.config, model.weight_map
     if options.expert_parallel:
-        config = _with_whole_experts(config)
+        config = with_whole_experts(config)
     models.check_shards(config, topology.mp, options.transposed_linear)
     specs = models.parameters(config, topology.mp, options.transposed_linear)
     _check_map_values(weight_map, config, model.hf_config, checkpoint)
     notices = outside_vocabulary(checkpoint.config, checkpoint.generation_config, config.vocab_size)
     notes, doubts = remarks(checkpoint.config, config.ignored_settings, options.ignore_settings)
-    resolution = resolve(
-        weight_map,
-        checkpoint.index,
-        specs,
-        TransformContext(topology.mp, config.vocab_size, options.transposed_linear),
-        layers=config.layers,
-        ties=_ties(config),
-        allow_unmapped=options.allow_unmapped,
-    )
+    if checkpoint.index.records:
+        resolution = resolve(
+            weight_map,
+            checkpoint.index,
+            specs,
+            TransformContext(topology.mp, config.vocab_size, options.transposed_linear),
+            layers=config.layers,
+            ties=_ties(config),
+            allow_unmapped=options.allow_unmapped,
+        )
+    else:  # see `open_checkpoint`
+        resolution = Resolution(tuple(Binding(spec, zeros(spec.shape)) for spec in specs))
     params = _in_file_order(resolution, checkpoint, topology.mp, dtype)
     return LoadPlan(
         checkpoint,
@@ -194,7 +198,7 @@ def _refuse_tied(plan: LoadPlan, adapter: Adapter, found: AdapterTerms) -> None:
         )
 
 
-def _with_whole_experts(config: ModelConfig) -> ModelConfig:
+def with_whole_experts(config: ModelConfig) -> ModelConfig:
     """The same model with whole experts distributed over the shards.
 
     Raises:

@@ -11,15 +11,17 @@ from mtj_loader import display
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.names import blank_indices, fold_all, fold_names, group_by, natural_key, number_set
 from mtj_loader.parameters import AXIS_NAMES
+from mtj_loader.planning.compiled_fit import CompiledFit
+from mtj_loader.planning.compiled_tables import compiled_tables
 from mtj_loader.planning.param_plan import ParamPlan, dtype_changes
 from mtj_loader.planning.plan_data import PlanData
 from mtj_loader.planning.tpu_fit import Fit, fits
 
 
-def tables(plan: PlanData) -> RenderableType:
-    """The plan as a rich renderable: facts, two tables, notes."""
-    facts = display.facts(dict(_facts(plan)))
-    return Group(facts, _parameter_table(plan), _fit_table(plan), *_notes(plan))
+def tables(plan: PlanData, compiled: Sequence[CompiledFit] = ()) -> RenderableType:
+    """The plan as a rich renderable: facts, tables, notes."""
+    facts, fitting = display.facts(dict(_facts(plan))), _fit_table(plan, compiled)
+    return Group(facts, _parameter_table(plan), fitting, *compiled_tables(compiled), *_notes(plan))
 
 
 def _row_key(param: ParamPlan) -> tuple[object, ...]:
@@ -93,7 +95,8 @@ def _parameter_table(plan: PlanData) -> Table:
     groups = group_by(plan.params, _row_key)
     for group in sorted(groups, key=lambda group: natural_key(_name(group[0]))):
         display.add_row(table, *_on_device(group, plan.shards))
-        display.add_row(table, *_in_file(group), style="dim")
+        if plan.has_weights:
+            display.add_row(table, *_in_file(group), style="dim")
     return table
 
 
@@ -124,20 +127,23 @@ def _split(axis: str | None, shards: int) -> str:
     return "a copy in each" if axis is None else f"{AXIS_NAMES.get(axis, axis)} / {shards}"
 
 
-def _fit_table(plan: PlanData) -> Table:
+def _fit_table(plan: PlanData, compiled: Sequence[CompiledFit]) -> Table:
     """Which TPUs the model fits, each with the mesh that uses most of its devices as shards."""
-    table = display.table("TPU", "mesh", "parameters on each device", "fits", "tokens of KV cache")
-    for fit in fits(plan):
+    headers = "TPU", "mesh", "parameters on each device", "fits", "basis", "tokens of KV cache"
+    table = display.table(*headers)
+    for fit in fits(plan, compiled):
         held, memory = show_bytes(fit.device_bytes), show_bytes(fit.slice.hbm_bytes)
         mesh = f"dp={fit.dp}, mp={fit.mp}"
-        tokens = f"{fit.cache_tokens:,}"
-        display.add_row(table, fit.slice.name, mesh, f"{held} of {memory}", _verdict(fit), tokens)
+        tokens, held = f"{fit.cache_tokens:,}", f"{held} of {memory}"
+        display.add_row(table, fit.slice.name, mesh, held, _verdict(fit), fit.basis, tokens)
     return table
 
 
 def _verdict(fit: Fit) -> str:
     if fit.fits:
         return "yes"
+    if fit.compiled is not None:
+        return f"no, {show_bytes(fit.compiled.shortfall_bytes)} too large"
     if fit.free_bytes < 0:
         return f"no, {show_bytes(-fit.free_bytes)} too large"
     return f"no, less than {fit.min_tokens:,} tokens"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 from mtj_loader.dtypes import parameter_dtype
 from mtj_loader.models import parameters, usable_shards
+from mtj_loader.planning.compiled_fit import CompiledFit
 from mtj_loader.planning.plan_data import PlanData
 
 _GIB = 1 << 30
@@ -53,6 +55,7 @@ class Fit:
       free_bytes: usable HBM of a device minus `device_bytes`; negative if it does not fit.
       cache_tokens: tokens of KV cache that fit into it, over all sequences of one replica.
       min_tokens: the tokens that a usable model needs.
+      compiled: what the TPU compiler says; None for an estimate.
     """
 
     slice: Slice
@@ -62,21 +65,34 @@ class Fit:
     free_bytes: int
     cache_tokens: int
     min_tokens: int
+    compiled: CompiledFit | None = None
 
     @property
     def fits(self) -> bool:
         """Whether the model can be loaded and used there."""
-        return self.cache_tokens >= self.min_tokens
+        return self.cache_tokens >= self.min_tokens if self.compiled is None else self.compiled.fits
+
+    @property
+    def basis(self) -> str:
+        """What `fits` is based on: "estimate", or "compiled"."""
+        return "estimate" if self.compiled is None else "compiled"
 
     def to_dict(self) -> dict[str, object]:
         """The fit as JSON types; docs/json.md describes them."""
-        mine = {name: value for name, value in vars(self).items() if name != "slice"}
-        return {**asdict(self.slice), **mine, "fits": self.fits}
+        apart = ("slice", "compiled")
+        mine = {name: value for name, value in vars(self).items() if name not in apart}
+        return {**asdict(self.slice), **mine, "fits": self.fits, "basis": self.basis}
 
 
-def fits(plan: PlanData) -> list[Fit]:
-    """How the plan's model fits on each of SLICES, with the plan's dtype and options."""
-    return [_fit(plan, slice_) for slice_ in SLICES]
+def fits(plan: PlanData, compiled: Sequence[CompiledFit] = ()) -> list[Fit]:
+    """How the plan's model fits on each of SLICES, with the plan's dtype and options.
+
+    Args:
+      plan: of the model.
+      compiled: slices that the TPU compiler was asked about, with its answer.
+    """
+    answers = {fit.name: fit for fit in compiled if fit.failure is None}
+    return [replace(_fit(plan, each), compiled=answers.get(each.name)) for each in SLICES]
 
 
 def _fit(plan: PlanData, slice_: Slice) -> Fit:

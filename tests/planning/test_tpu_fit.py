@@ -137,4 +137,5 @@ def test_dict_has_the_fits(tmp_path: Path):
         "cache_tokens": free // tpu_fit.cache_bytes_per_token(plan, 4),
         "min_tokens": 32,
         "fits": True,
+        "basis": "estimate",
     }
