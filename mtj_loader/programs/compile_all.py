@@ -28,7 +28,7 @@ def compile_all(programs: Mapping[str, Callable[[], Lowered]]) -> dict[str, Comp
 
     Raises:
       Exception: the first error in the order of the programs, with a note that names the program.
-        Programs that have not started are not compiled.
+        Programs that have not started are not compiled; running compilations are not awaited.
     """
     tracer = ThreadPoolExecutor(1, thread_name_prefix="mtj_loader_trace")
     compilers = ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="mtj_loader_compile")
@@ -39,9 +39,9 @@ def compile_all(programs: Mapping[str, Callable[[], Lowered]]) -> dict[str, Comp
                 for name, lower in programs.items()
             }
             return {name: _result(name, job) for name, job in jobs.items()}
-        finally:
-            tracer.shutdown(cancel_futures=True)
-            compilers.shutdown(cancel_futures=True)
+        finally:  # XLA cannot be stopped: after an error or Ctrl-C, it ends by itself
+            tracer.shutdown(wait=False, cancel_futures=True)
+            compilers.shutdown(wait=False, cancel_futures=True)
 
 
 def _compile(traced: Future[Lowered]) -> Compiled:
