@@ -1,14 +1,16 @@
-"""Products of linear layers: what is computed on a TPU for a single row."""
+"""Linear layers on a TPU: how a single row is multiplied, and outputs that are taken apart."""
 
 from __future__ import annotations
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from mtj_loader.models.layers.linears import contract
+from mtj_loader.models.layers.linears import Linear, contract
+from mtj_loader.models.parameter_table import ParameterBuilder
 
 
 def tpu_mesh() -> AbstractMesh:
@@ -41,3 +43,22 @@ def test_several_rows_are_multiplied_as_they_are():
     x, w = jnp.zeros((2, 3, 6)), jnp.zeros((6, 4))
     with jax.sharding.use_abstract_mesh(tpu_mesh()):
         assert rows_multiplied(x, w, 0) == 6
+
+
+@pytest.mark.parametrize(
+    ("outs", "on_tpu", "expected"), [("(h k)", 1, 1), ("(h k)", 0, 0), ("f", 1, 0)]
+)
+def test_outputs_with_heads_are_computed_before_they_are_taken_apart(
+    outs: str, on_tpu: int, expected: int
+):
+    params = ParameterBuilder({"d": 6, "h": 2, "k": 4, "f": 8}, 1, False, np.dtype(np.float32))
+
+    def run(x: jax.Array) -> jax.Array:
+        return Linear(params, "d", outs, split=outs.strip("( k)"), bias=True, name="linear")(x)
+
+    model, x = hk.transform(run), jnp.ones((1, 3, 6))
+    weights = model.init(jax.random.key(0), x)
+    mesh = tpu_mesh() if on_tpu else AbstractMesh((), ())
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = str(jax.make_jaxpr(model.apply)(weights, None, x))
+    assert found.count("optimization_barrier") == expected

@@ -83,6 +83,7 @@ class Linear(ParameterizedModule):
         self, params: ParameterBuilder, ins: str, outs: str, *, split: str, bias: bool, name: str
     ) -> None:
         super().__init__(params, name)
+        self._has_heads = " " in outs  # the caller takes the outputs apart
         self.declare_matrix("w", ins=ins, outs=outs, split=split)
         if bias:
             column_parallel = split in outs.strip("()").split()
@@ -91,7 +92,9 @@ class Linear(ParameterizedModule):
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., i] -> float32 [..., o]
         """The shard's columns, or its term of the sum."""
         y, b = self.matmul(x, "w"), self.parameter32("b")
-        return y if b is None else y + b
+        y = y if b is None else y + b
+        # XLA for TPUs would take the weight apart instead, and copy it to do so.
+        return jax.lax.optimization_barrier(y) if self._has_heads and on_tpu() else y
 
 
 def contract(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:  # [..., i] -> float32 [..., o]
