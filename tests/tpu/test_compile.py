@@ -72,4 +72,4 @@ def test_parameters_take_the_planned_bytes(tmp_path: Path, monkeypatch: pytest.M
     assert fit.memory is not None
     assert 1 <= fit.memory.parameters / plan.device_bytes < 1.01
     cache = 256 * plan.config.cache_bytes_per_token(8, plan.params[0].dtype)
-    assert 0 <= fit.memory.cache - cache < 4096
+    assert 0 <= fit.memory.cache - cache < 1 << 20  # and the other inputs of a step
