@@ -16,7 +16,7 @@ import haiku as hk
 import jax
 
 from mtj_loader.models.config import ModelConfig
-from mtj_loader.models.layers.attention import KVCache
+from mtj_loader.models.layers.attend import KVCache
 from mtj_loader.models.layers.embeddings import Embedding, Projection
 from mtj_loader.models.layers.linears import add_residual, sum_over_shards
 from mtj_loader.models.layers.positions import Positions
@@ -34,7 +34,7 @@ class SelfAttention(Protocol):
     def __call__(
         self, x: jax.Array, positions: Positions, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> float32 [b, t, d]
-        """This shard's term of the output, and the keys and values it attended to."""
+        """This shard's term of the output, and the cache with this pass's keys and values."""
         ...
 
 
@@ -70,7 +70,7 @@ class Layer(hk.Module):
     def __call__(
         self, x: jax.Array, positions: Positions, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
-        """The residual stream after this layer, and the keys and values it attended to."""
+        """The residual stream after this layer, and the cache with this pass's keys and values."""
         attention, cache = self.attention(self.attention_norm(x), positions, cache)
         x = add_residual(x, sum_over_shards(attention))
         change = sum_over_shards(self.feed_forward(self.feed_forward_norm(x)))
@@ -83,7 +83,7 @@ class ParallelLayer(Layer):
     def __call__(
         self, x: jax.Array, positions: Positions, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
-        """The residual stream after this layer, and the keys and values it attended to."""
+        """The residual stream after this layer, and the cache with this pass's keys and values."""
         normed = self.attention_norm(x)
         attention, cache = self.attention(normed, positions, cache)
         if self.feed_forward_norm is not self.attention_norm:
@@ -98,7 +98,7 @@ class NormedResidualLayer(Layer):
     def __call__(
         self, x: jax.Array, positions: Positions, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
-        """The residual stream after this layer, and the keys and values it attended to."""
+        """The residual stream after this layer, and the cache with this pass's keys and values."""
         x = self.attention_norm(x)
         attention, cache = self.attention(x, positions, cache)
         x = self.feed_forward_norm(add_residual(x, sum_over_shards(attention)))
@@ -111,7 +111,7 @@ class PostNormLayer(Layer):
     def __call__(
         self, x: jax.Array, positions: Positions, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
-        """The residual stream after this layer, and the keys and values it attended to."""
+        """The residual stream after this layer, and the cache with this pass's keys and values."""
         attention, cache = self.attention(x, positions, cache)
         x = self.attention_norm(add_residual(x, sum_over_shards(attention)))
         change = sum_over_shards(self.feed_forward(x))
@@ -132,7 +132,7 @@ class SandwichLayer(Layer):
     def __call__(
         self, x: jax.Array, positions: Positions, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache]:  # [b, t, d] -> [b, t, d]
-        """The residual stream after this layer, and the keys and values it attended to."""
+        """The residual stream after this layer, and the cache with this pass's keys and values."""
         attention, cache = self.attention(self.attention_norm(x), positions, cache)
         x = add_residual(x, self.attention_out_norm(sum_over_shards(attention)))
         change = sum_over_shards(self.feed_forward(self.feed_forward_norm(x)))
@@ -185,7 +185,7 @@ class CausalTransformer(hk.Module):
     def __call__(
         self, ids: jax.Array, positions: Positions, caches: Sequence[KVCache] | None
     ) -> tuple[jax.Array, list[KVCache]]:  # int32 [b, t] -> [b, t, d]
-        """The residual stream after the last layer, and every layer's keys and values."""
+        """The residual stream after the last layer, and every layer's cache."""
         x = self.embedding(ids, positions)
         updated_caches = []
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):

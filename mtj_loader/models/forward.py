@@ -1,17 +1,17 @@
-"""Running a model on a mesh: logits of whole sequences, and prefill and steps with a cache.
+"""Running a model on a mesh: logits of whole sequences, and more tokens of cached sequences.
 
-Everything is compiled once per shape: `jax.jit` around `jax.shard_map`, with explicit shardings.
-Parameters are split over "mp" and replicated over "dp"; a batch is split over "dp".
+Everything is `jax.jit` around `jax.shard_map`, with explicit shardings. Parameters are split over
+"mp" and replicated over "dp"; sequences are split over "dp".
 
-  n shards   b batch   t time   T cache length   d model   h heads of one shard   k head_dim
-  r rotated dims   V padded vocabulary
+  n shards   S slots   b rows   t time   T cache length   g KV heads   k head_dim   r rotated dims
+  V padded vocabulary
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from mtj_loader.models.config import ModelConfig
 from mtj_loader.models.layers.linears import SHARDS
 from mtj_loader.models.layers.rope import frequency_table
 from mtj_loader.models.parameter_table import ParameterBuilder
-from mtj_loader.models.passes import Cache
+from mtj_loader.models.passes import Cache, Rows
 from mtj_loader.models.registry import family
 
 _T = TypeVar("_T")
@@ -35,9 +35,9 @@ Params = dict[str, dict[str, jax.Array]]
 Tree = Any  # a pytree of arrays, or of their partitions
 
 _PARAMS = P(SHARDS)  # [n, …]
-_BATCH = P("dp")  # [b, …]
-_CACHE = Cache(keys=P("dp", None, SHARDS), values=P("dp", None, SHARDS), frequencies=_BATCH)
-
+_ROWS = P("dp")  # [b, …]
+_HEADS = P("dp", SHARDS)  # [S, g, T, k]
+_LOGITS = P("dp", SHARDS)  # [b, V]
 
 _dispatch_lock = threading.Lock()
 
@@ -81,8 +81,7 @@ class Forward:
 
     def param_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """Shape, dtype and sharding of every parameter, [n, …], from Haiku's init."""
-        ids = np.zeros((1, 1), np.int32)
-        example = ids, self._frequencies(np.ones(1))
+        example = np.zeros((1, 1), np.int32), self.frequencies([1])
 
         def init() -> hk.MutableParams:
             return jax.tree.map(
@@ -96,6 +95,20 @@ class Forward:
             jax.eval_shape(placed),
         )
 
+    def cache_shapes(self, slots: int, length: int) -> Cache:
+        """Shape, dtype and sharding of the cache's arrays, [S, g, T, k].
+
+        Args:
+          slots: S, a multiple of dp.
+          length: T; if it is more than `attend.BLOCK`, a multiple of it.
+        """
+        config, shards = self.config, self.mesh.shape[SHARDS]
+        heads = shards * max(1, config.n_kv_heads // shards)  # shared heads are in every shard
+        sharding = NamedSharding(self.mesh, _HEADS)
+        shape = slots, heads, length, config.head_dim
+        layer = jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
+        return Cache([layer] * config.layers, [layer] * config.layers)
+
     def logits(self, params: Params, ids: ArrayLike) -> jax.Array:
         """Logits of whole sequences.
 
@@ -108,135 +121,79 @@ class Forward:
         """
         rows = np.asarray(ids, np.int32)
         padded = np.pad(rows, ((0, -len(rows) % self.mesh.shape["dp"]), (0, 0)))
-        frequencies = self._frequencies(np.full(len(padded), rows.shape[1]))
+        frequencies = self.frequencies([rows.shape[1]] * len(padded))
 
         def run() -> jax.Array:
-            logits = self._run_whole(params, padded, frequencies)[0][: len(rows)]
+            logits = self._run_whole(params, padded, frequencies)[: len(rows)]
             return self._replicate(logits) if self.mesh.is_multi_process else logits
 
         return dispatch(self.mesh, run)
 
-    def prefill(
-        self,
-        params: Params,
-        ids: ArrayLike,
-        lengths: ArrayLike,
-        totals: ArrayLike,
-        cache_length: int,
-    ) -> tuple[jax.Array, Cache]:
-        """Runs the prompts.
+    def extend(self, params: Params, cache: Cache, rows: Rows) -> tuple[jax.Array, Cache]:
+        """Runs more tokens of sequences that are in the cache; to be called inside `jax.jit`.
 
         Args:
           params: with the shapes of `param_shapes`.
-          ids: int32 [b, t], padded on the right; dp divides b.
-          lengths: int32 [b], the tokens of each row.
-          totals: [b], on the host: how many tokens each row may reach. Rotary frequencies that
-            depend on the length are computed for these.
-          cache_length: T, at least t.
+          cache: with the shapes of `cache_shapes`.
+          rows: as many for each group of dp; slots are counted within their group.
 
         Returns:
           float32 [b, vocab_size], the logits after each row's last token, and the cache.
         """
-        frequencies = self._frequencies(np.asarray(totals))
-        return dispatch(
-            self.mesh, self._run_prefill, params, ids, lengths, frequencies, cache_length
-        )
+        return self._extend(passes.extend_last, _LOGITS, params, cache, rows)
 
-    def step(
-        self, params: Params, cache: Cache, tokens: ArrayLike, positions: ArrayLike
+    def extend_all(self, params: Params, cache: Cache, rows: Rows) -> tuple[jax.Array, Cache]:
+        """Like `extend`, with the logits after every token, float32 [b, t, vocab_size]."""
+        return self._extend(passes.extend_all, P("dp", None, SHARDS), params, cache, rows)
+
+    def frequencies(self, totals: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """The inverse frequencies of each rotary embedding, float32 [b, r/2].
+
+        Args:
+          totals: how many tokens each row may reach; some frequencies depend on it.
+        """
+        return tuple(frequency_table(rope, totals) for rope in self.config.ropes)
+
+    def _extend(
+        self, body: Callable[..., Any], logits: P, params: Params, cache: Cache, rows: Rows
     ) -> tuple[jax.Array, Cache]:
-        """Runs one more token of each row.
-
-        Args:
-          params: with the shapes of `param_shapes`.
-          cache: from prefill or the last step; donated.
-          tokens: int32 [b].
-          positions: int32 [b], the number of tokens before each. A token beyond the cache does not
-            change it.
-
-        Returns:
-          float32 [b, vocab_size], the logits after these tokens, and the cache.
-        """
-        return dispatch(self.mesh, self._run_step, params, cache, tokens, positions)
-
-    def lower_prefill(
-        self, params: Tree, rows: int, prompt: int, cache_length: int
-    ) -> jax.stages.Lowered:
-        """Lowers `prefill` before the parameters exist; compiling the result speeds up later calls.
-
-        JAX reuses the compiled program as long as this object exists.
-
-        Args:
-          params: shapes, dtypes and shardings, from `param_shapes`.
-          rows: b, a multiple of dp.
-          prompt: t.
-          cache_length: T, at least t.
-        """
-        ids, lengths = np.zeros((rows, prompt), np.int32), np.ones(rows, np.int32)
-        frequencies = self._frequencies(lengths)
-        return self._run_prefill.lower(params, ids, lengths, frequencies, cache_length)
-
-    def lower_step(self, params: Tree, cache: Cache, tokens: Tree) -> jax.stages.Lowered:
-        """Lowers `step` before its arrays exist; see `lower_prefill`.
-
-        Args:
-          params: shapes, dtypes and shardings, from `param_shapes`.
-          cache: the same of the cache that `prefill` returns.
-          tokens: the same of the tokens; positions have the same.
-        """
-        return self._run_step.lower(params, cache, tokens, tokens)
+        heads = jax.tree.map(lambda _: _HEADS, cache)
+        inputs = heads, jax.tree.map(lambda _: _ROWS, rows)
+        found, cache = self._on_mesh(body, inputs, (logits, heads))(params, cache, rows)
+        return found[..., : self.config.vocab_size], cache
 
     @functools.cached_property
     def _run_whole(self) -> jax.stages.Wrapped:
-        return self._compiled(passes.whole, (_BATCH, _BATCH), (P("dp", None, SHARDS), None))
+        run = self._on_mesh(passes.whole, (_ROWS, _ROWS), P("dp", None, SHARDS))
+
+        def logits(*args: Tree) -> jax.Array:
+            return run(*args)[..., : self.config.vocab_size]
+
+        split = [NamedSharding(self.mesh, spec) for spec in (_PARAMS, _ROWS)]
+        return jax.jit(logits, in_shardings=(split[0], None, None), out_shardings=split[1])
 
     @functools.cached_property
     def _replicate(self) -> jax.stages.Wrapped:
         """Replicates rows, so that every host can read them."""
         return jax.jit(lambda rows: rows, out_shardings=NamedSharding(self.mesh, P()))
 
-    @functools.cached_property
-    def _run_prefill(self) -> jax.stages.Wrapped:
-        outputs = P("dp", SHARDS), _CACHE
-        return self._compiled(passes.prefill, (_BATCH, _BATCH, _BATCH), outputs, static_argnums=4)
-
-    @functools.cached_property
-    def _run_step(self) -> jax.stages.Wrapped:
-        outputs = P("dp", SHARDS), _CACHE
-        return self._compiled(passes.step, (_CACHE, _BATCH, _BATCH), outputs, donate_argnums=1)
-
-    def _compiled(
-        self, body: Callable[..., Any], inputs: tuple[Tree, ...], outputs: Tree, **options: Tree
-    ) -> jax.stages.Wrapped:
-        """Jits one of the `passes` for whole arrays.
+    def _on_mesh(
+        self, body: Callable[..., Any], inputs: tuple[Tree, ...], outputs: Tree
+    ) -> Callable[..., Any]:
+        """One of the `passes`, as a function of whole arrays.
 
         Args:
-          body: what one shard computes, from the model, the inputs and static arguments.
+          body: what one shard computes, from the model and the inputs.
           inputs: the partition of each input after the parameters.
-          outputs: the partitions of the logits, [b, …, V], and of the cache.
-          **options: static and donated arguments, for `jax.jit`.
+          outputs: the partitions of the results.
         """
+
+        def shard(params: Params, *local: Tree) -> Tree:
+            mine = jax.tree.map(lambda x: x[0], params)
+            return self._transformed(body).apply(mine, None, *local)
+
         specs = (_PARAMS, *inputs)
-
-        def run(*args: Tree) -> tuple[jax.Array, Tree]:
-            arrays, static = args[: len(specs)], args[len(specs) :]
-
-            def shard(params: Params, *local: Tree) -> tuple[jax.Array, Tree]:
-                mine = jax.tree.map(lambda x: x[0], params)
-                return self._transformed(body).apply(mine, None, *local, *static)
-
-            on_mesh = jax.shard_map(shard, mesh=self.mesh, in_specs=specs, out_specs=outputs)
-            logits, cache = on_mesh(*arrays)
-            return logits[..., : self.config.vocab_size], cache
-
-        # Tokens may come from the host or from a sampler's devices: their placement is not fixed.
-        placed = [None if spec == _BATCH else self._shardings(spec) for spec in specs]
-        return jax.jit(
-            run,
-            in_shardings=tuple(placed),
-            out_shardings=self._shardings((_BATCH, outputs[1])),
-            **options,
-        )
+        return jax.shard_map(shard, mesh=self.mesh, in_specs=specs, out_specs=outputs)
 
     def _transformed(self, body: Callable[..., Any]) -> hk.Transformed:
         """The body as a pair of pure functions, applied to this family's model."""
@@ -250,9 +207,3 @@ class Forward:
                 return body(make_model(self.config, params), *args)
 
         return hk.transform(run)
-
-    def _shardings(self, specs: Tree) -> Tree:
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
-
-    def _frequencies(self, totals: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(frequency_table(rope, totals) for rope in self.config.ropes)

@@ -21,13 +21,15 @@ from mtj_loader.planning.tpu_targets import find_target
 DEFAULT_CONTEXT = 2048  # of GPT-J and NeoX; less where the model's is shorter
 LIMIT_SECONDS = 3600.0  # for one slice; a model of 20B parameters takes minutes
 
-# libtpu is told that there is no TPU here. Without the last one, only one process of a machine can
+# Tells libtpu that there is no TPU here. Without the last one, only one process of a machine can
 # load it.
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
+LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+_ENVIRONMENT = LIBTPU_ENVIRONMENT | {
+    "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "0",  # the time to compile is reported
 }
 _CHILD = (sys.executable, "-m", "mtj_loader.tpu_compiler")
@@ -84,9 +86,7 @@ def compile_for(
     longest = plan.config.max_positions
     context = min(DEFAULT_CONTEXT, longest) if context is None else context
     _check(slots, context, longest)
-    if find_spec("libtpu") is None:
-        hint = "pip install 'mtj-loader[tpu]'"
-        raise MachineError("libtpu, the TPU compiler, is not installed", hint=hint)
+    check_libtpu()
     requests = [
         Request(
             target.slice.name,
@@ -101,6 +101,13 @@ def compile_for(
         for target in targets
     ]
     return tuple(_ask(plan, request, limit_seconds) for request in requests)
+
+
+def check_libtpu() -> None:
+    """Raises MachineError if the TPU compiler is not installed."""
+    if find_spec("libtpu") is None:
+        hint = "pip install 'mtj-loader[tpu]'"
+        raise MachineError("libtpu, the TPU compiler, is not installed", hint=hint)
 
 
 def _check(slots: int, context: int, longest: int) -> None:

@@ -135,7 +135,10 @@ class Module:
         return [one for one in self.computations[self.entry] if one.opcode == "parameter"]
 
     def executed(self) -> Iterator[tuple[Instruction, int]]:
-        """Every instruction that runs by itself, and how often; not those inside of fusions."""
+        """Every instruction that runs by itself, and how often; not those inside of fusions.
+
+        A loop whose number of runs depends on data counts as one run.
+        """
         yield from self._executed(self.entry, 1)
 
     def _executed(self, computation: str, times: int) -> Iterator[tuple[Instruction, int]]:
@@ -143,10 +146,13 @@ class Module:
             yield one, times
             if one.opcode in CONTROL_FLOW:
                 for name in one.called:
-                    yield from self._executed(name, times * self.trips(one))
+                    yield from self._executed(name, times * (self.trips(one) or 1))
 
-    def trips(self, one: Instruction) -> int:
-        """How often a loop that counts from 0 to a constant runs; 1 for everything else."""
+    def trips(self, one: Instruction) -> int | None:
+        """How often a loop that counts from 0 to a constant runs; None if it depends on data.
+
+        1 for everything else than a loop.
+        """
         for name in one.called if one.opcode == "while" else ():
             body = {each.name: each for each in self.computations[name]}
             test = next(each for each in body.values() if each.is_root)
@@ -154,7 +160,7 @@ class Module:
             constants = [end.text for end in ends if end.opcode == "constant"]
             if test.opcode == "compare" and "direction=LT" in test.text and constants:
                 return int(constants[0].partition(")")[0])
-        return 1
+        return None if one.opcode == "while" else 1
 
 
 CONTROL_FLOW = ("while", "conditional", "call", "async-start")

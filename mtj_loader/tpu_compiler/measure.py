@@ -11,20 +11,20 @@ from functools import cached_property
 
 import jax
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from mtj_loader.models import usable_shards
 from mtj_loader.models.config import ModelConfig
 from mtj_loader.models.forward import Forward, Tree
+from mtj_loader.models.layers.attend import TPU_BLOCK
 from mtj_loader.parameters import round_up
 from mtj_loader.planning.compiled_fit import CompiledFit, CompiledProgram, Memory
-from mtj_loader.planning.topology import AXES
 from mtj_loader.planning.tpu_targets import Target
 from mtj_loader.tpu_compiler.findings import collectives, is_weight, weight_copies
 from mtj_loader.tpu_compiler.hlo import parse
 from mtj_loader.tpu_compiler.serving_programs import serving_programs
+from mtj_loader.tpu_compiler.slice_mesh import slice_mesh
 from mtj_loader.tpu_compiler.time_estimate import estimate
 
 CONTEXT_STEP = 128  # contexts are searched in steps of a TPU's lanes
@@ -59,15 +59,9 @@ class Subject:
     @cached_property
     def mesh(self) -> Mesh:
         """The devices of the slice, with as many shards as the model allows."""
-        topology = topologies.get_topology_desc(
-            platform="tpu",
-            topology_name=self.target.topology,
-            chips_per_host_bounds=self.target.host_bounds,
-            **self.target.settings,
-        )
-        shards = usable_shards(self.config, self.target.slice.devices)[-1]
-        grid = np.array(topology.devices).reshape(-1, shards)
-        return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+        devices = self.target.slice.devices
+        shards = usable_shards(self.config, devices)[-1]
+        return slice_mesh(self.target, devices // shards, shards)
 
     def compile(self, slots: int, context: int) -> dict[str, CompiledProgram]:
         """Compiles all programs.
@@ -77,7 +71,8 @@ class Subject:
           JaxRuntimeError: XLA cannot compile one of them for another reason.
         """
         programs = serving_programs(self.forward, self._params, slots, context)
-        return {name: self._compile(lower()) for name, lower in programs.items()}
+        blocks = -(-context // TPU_BLOCK)  # that attention reads of a full context
+        return {name: self._compile(lower(), blocks) for name, lower in programs.items()}
 
     @cached_property
     def forward(self) -> Forward:
@@ -93,10 +88,10 @@ class Subject:
         """The programs so far, by their text: one may not depend on the slots or the context."""
         return {}
 
-    def _compile(self, lowered: Lowered) -> CompiledProgram:
+    def _compile(self, lowered: Lowered, trips: int) -> CompiledProgram:
         text = lowered.as_text()
         if text not in self._compiled:
-            self._compiled[text] = compile_program(lowered, self.target)
+            self._compiled[text] = compile_program(lowered, self.target, trips)
         return self._compiled[text]
 
 
@@ -112,8 +107,13 @@ class OutOfHbm(Exception):
         super().__init__(f"{shortfall_bytes:,} bytes of HBM are missing")
 
 
-def compile_program(lowered: Lowered, target: Target) -> CompiledProgram:
+def compile_program(lowered: Lowered, target: Target, trips: int) -> CompiledProgram:
     """Compiles a program and reads what it needs and does.
+
+    Args:
+      lowered: the program.
+      target: the devices.
+      trips: how often loops are taken to run whose number of runs depends on data.
 
     Raises:
       OutOfHbm: it needs more memory than there is.
@@ -132,7 +132,7 @@ def compile_program(lowered: Lowered, target: Target) -> CompiledProgram:
     assert costs is not None
     assert text is not None
     xla_seconds, module = costs.get("optimal_seconds", 0.0), parse(text)
-    schedule = estimate(module, hertz=target.hertz, bandwidth=target.bandwidth)
+    schedule = estimate(module, hertz=target.hertz, bandwidth=target.bandwidth, trips=trips)
     weights = [parameter for parameter in module.parameters if is_weight(parameter)]
     return CompiledProgram(
         compile_seconds=seconds,

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
+from mtj_loader.engine.engine_programs import Programs
+from mtj_loader.engine.keys import prefill_key, step_key
+from mtj_loader.engine.sizes import Sizes
 from mtj_loader.models.forward import Forward, Tree
-
-PREFILL_TOKENS = 512  # of one pass over prompts; longer ones temporarily take more memory
 
 
 def serving_programs(
     forward: Forward, params: Tree, slots: int, context: int
 ) -> dict[str, Callable[[], Lowered]]:
-    """The programs that serving needs, by name; each is lowered when it is called.
+    """The largest programs of an engine, by name; each is lowered when it is called.
 
     Args:
       forward: the model on a mesh.
@@ -25,15 +23,11 @@ def serving_programs(
       slots: sequences at a time, a multiple of dp.
       context: tokens that each slot has room for.
     """
-
-    def prefill() -> Lowered:
-        rows, tokens = forward.mesh.shape["dp"], min(PREFILL_TOKENS, context)
-        return forward.lower_prefill(params, rows, tokens, context)
-
-    def decode() -> Lowered:
-        replicated = NamedSharding(forward.mesh, PartitionSpec())
-        tokens = jax.ShapeDtypeStruct((slots,), np.int32, sharding=replicated)
-        _, cache = forward.lower_prefill(params, slots, 1, context).out_info
-        return forward.lower_step(params, cache, tokens)
-
-    return {"prefill": prefill, "decode": decode}
+    groups = forward.mesh.shape["dp"]
+    sizes = Sizes(groups, slots // groups, context)
+    programs = Programs(forward, params)
+    longest = max(chunk for chunk in sizes.chunks if chunk.rows == 1)
+    return {
+        "prefill": lambda: programs.lower(sizes, prefill_key(longest)),
+        "decode": lambda: programs.lower(sizes, step_key(sizes.slots)),
+    }

@@ -40,6 +40,7 @@ class _Clock:
 
     Attributes:
       hertz: clock rate.
+      trips: how often loops run whose number of runs depends on data.
       bandwidth: of HBM, bytes per second.
       now: when the current operation starts.
       memory: when HBM has done all reads that were asked for.
@@ -48,6 +49,7 @@ class _Clock:
     """
 
     hertz: float
+    trips: int
     bandwidth: float
     now: float = 0.0
     memory: float = 0.0
@@ -72,15 +74,16 @@ class _Clock:
         return self.memory
 
 
-def estimate(module: Module, *, hertz: float, bandwidth: float) -> Schedule:
+def estimate(module: Module, *, hertz: float, bandwidth: float, trips: int = 1) -> Schedule:
     """Follows the schedule of a program.
 
     Args:
       module: the program.
       hertz: the clock rate of a core.
       bandwidth: of a device's HBM, in bytes per second.
+      trips: how often loops run whose number of runs depends on data.
     """
-    clock = _Clock(hertz, bandwidth)
+    clock = _Clock(hertz, trips, bandwidth)
     _run(module, module.entry, clock)
     costs = sorted(clock.costs.values(), key=lambda cost: -cost.seconds)
     return Schedule(clock.now, sum(cost.hbm_bytes for cost in costs), tuple(costs))
@@ -98,7 +101,7 @@ def _run(module: Module, computation: str, clock: _Clock) -> None:
             wait = clock.ends.get(one.operands[0], 0.0) - clock.now
             clock.add("wait", max(0.0, wait), 0)
         elif one.opcode == "while":
-            for _ in range(module.trips(one)):
+            for _ in range(module.trips(one) or clock.trips):
                 for called in one.called:
                     _run(module, called, clock)
         elif one.opcode in ("conditional", "call"):

@@ -1,4 +1,4 @@
-"""Linear layers on a TPU: how a single row is multiplied, and outputs that are taken apart."""
+"""Linear layers: how a single row is multiplied, and outputs that are taken apart on a TPU."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def rows_multiplied(x: jax.Array, w: jax.Array, axis: int) -> int:
 
 @pytest.mark.parametrize(("shape", "axis"), [((1, 1, 6), 0), ((6,), 0), ((1, 1, 6), 1)])
 def test_a_single_row_is_padded_on_a_tpu_and_gives_the_same(shape: tuple[int, ...], axis: int):
-    x = jnp.asarray(np.arange(6), jnp.bfloat16).reshape(shape)
-    w = jnp.asarray(np.arange(24).reshape(6, 4) - 11, jnp.bfloat16)
+    x = jnp.asarray(np.arange(6), jnp.float32).reshape(shape)
+    w = jnp.asarray(np.arange(24).reshape(6, 4) - 11, jnp.float32)
     w = w.T if axis else w
     assert rows_multiplied(x, w, axis) == 1
     plain = contract(x, w, axis)
@@ -37,6 +37,17 @@ def test_a_single_row_is_padded_on_a_tpu_and_gives_the_same(shape: tuple[int, ..
         padded = contract(x, w, axis)
     assert padded.shape == plain.shape == (*shape[:-1], 4)
     assert (np.asarray(padded) == np.asarray(plain)).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_no_bfloat16_weight_is_converted_for_a_single_row_on_a_cpu(axis: int):
+    x = jnp.asarray(np.arange(64) % 7, jnp.bfloat16).reshape(1, 1, 64)
+    w = jnp.asarray((np.arange(64 * 96) % 11).reshape((64, 96) if not axis else (96, 64)), x.dtype)
+    assert rows_multiplied(x, w, axis) == 2
+    program = jax.jit(contract, static_argnums=2).lower(x, w, axis).compile()
+    assert f"f32[{w.shape[0]},{w.shape[1]}]" not in program.as_text()
+    exact = np.tensordot(np.asarray(x, np.float32), np.asarray(w, np.float32), (2, axis))
+    assert (np.asarray(program(x, w)) == exact).all()
 
 
 def test_several_rows_are_multiplied_as_they_are():

@@ -10,12 +10,15 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtj_loader.models import parameters, passes
+from mtj_loader.models import parameters
+from mtj_loader.models.layers.attend import BLOCK
 from mtj_loader.models.layers.embeddings import Embedding
 from mtj_loader.models.layers.norms import LayerNorm
 from mtj_loader.models.layers.positions import Positions
 from mtj_loader.models.parameter_table import ParameterBuilder
+from mtj_loader.models.passes import Rows
 from tests.oracle.neox_cases import CASES
+from tests.support import passes as cached
 from tests.support.models import PARITY, config_of, make_forward, params_of, read_config
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -92,14 +95,16 @@ def test_cached_steps_equal_the_full_forward_pass(name, options):
     forward, params = forward_of(name, **options)
     rows = random_rows(forward, (len(LENGTHS), LENGTHS.max() + STEPS))
     prompts = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], rows[:, : LENGTHS.max()], 1)
-    logits, cache = forward.prefill(params, prompts, LENGTHS, LENGTHS + STEPS, 16)
+    totals = LENGTHS + STEPS
+    logits, cache = cached.prefill(forward, params, prompts, LENGTHS, totals, 16)
     full = np.asarray(forward.logits(params, rows))
     each = np.arange(len(LENGTHS))
     for n in range(STEPS):
         assert logits.dtype == jnp.float32
         np.testing.assert_allclose(logits, full[each, LENGTHS + n - 1], atol=CACHE_TOLERANCE)
         positions = LENGTHS + n
-        logits, cache = forward.step(params, cache, rows[each, positions], positions)
+        tokens = rows[each, positions]
+        logits, cache = cached.step(forward, params, cache, tokens, positions, totals)
 
 
 @pytest.mark.parametrize("name", ["rope_dynamic", "rope_longrope"])
@@ -108,32 +113,67 @@ def test_frequencies_depend_on_each_rows_total_length(name):
     forward, params = forward_of(name, dp=2)
     totals = np.array([29, 9])  # past the trained length, and within
     rows = random_rows(forward, (2, 29))
-    logits, cache = forward.prefill(params, rows[:, :8], np.array([8, 8], np.int32), totals, 32)
+    eight = np.array([8, 8], np.int32)
+    logits, cache = cached.prefill(forward, params, rows[:, :8], eight, totals, 32)
     full = [np.asarray(forward.logits(params, rows[[i], :t]))[0] for i, t in enumerate(totals)]
     np.testing.assert_allclose(logits, [full[0][7], full[1][7]], atol=CACHE_TOLERANCE)
-    logits, _ = forward.step(params, cache, rows[:, 8], np.array([8, 8], np.int32))
+    logits, _ = cached.step(forward, params, cache, rows[:, 8], eight, totals)
     np.testing.assert_allclose(logits, [full[0][8], full[1][8]], atol=CACHE_TOLERANCE)
-    other = forward.prefill(params, rows[:, :8], np.array([8, 8], np.int32), [9, 9], 32)[0]
+    other, _ = cached.prefill(forward, params, rows[:, :8], eight, [9, 9], 32)
     assert np.abs(other[0] - full[0][7]).max() > 1e-3
 
 
 def test_the_cache_is_split_by_rows_and_heads():
     forward, params = forward_of("pythia_like", dp=2, mp=2)
     ids = random_rows(forward, (4, 7))
-    _, cache = forward.prefill(params, ids, LENGTHS, LENGTHS, 16)
+    _, cache = cached.prefill(forward, params, ids, LENGTHS, LENGTHS, 16)
     assert len(cache.keys) == len(cache.values) == 2
-    for array in (*cache.keys, *cache.values):
-        assert array.shape == (4, 16, 6, 8)
-        assert array.sharding == NamedSharding(forward.mesh, P("dp", None, "mp"))
-    (frequencies,) = cache.frequencies
-    assert (frequencies.shape, frequencies.dtype) == ((4, 1), jnp.float32)
+    shapes = forward.cache_shapes(4, 16)
+    for array, shape in zip(jax.tree.leaves(cache), jax.tree.leaves(shapes), strict=True):
+        assert array.shape == shape.shape == (4, 6, 16, 8)
+        assert array.dtype == shape.dtype
+        assert array.sharding == shape.sharding == NamedSharding(forward.mesh, P("dp", "mp"))
 
 
-def test_a_step_donates_its_cache():
+@pytest.mark.parametrize("name", ["pythia_like", "rope_yarn"])
+def test_chunks_equal_the_full_forward_pass(name):
+    """A prompt in chunks of one slot, in a cache of several blocks; other slots do not change."""
+    forward, params = forward_of(name, dp=2)
+    ids = random_rows(forward, (2, 300))  # three blocks
+    cache = cached.empty_cache(forward, 4, 4 * BLOCK)
+    cache = jax.tree.map(lambda x: x + 7, cache)  # what former sequences left
+    frequencies = forward.frequencies([300, 300])
+    full = np.asarray(forward.logits(params, ids))
+    before = jax.tree.map(np.asarray, cache)
+    for start, count in ((0, 256), (256, 3), (259, 41)):
+        tokens = np.zeros((2, 256), np.int32)
+        tokens[:, :count] = ids[:, start : start + count]
+        starts, counts = np.array([start] * 2, np.int32), np.array([count] * 2, np.int32)
+        slot = np.array([1, 0], np.int32)  # of each group of two slots
+        rows = Rows(tokens, starts, counts, frequencies, slot)
+        logits, cache = cached.extend(forward, params, cache, rows)
+        np.testing.assert_allclose(logits, full[:, start + count - 1], atol=CACHE_TOLERANCE)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_array_equal(np.asarray(new)[[0, 3]], old[[0, 3]])
+        np.testing.assert_array_equal(np.asarray(new)[[1, 2], :, 300:], old[[1, 2], :, 300:])
+
+
+def test_every_logit_of_a_chunk():
+    forward, params = forward_of("pythia_like", dp=2, mp=2)
+    ids = random_rows(forward, (2, 8))
+    zeros, lengths = np.zeros(2, np.int32), np.array([8, 5], np.int32)
+    rows = Rows(ids, zeros, lengths, forward.frequencies([8, 8]), zeros)
+    logits, _ = jax.jit(forward.extend_all)(params, cached.empty_cache(forward, 2, 16), rows)
+    full = np.asarray(forward.logits(params, ids))
+    np.testing.assert_allclose(logits[0], full[0], atol=CACHE_TOLERANCE)
+    np.testing.assert_allclose(logits[1, :5], full[1, :5], atol=CACHE_TOLERANCE)
+
+
+def test_the_cache_is_donated():
     forward, params = forward_of("pythia_like", dp=2, mp=2)
     ids = random_rows(forward, (4, 7))
-    _, cache = forward.prefill(params, ids, LENGTHS, LENGTHS, 16)
-    forward.step(params, cache, ids[:, 0], LENGTHS)
+    _, cache = cached.prefill(forward, params, ids, LENGTHS, LENGTHS, 16)
+    cached.step(forward, params, cache, ids[:, 0], LENGTHS, LENGTHS)
     assert all(array.is_deleted() for array in (*cache.keys, *cache.values))
 
 
@@ -141,9 +181,10 @@ def test_a_token_beyond_the_cache_changes_nothing():
     """A finished row keeps stepping with the others and must not affect them."""
     forward, params = forward_of("pythia_like", dp=2, mp=2)
     ids = random_rows(forward, (4, 7))
-    _, cache = forward.prefill(params, ids, LENGTHS, LENGTHS, 16)
+    _, cache = cached.prefill(forward, params, ids, LENGTHS, LENGTHS, 16)
     before = jax.tree.map(np.asarray, cache)
-    logits, after = forward.step(params, cache, ids[:, 0], np.array([16, 17, 100, 16], np.int32))
+    positions = np.array([16, 17, 100, 16], np.int32)
+    logits, after = cached.step(forward, params, cache, ids[:, 0], positions, LENGTHS)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, after))
     assert np.isfinite(logits).all()
 
@@ -168,48 +209,9 @@ def test_logits_exclude_the_padding_of_the_vocabulary():
     broken = {**params, module: {"w": jax.device_put(w, params[module]["w"].sharding)}}
     ids = random_rows(forward, (2, 5))
     np.testing.assert_array_equal(forward.logits(broken, ids), forward.logits(params, ids))
-    prefilled, _ = forward.prefill(broken, ids, np.array([5, 5], np.int32), [5, 5], 8)
+    prefilled, _ = cached.prefill(forward, broken, ids, np.array([5, 5], np.int32), [5, 5], 8)
     assert prefilled.shape == (2, 61)
     assert np.abs(prefilled).max() < 1e3
-
-
-def test_every_pass_is_traced_once(monkeypatch):
-    traced = []
-    for name in ("whole", "prefill", "step"):
-        body = getattr(passes, name)
-
-        def counted(*args, body=body, name=name):
-            traced.append(name)
-            return body(*args)
-
-        monkeypatch.setattr(passes, name, counted)
-    config = config_of(PARITY / "pythia_like")
-    forward = make_forward.__wrapped__(config, dp=2, mp=2)  # not compiled yet
-    params = params_of(PARITY / "pythia_like", forward)
-    traced.clear()  # placing the parameters traced init
-    ids = random_rows(forward, (4, 7))
-    for _ in range(3):
-        forward.logits(params, ids)
-        _, cache = forward.prefill(params, ids, LENGTHS, LENGTHS + 3, 16)
-        for n in range(3):
-            _, cache = forward.step(params, cache, ids[:, n], LENGTHS + n)
-    assert traced == ["whole", "prefill", "step"]
-
-
-@pytest.mark.parametrize("spec", [P(), P("dp")])
-def test_tokens_may_have_any_placement(spec):
-    """A sampler's tokens are already on the devices, replicated or split over dp."""
-    forward, params = forward_of("pythia_like", dp=2, mp=2)
-    ids = random_rows(forward, (4, 7))
-
-    def two_tokens(ids, lengths, tokens):
-        _, cache = forward.prefill(params, ids, lengths, LENGTHS, 16)
-        return forward.step(params, cache, tokens, lengths)[0]
-
-    on_host = two_tokens(ids, LENGTHS, ids[:, 0])
-    sharding = NamedSharding(forward.mesh, spec)
-    on_devices = two_tokens(*jax.device_put((ids, LENGTHS, ids[:, 0]), sharding))
-    np.testing.assert_array_equal(on_devices, on_host)
 
 
 def equations(jaxpr):
@@ -232,11 +234,12 @@ def test_products_are_exact_to_float32(name, dtype):
     forward, params = forward_of(name, mp=2, dtype=dtype)
     ids = random_rows(forward, (2, 5))
     lengths = np.array([5, 3], np.int32)
-    _, cache = forward.prefill(params, ids, lengths, lengths, 8)
+    slots = np.arange(2, dtype=np.int32)
+    rows = Rows(ids, np.zeros_like(lengths), lengths, forward.frequencies([5, 5]), slots)
     passes_run = [
         jax.make_jaxpr(lambda p: forward.logits(p, ids))(params),
-        jax.make_jaxpr(lambda p: forward.prefill(p, ids, lengths, lengths, 8))(params),
-        jax.make_jaxpr(forward.step)(params, cache, ids[:, 0], lengths),
+        jax.make_jaxpr(forward.extend)(params, forward.cache_shapes(2, 8), rows),
+        jax.make_jaxpr(forward.extend)(params, forward.cache_shapes(2, 2 * BLOCK), rows),
     ]
     for jaxpr in passes_run:
         products = named(jaxpr, "dot_general")
@@ -283,7 +286,7 @@ def test_norms_are_float32_in_bfloat16():
 def test_the_scale_of_an_embedding_is_rounded_to_its_dtype():
     """As in transformers: √3072 = 55.43 is 55.5 in bfloat16, as published Gemmas expect."""
     table = ParameterBuilder({"V": 4, "e": 2}, 1, False, np.dtype(jnp.bfloat16))
-    positions = Positions(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32))
+    positions = Positions(jnp.zeros((1, 1), jnp.int32))
 
     def embed(ids):
         return Embedding(table, name="embedding", scale=3072**0.5)(ids, positions)
@@ -305,6 +308,8 @@ def test_tracing_formats_no_module():
 
     forward = make_forward(config_of(PARITY / "pythia_like"))
     with hk.intercept_methods(collect):
-        forward.lower_prefill(forward.param_shapes(), 1, 3, 4)
+        ones = np.ones(1, np.int32)
+        rows = Rows(ones[:, None], ones, ones, forward.frequencies([1]), 0 * ones)
+        jax.jit(forward.extend).lower(forward.param_shapes(), forward.cache_shapes(1, 4), rows)
     assert len(texts) > 10
     assert all(text.startswith("<mtj_loader.") and " object at " in text for text in texts)

@@ -115,7 +115,7 @@ def run_modules(folder, shards, seen):
         params = ParameterBuilder(config.axis_sizes(shards), shards, False, np.dtype(np.float32))
         model = make_model(config, params)
         keys = np.arange(seen["ids"].shape[1])
-        positions = Positions(keys[None], keys, (rotation(frequencies, keys[None], 1.0),))
+        positions = Positions(keys[None], (rotation(frequencies, keys[None], 1.0),), end=len(keys))
         outputs = {"embedding": model.embedding(seen["ids"], positions)}
         outputs["final_norm"] = model.projection.norm(seen["final_norm.in"])
         for i, layer in enumerate(model.layers):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from mtj_loader.models.layers import attend as attend_module
 from mtj_loader.models.layers.alibi import alibi, bloom_slopes, mpt_slopes
-from mtj_loader.models.layers.attention import attend
+from mtj_loader.models.layers.attend import BLOCK, attend
 from mtj_loader.models.layers.embeddings import sinusoids
 from mtj_loader.models.layers.positions import Positions, rotate_halves, rotate_pairs
 from tests.support.models import make_mesh
@@ -54,14 +55,10 @@ def test_mpt_slopes(heads: int, bias_max: float):
     np.testing.assert_allclose(slopes, MPT[heads, bias_max], rtol=1e-6)
 
 
-def make_positions(queries: list[list[int]], keys: int) -> Positions:
-    return Positions(jnp.asarray(queries, jnp.int32), jnp.arange(keys), None)
-
-
 @pytest.mark.parametrize("shards", [1, 2, 3, 6])
 def test_alibi_is_the_slope_times_the_distance_for_each_shards_heads(shards: int):
     def local(positions: jax.Array) -> jax.Array:
-        return alibi(bloom_slopes(6), Positions(positions, jnp.arange(4), None))
+        return alibi(bloom_slopes(6), Positions(positions), jnp.arange(4))
 
     on_mesh = jax.shard_map(local, mesh=make_mesh(1, shards), in_specs=P(), out_specs=P(None, "mp"))
     bias = np.asarray(jax.jit(on_mesh)(jnp.array([[0, 2], [3, 1]])))
@@ -72,28 +69,70 @@ def test_alibi_is_the_slope_times_the_distance_for_each_shards_heads(shards: int
         np.testing.assert_allclose(bias[b, :, t], expected, rtol=1e-6)
 
 
+LAST_OF_THREE = Positions(jnp.array([[2]]), end=3)
+
+
 def test_a_bias_is_added_to_the_scaled_scores():
-    keys = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)
+    keys = jnp.array([1.0, 2.0, 3.0]).reshape(1, 1, 3, 1)
     q = jnp.full((1, 1, 1, 1), 2.0)
     bias = jnp.array([0.5, 0.0, -4.0]).reshape(1, 1, 1, 3)
-    out = attend(q, (keys, keys), jnp.ones((1, 1, 3), bool), 0.25, bias=bias)
+    out = attend(q, (keys, keys), LAST_OF_THREE, 0.25, bias=lambda positions, keys: bias[..., keys])
     scores = np.exp([2 * 1 * 0.25 + 0.5, 2 * 2 * 0.25, 2 * 3 * 0.25 - 4])
     np.testing.assert_allclose(out.item(), scores @ [1, 2, 3] / scores.sum(), rtol=1e-6)
 
 
 def test_a_cap_bounds_the_scaled_scores():
-    keys = jnp.array([1.0, 2.0, 30.0]).reshape(1, 3, 1, 1)
+    keys = jnp.array([1.0, 2.0, 30.0]).reshape(1, 1, 3, 1)
     q = jnp.full((1, 1, 1, 1), 2.0)
-    out = attend(q, (keys, keys), jnp.ones((1, 1, 3), bool), 0.25, cap=0.5)
+    out = attend(q, (keys, keys), LAST_OF_THREE, 0.25, cap=0.5)
     scores = np.exp(0.5 * np.tanh(np.array([0.5, 1, 15]) / 0.5))
     np.testing.assert_allclose(out.item(), scores @ [1, 2, 30] / scores.sum(), rtol=1e-6)
 
 
 def test_a_window_includes_the_query():
-    seen = make_positions([[0, 3]], 5).visible(2)
-    assert seen.tolist() == [[[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]]
-    wide = make_positions([[0, 3]], 5)
-    assert wide.visible(4).tolist() == wide.visible().tolist()
+    positions, keys = Positions(jnp.array([[0, 3]])), jnp.arange(5)
+    assert positions.visible(keys, 2).tolist() == [[[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]]
+    assert positions.visible(keys, 4).tolist() == positions.visible(keys).tolist()
+
+
+def softmax_attention(q, keys, values, seen, scale):
+    """Attention as it is defined, in float64: q [b, t, h, k], keys and values [b, g, T, k]."""
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+    groups = q.shape[2] // keys.shape[1]
+    keys, values = (np.repeat(x, groups, axis=1) for x in (keys, values))
+    scores = np.einsum("bthk,bhTk->bhtT", q, keys) * scale
+    scores = np.where(seen[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("bhtT,bhTk->bthk", weights, values)
+
+
+@pytest.mark.parametrize("window", [None, 5, 300])
+@pytest.mark.parametrize(
+    ("starts", "t"), [((0, 0), 3), ((700, 3), 1), ((255, 250), 7), ((767, 1), 1)]
+)
+def test_attention_in_blocks_is_softmax_attention(window: int | None, starts: tuple, t: int):
+    """Rows of different lengths in one cache of six blocks, of which garbage is never seen."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, t, 4, 8)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, 2, 6 * BLOCK, 8)).astype(np.float32)
+    queries = np.array(starts)[:, None] + np.arange(t)
+    places = np.arange(6 * BLOCK)
+    seen = places <= queries[..., None]
+    if window is not None:
+        seen &= places > queries[..., None] - window
+    keys[:, :, max(starts) + t :] = 1e30  # whoever sees it, sees nothing else
+
+    def local(q, keys, values, queries):
+        last = jnp.max(queries) + 1
+        positions = Positions(queries, first=jnp.min(queries), end=last)
+        return attend(q, (keys, values), positions, 0.3, window=window)
+
+    specs = P(), P(), P(), P()
+    on_mesh = jax.shard_map(local, mesh=make_mesh(1, 1), in_specs=specs, out_specs=P("dp", "mp"))
+    found = jax.jit(on_mesh)(q, keys, values, queries)
+    expected = softmax_attention(q, keys, values, seen, 0.3)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
 def fairseq(rows: int, width: int, padding: int) -> np.ndarray:
@@ -142,3 +181,22 @@ def test_pairs_and_halves_differ_only_in_the_order_of_dimensions():
     order = jnp.array([0, 2, 1, 3])
     halves = rotate_halves(x[..., order], turn([0.7, 0.1]))
     np.testing.assert_allclose(rotate_pairs(x, turn([0.7, 0.1])), halves[..., order], atol=1e-6)
+
+
+def test_blocks_that_overlap_count_no_key_twice(monkeypatch: pytest.MonkeyPatch):
+    """On TPUs the cache's length need not be a multiple of a block's."""
+    q, keys, values = (jax.random.normal(jax.random.key(i), (1, 2, 8, 4)) for i in range(3))
+    positions = Positions(jnp.arange(8)[None], (), end=8)
+
+    def run(block: int) -> jax.Array:
+        monkeypatch.setattr(attend_module, "BLOCK", block)
+        mesh = make_mesh(1, 1)
+        on_mesh = jax.shard_map(
+            lambda q, k, v: attend(q.swapaxes(1, 2), (k, v), positions, 0.5),
+            mesh=mesh,
+            in_specs=P("dp", "mp"),
+            out_specs=P("dp", None, "mp"),
+        )
+        return jax.jit(on_mesh)(q, keys, values)
+
+    np.testing.assert_allclose(run(3), run(8), rtol=1e-6, atol=1e-6)

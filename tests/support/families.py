@@ -7,6 +7,7 @@ import numpy as np
 from mtj_loader import Model
 from mtj_loader.models import usable_shards
 from mtj_loader.models.config import ModelConfig
+from tests.support.passes import prefill, step
 
 TOLERANCE = 1e-4  # of logits in float32
 
@@ -43,9 +44,9 @@ def assert_cached_logits(model: Model, ids: np.ndarray, expected: np.ndarray) ->
     width = LENGTHS.max()
     padded = np.where(np.arange(width) < LENGTHS[:, None], ids[:, :width], 1)
     totals = LENGTHS + STEPS
-    logits, cache = forward.prefill(model.params, padded, LENGTHS, totals, _CACHE_LENGTH)
+    logits, cache = prefill(forward, model.params, padded, LENGTHS, totals, _CACHE_LENGTH)
     for n in range(STEPS):
         wanted = expected[each, LENGTHS + n - 1]
         np.testing.assert_allclose(logits, wanted, rtol=0, atol=TOLERANCE, err_msg=f"step {n}")
         at = LENGTHS + n
-        logits, cache = forward.step(model.params, cache, ids[each, at], at)
+        logits, cache = step(forward, model.params, cache, ids[each, at], at, totals)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mtj_loader.tpu_compiler.findings import collectives, is_weight, weight_copies
@@ -61,6 +63,19 @@ def test_collectives_are_counted_with_their_bytes():
 def test_what_a_loop_runs_counts_as_often_as_it_runs():
     (found,) = collectives(parse(LOOP))
     assert (found.kind, found.count, found.bytes) == ("all-gather", 8, 8 * 1024 * 4)
+
+
+def test_a_loop_over_data_runs_as_often_as_it_is_told():
+    """Such as attention's, over the blocks of keys that a row sees."""
+    cycles = '%gathered.1 = f32[1024]{0:T(1024)S(1)} negate(%i.1), "estimated_cycles":"1000"'
+    known = re.sub(r"%gathered.1 = .*", cycles, LOOP)
+    unknown = parse(known.replace("constant(8)", "get-tuple-element(%state.2), index=0"))
+    assert [unknown.trips(one) for one, _ in unknown.executed() if one.opcode == "while"] == [None]
+    for trips in (1, 3):
+        assert estimate(unknown, hertz=1e3, bandwidth=1e15, trips=trips).seconds == pytest.approx(
+            trips
+        )
+    assert estimate(parse(known), hertz=1e3, bandwidth=1e15, trips=3).seconds == pytest.approx(8)
 
 
 def test_a_prefetched_weight_is_not_a_copy():

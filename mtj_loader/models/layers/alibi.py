@@ -4,7 +4,7 @@ A head's score decreases by `slope` for every position between query and key. On
 within a row of scores matter, so distances are counted from the query; transformers counts them
 from the first key, which is the same after the softmax.
 
-n shards   b batch   t time (queries)   T time (keys)   h heads
+n shards   b batch   t time (queries)   B keys of one block   h heads
 """
 
 from __future__ import annotations
@@ -52,16 +52,17 @@ def mpt_slopes(n_heads: int, bias_max: float = BIAS_MAX) -> np.ndarray:  # float
     return slopes[:n_heads]
 
 
-def alibi(slopes: np.ndarray, positions: Positions) -> jax.Array:
+def alibi(slopes: np.ndarray, positions: Positions, keys: jax.Array) -> jax.Array:
     """The bias of this shard's heads, to be added to scaled scores.
 
     Args:
       slopes: float32 [h], of all heads.
-      positions: of queries and keys.
+      positions: of the queries.
+      keys: int32 [B], the positions of the keys.
 
     Returns:
-      float32 [b or 1, h/n, t, T]; zero or negative for visible keys.
+      float32 [b or 1, h/n, t, B]; zero or negative for visible keys.
     """
     by_shard = jnp.asarray(slopes.reshape(jax.lax.axis_size(SHARDS), -1))  # [n, h/n]
     own = by_shard[jax.lax.axis_index(SHARDS)]
-    return own[:, None, None] * positions.distance[:, None]
+    return own[:, None, None] * positions.distance(keys)[:, None]

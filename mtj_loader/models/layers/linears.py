@@ -20,7 +20,9 @@ SHARDS = "mp"  # the mesh axis over which parameters are split
 
 # XLA multiplies a single row on the vector unit of a TPU, which takes four times as long as reading
 # the weights. With several rows it uses the matrix unit; it pads to 8 anyway.
-_TPU_ROWS = 8
+TPU_ROWS = 8
+# On CPUs, XLA converts bfloat16 weights to float32 for a single row, and not for several.
+_CPU_ROWS = 2
 
 
 class ParameterizedModule(hk.Module):
@@ -99,8 +101,8 @@ class Linear(ParameterizedModule):
 
 def contract(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:  # [..., i] -> float32 [..., o]
     """The product of the last axis of `x` with one axis of the matrix `w`."""
-    if x.size == x.shape[-1] and on_tpu():
-        return _padded_product(x, w, axis)
+    if x.size == x.shape[-1] and (on_tpu() or w.dtype == jnp.bfloat16):
+        return _padded_product(x, w, axis, TPU_ROWS if on_tpu() else _CPU_ROWS)
     return _product(x, w, axis)
 
 
@@ -120,10 +122,10 @@ def _product(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     )
 
 
-def _padded_product(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
-    """The product of a single row, as the first of `_TPU_ROWS` rows."""
-    rows = jnp.pad(x.reshape(1, -1), ((0, _TPU_ROWS - 1), (0, 0)))
-    return _product(rows, w, axis)[0].reshape(*x.shape[:-1], -1)
+def _padded_product(x: jax.Array, w: jax.Array, axis: int, rows: int) -> jax.Array:
+    """The product of a single row, as the first of several."""
+    padded = jnp.pad(x.reshape(1, -1), ((0, rows - 1), (0, 0)))
+    return _product(padded, w, axis)[0].reshape(*x.shape[:-1], -1)
 
 
 def sum_over_shards(x: jax.Array) -> jax.Array:  # float32 [..., d] -> float32 [..., d]

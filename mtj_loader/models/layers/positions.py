@@ -1,11 +1,12 @@
 """Token positions in one pass, and rotary embedding by them.
 
-b batch   t time (queries)   T time (keys)   h heads of one shard   k head_dim   r rotated dims
+b rows   t time (queries)   B keys of one block   h heads of one shard   k head_dim   r rotated dims
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +20,35 @@ class Positions:
 
     Attributes:
       queries: int32 [b, t], or [1, t] if all rows have the same positions.
-      keys: int32 [T], of the keys that are attended to.
       rotations: one for each rotary embedding of the model.
+      slots: int32 [b], where each row is in the cache; None in a pass without a cache.
+      starts: int32 [b], the position of each row's first token.
+      counts: int32 [b], the tokens of each row, whose keys and values are written.
+      first: int32 [], the smallest position of a query.
+      end: int32 [], one more than the largest.
     """
 
     queries: jax.Array
-    keys: jax.Array
     rotations: tuple[Rotation, ...] = ()
+    slots: Any = None
+    starts: Any = None
+    counts: Any = None
+    first: jax.Array | int = 0
+    end: jax.Array | int = 0
 
-    def visible(self, window: int | None = None) -> jax.Array:  # bool [b, t, T]
+    def visible(self, keys: jax.Array, window: int | None = None) -> jax.Array:  # bool [b, t, B]
         """The keys that each query may attend to.
 
         Args:
+          keys: int32 [B], their positions.
           window: how many positions back a query sees, its own included; None for all.
         """
-        past = self.keys <= self.queries[..., None]
-        return past if window is None else past & (self.keys > self.queries[..., None] - window)
+        past = keys <= self.queries[..., None]
+        return past if window is None else past & (keys > self.queries[..., None] - window)
 
-    @property
-    def distance(self) -> jax.Array:  # float32 [b, t, T]
+    def distance(self, keys: jax.Array) -> jax.Array:  # float32 [b, t, B]
         """Key position − query position: zero or negative for visible keys."""
-        return (self.keys - self.queries[..., None]).astype(jnp.float32)
+        return (keys - self.queries[..., None]).astype(jnp.float32)
 
 
 def rotation(
