@@ -14,22 +14,25 @@ from mtj_loader.distributed.agreement import check_same_load
 from mtj_loader.distributed.host_group import DEFAULT_TIMEOUT_SECONDS, connect_hosts
 from mtj_loader.distributed.hosts import SINGLE_HOST, Hosts
 from mtj_loader.distributed.shared_headers import open_on_all_hosts
-from mtj_loader.dtypes import parameter_dtype
+from mtj_loader.dtypes import has_bfloat16_arithmetic, parameter_dtype
+from mtj_loader.engine.choose_settings import choose_settings, use_stored_programs
+from mtj_loader.engine.compilation_cache import (
+    compilation_cache_folder,
+    enable_compilation_cache,
+)
+from mtj_loader.engine.compile_ahead import (
+    WarmUpLike,
+    add_compile_times,
+    compile_in_background,
+    keep_common_programs,
+    keys_for,
+    read_shapes,
+)
+from mtj_loader.engine.engine_programs import Programs
 from mtj_loader.errors import MeshError, TokenizerMissingError, UsageError
 from mtj_loader.formats.checkpoint import Checkpoint, Headers, open_checkpoint
 from mtj_loader.formats.token_ids import bos_id
 from mtj_loader.formats.typed_reader import format_value
-from mtj_loader.generation.compilation_cache import (
-    compilation_cache_folder,
-    enable_compilation_cache,
-)
-from mtj_loader.generation.compile_ahead import (
-    WarmUpLike,
-    add_compile_times,
-    compile_in_background,
-    keep_common_shapes,
-    read_shapes,
-)
 from mtj_loader.generation.prompts import PromptRules
 from mtj_loader.generation.tokenizer import load_tokenizer
 from mtj_loader.loading.load_params import load_params
@@ -92,6 +95,9 @@ def load(
     host_timeout: float = DEFAULT_TIMEOUT_SECONDS,
     warm_up: WarmUpLike = (),
     compilation_cache: bool = True,
+    slots: int | None = None,
+    context_length: int | None = None,
+    programs: PathLike | None = None,
     **keywords: Unpack[Keywords],
 ) -> Model:
     """Loads a checkpoint onto a mesh.
@@ -111,6 +117,14 @@ def load(
       compilation_cache: Have JAX keep compiled programs in `~/.cache/mtj_loader/xla`, unless its
         cache is configured already. JAX has one cache, which also stores other programs of this
         process from now on; see docs/start-up.md. False does not change JAX's configuration.
+      slots: How many requests run at a time; others wait. By default, the KV cache grows with the
+        requests, up to 16 for each group of dp.
+      context_length: The most tokens of a prompt and its continuation. By default, the model's
+        context, and the KV cache grows with the requests.
+      programs: A folder of `mtj-loader compile --out`, whose programs are used instead of compiling
+        them; by default those in `~/.cache/mtj_loader/programs`. Whoever can write to it can run
+        code as you; see docs/compiled-programs.md. Without `slots` and `context_length`, the KV
+        cache gets the sizes that they were compiled for, if `warm_up` fits.
 
     Returns:
       The model, ready to run.
@@ -123,7 +137,9 @@ def load(
     """
     if (path is None) == (plan is None):
         raise UsageError("load takes either a path or a plan")
-    run = RunOptions(progress, host_timeout, warm_up, compilation_cache)
+    run = RunOptions(
+        progress, host_timeout, warm_up, compilation_cache, slots, context_length, programs
+    )
     if plan is None:
         assert path is not None
         return load_source(*split_keywords(path, keywords), mesh, run)
@@ -141,6 +157,20 @@ class RunOptions:
     host_timeout: float = DEFAULT_TIMEOUT_SECONDS
     warm_up: WarmUpLike = ()
     compilation_cache: bool = True
+    slots: int | None = None
+    context_length: int | None = None
+    programs: PathLike | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "context_length"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(
+                    f"{name} is out of range",
+                    key=name,
+                    expected="an integer, 1 or more",
+                    found=repr(value),
+                )
 
 
 def plan_source(
@@ -175,6 +205,17 @@ def load_source(
     return _load(lambda hosts, mesh: plan_source(source, options, mesh, hosts), mesh, run)
 
 
+def options_for_generation(options: LoadOptions) -> LoadOptions:
+    """The options with the dtype that is best for generating text, unless one was chosen.
+
+    That is float32 on a CPU without bfloat16 arithmetic; see `dtypes.has_bfloat16_arithmetic`. The
+    plan is made with it, so the parameters take twice the memory there.
+    """
+    if options.dtype != "auto" or jax.default_backend() != "cpu" or has_bfloat16_arithmetic():
+        return options
+    return replace(options, dtype="float32")
+
+
 def _load(
     make: Callable[[Hosts, Mesh | str | None], LoadPlan], mesh: Mesh | str | None, run: RunOptions
 ) -> Model:
@@ -199,21 +240,35 @@ def _execute(plan: LoadPlan, mesh: Mesh, hosts: Hosts, run: RunOptions, started:
     """Loads what is planned, and meanwhile compiles for generation."""
     plan_seconds = time.perf_counter() - started
     with hosts.phase("prepare"), plan.checkpoint.storage:
-        rules = _prompt_rules(plan)
+        rules = _prompt_rules(plan, run.context_length)
         dtype = parameter_dtype(plan.options.dtype)
         forward = Forward(plan.config, mesh, plan.options.transposed_linear, dtype)
-        shapes = read_shapes(run.warm_up, rules, mesh.shape["dp"])
+        programs = Programs(forward, plan.abstract_params(mesh))
+        shapes = read_shapes(run.warm_up, rules)
+        given = run.slots, run.context_length
+        settings, found = use_stored_programs(
+            forward,
+            choose_settings(forward, rules.max_positions, shapes, *given),
+            shapes,
+            run.programs,
+            hosts,
+            fixed_slots=run.slots is not None,
+            fixed_context=run.context_length is not None,
+        )
+        keys = found.keys_to_read(programs, keys_for(shapes, settings.sizes))
     needed = plan.host_bytes(jax.process_index())
-    with compile_in_background(forward, plan, shapes) as first_compiled:
+    with compile_in_background(programs, settings.sizes, keys) as first_compiled:
         with closing_all(*plan.storages), progress_bar(needed, shown=run.progress) as advance:
             params, report = load_params(
                 plan, mesh, plan_seconds=plan_seconds, progress=advance, hosts=hosts
             )
         loaded = time.perf_counter()
-        compiled = keep_common_shapes(first_compiled(), hosts)
+        compiled = keep_common_programs(programs, first_compiled(), hosts)
     report = add_compile_times(report, compiled, loaded)
+    report = found.add_to(report, programs, compiled)
     report = replace(report, warnings=(*report.warnings, *_tokenizer_warnings(rules)))
-    return Model(params, plan.config, mesh, rules, report, plan, forward, compiled, started)
+    model = params, plan.config, mesh, rules, report, plan, forward
+    return Model(*model, programs, compiled, settings, started)
 
 
 def _tokenizer_warnings(rules: PromptRules) -> list[str]:
@@ -226,7 +281,7 @@ def _tokenizer_warnings(rules: PromptRules) -> list[str]:
     return [f"{ignored}: token ids may differ from those of transformers"]
 
 
-def _prompt_rules(plan: LoadPlan) -> PromptRules:
+def _prompt_rules(plan: LoadPlan, context_length: int | None) -> PromptRules:
     """What the model accepts as a prompt: only token ids if the tokenizer cannot be used."""
     config, checkpoint = plan.config, plan.checkpoint
     tokenizer = missing = None
@@ -236,7 +291,8 @@ def _prompt_rules(plan: LoadPlan) -> PromptRules:
     except TokenizerMissingError as error:
         missing = error
     bos = bos_id(checkpoint.config, checkpoint.generation_config)
-    return PromptRules(config.vocab_size, config.max_positions, tokenizer, bos, missing)
+    longest = min(config.max_positions, context_length or config.max_positions)
+    return PromptRules(config.vocab_size, longest, tokenizer, bos, missing)
 
 
 def _topology(mesh: MeshLike | None, config: ModelConfig) -> Topology:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Literal
 
 import ml_dtypes
@@ -45,3 +47,27 @@ def parameter_dtype(name: str) -> np.dtype:
         choices = ", ".join(["auto", *_PARAMETER_DTYPES])
         raise UsageError("unknown dtype", key="dtype", expected=choices, found=repr(name))
     return _PARAMETER_DTYPES[name]
+
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_CPU_INFO_BYTES = 16 << 10  # the first processor's entry has about 2,000; some machines have 500
+# Linux's names of the instructions that multiply bfloat16 and add in float32: x86 and ARM.
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+@functools.cache
+def has_bfloat16_arithmetic() -> bool:
+    """Whether this machine's CPU multiplies bfloat16; False where that cannot be told.
+
+    Text is generated with float32 parameters on other CPUs, unless a dtype is chosen: XLA would
+    convert the weights to float32 for every token, which takes several times as long as reading
+    them. docs/generate.md has figures.
+    """
+    try:
+        with _CPU_INFO.open("rb") as file:
+            text = file.read(_CPU_INFO_BYTES).decode(errors="replace")
+    except OSError:  # not Linux
+        return False
+    lines = (line.partition(":") for line in text.splitlines())
+    flags = (value for name, _, value in lines if name.strip().lower() in ("flags", "features"))
+    return not _BFLOAT16_FLAGS.isdisjoint(next(flags, "").split())

@@ -134,6 +134,10 @@ class AdapterError(MtjLoaderError):
     """A LoRA adapter is malformed, unsupported or made for another model."""
 
 
+class GenerationError(MtjLoaderError):
+    """A request cannot go on: no token may be chosen, or its grammar or bans are at fault."""
+
+
 class NonFiniteError(CheckpointError):
     """The weights contain NaN or infinity, or a dtype change would produce them."""
 
@@ -150,6 +154,10 @@ class MachineError(MtjLoaderError):
 
 class MemoryLimitError(MachineError, MemoryError):
     """Memory ran out, or there is too little for the load."""
+
+
+class QueueFullError(MachineError):
+    """Too many requests are waiting already."""
 
 
 class StorageError(MachineError, OSError):

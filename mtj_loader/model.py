@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from mtj_loader.distributed.host_group import connect_hosts
+from mtj_loader.dtypes import has_bfloat16_arithmetic
+from mtj_loader.engine.cache_memory import check_cache
+from mtj_loader.engine.compile_ahead import CompiledPrograms
+from mtj_loader.engine.engine_programs import Programs
+from mtj_loader.engine.generate_options import GenerateKeywords, read_options, takes_settings
+from mtj_loader.engine.generator import Continuation, Generator
+from mtj_loader.engine.keys import Key
+from mtj_loader.engine.runner import Engine, EngineSettings
 from mtj_loader.formats.token_ids import eos_ids
-from mtj_loader.generation.compile_ahead import CompiledPrograms
-from mtj_loader.generation.generator import Continuation, Generator, Stop
-from mtj_loader.generation.prompts import PromptLike, PromptRules, Shape, check_batch
+from mtj_loader.generation.prompts import PromptLike, PromptRules, check_batch
 from mtj_loader.generation.row_output import TextPiece
-from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.tokenizer import Tokenizer
 from mtj_loader.loading.load_params import adapt_params, load_params
 from mtj_loader.loading.load_report import LoadReport
@@ -44,8 +50,10 @@ class Model:
       rules: what it accepts as a prompt.
       report: what the load did.
       plan: what was loaded, and how.
-      forward: the model's compiled functions, for direct use.
-      compiled: the programs that are compiled ahead of time, finished or in progress.
+      forward: the model's functions, for direct use.
+      programs: the compiled programs for generation.
+      compiled: those that are compiled ahead of time, finished or in progress.
+      engine_settings: how many requests run at a time, and how long they may be.
       started: when the load in `report` began, in seconds of `time.perf_counter`.
       base: the model that `with_adapter` was called on; None if this model did not come from it.
     """
@@ -57,7 +65,9 @@ class Model:
     report: LoadReport
     plan: LoadPlan
     forward: Forward
+    programs: Programs
     compiled: CompiledPrograms
+    engine_settings: EngineSettings
     started: float
     base: Model | None = None
 
@@ -70,9 +80,9 @@ class Model:
         return self.rules.tokenizer
 
     @property
-    def warm(self) -> tuple[Shape, ...]:
-        """The batch shapes that are compiled ahead of time, finished or in progress."""
-        return self.compiled.shapes
+    def warm(self) -> tuple[Key, ...]:
+        """The programs that are compiled ahead of time, finished or in progress."""
+        return self.compiled.keys
 
     def logits(self, ids: ArrayLike) -> jax.Array:
         """Logits for every position of whole sequences.
@@ -88,28 +98,16 @@ class Model:
         """
         return self.forward.logits(self.params, check_batch(ids, self.rules))
 
+    @takes_settings
     def generate(
-        self,
-        prompt: PromptLike | Sequence[PromptLike],
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.8,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        stop: Stop = None,
-        seed: int | Sequence[int] = 0,
+        self, prompt: PromptLike | Sequence[PromptLike], **settings: Unpack[GenerateKeywords]
     ) -> str | list[int] | list[str | list[int]]:
-        """Continues a prompt, or several at once.
+        """Continues a prompt, or several at once. Any number of threads may call it.
 
         Args:
           prompt: a string, token ids, or a list of either. In a list of prompts of different
             lengths, each gives the result that it gives alone.
-          max_new_tokens: the maximum number of tokens to generate.
-          temperature: 0 always picks the most likely token.
-          top_k: sample from this many of the most likely tokens; 0 means all.
-          top_p: sample from the most likely tokens whose probabilities add up to this.
-          stop: end before this string, or before the first of several.
-          seed: the same seed gives the same text; a list has one seed for each prompt.
+          {settings}
 
         Returns:
           The continuation without the prompt: text for text, ids for ids, a list for a list.
@@ -117,25 +115,42 @@ class Model:
         Raises:
           PromptError: a prompt is empty, too long or has ids outside the vocabulary.
           TokenizerMissingError: a prompt is text, and the checkpoint has no tokenizer.
-          UsageError: a sampling setting is out of range.
+          UsageError: a setting is out of range, or a grammar is at fault.
+          GenerationError: no token may be chosen.
+          QueueFullError: too many requests are waiting.
+          MemoryLimitError: the KV cache does not fit into memory.
         """
-        params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
-        return self._start(prompt, params, stop).result()
+        return self.start(prompt, **settings).result()
 
+    @takes_settings
     def stream(
-        self,
-        prompt: PromptLike,
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.8,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        stop: Stop = None,
-        seed: int = 0,
+        self, prompt: PromptLike, **settings: Unpack[GenerateKeywords]
     ) -> Iterator[str] | Iterator[list[int]]:
-        """Like `generate` for one prompt, but yields each piece as it is generated."""
-        params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
-        return self._start(prompt, params, stop).stream()
+        """Like `generate` for one prompt, but yields each piece as it is generated.
+
+        Closing the iterator ends the request.
+
+        Args:
+          prompt: a string or token ids.
+          {settings}
+        """
+        return self.start(prompt, streamed=True, **settings).stream()
+
+    def start(
+        self,
+        prompt: PromptLike | Sequence[PromptLike],
+        *,
+        streamed: bool = False,
+        **settings: Unpack[GenerateKeywords],
+    ) -> Continuation:
+        """Prepares what `generate` and `stream` run, for results with more than the text.
+
+        `complete` of the result gives finish reasons and log-probabilities, and `pieces` those of
+        every token as it comes.
+        """
+        params, options, seeds = read_options(settings)
+        made = self._generator.start(prompt, params, options, seeds=seeds, streamed=streamed)
+        return replace(made, pieces=self._time_first_token(made.pieces))
 
     def state(self, optimizer: optax.GradientTransformation | None = None) -> dict[str, Any]:
         """The state dict that code written for MTJ expects.
@@ -202,15 +217,28 @@ class Model:
 
     @cached_property
     def _generator(self) -> Generator:
-        checkpoint = self.plan.checkpoint
+        self._warn_of_dtype()
+        checkpoint, forward = self.plan.checkpoint, self.forward
         ends = eos_ids(checkpoint.config, checkpoint.generation_config)
-        return Generator(self.forward, self.params, self.rules, ends, self.compiled)
+        engine = Engine(
+            self.programs,
+            self.params,
+            self.engine_settings,
+            check_memory=partial(check_cache, forward),
+            threaded=not self.mesh.is_multi_process,
+        )
+        return Generator(engine, self.rules, ends, forward.frequencies)
 
-    def _start(
-        self, prompts: PromptLike | Sequence[PromptLike], params: SamplingParams, stop: Stop
-    ) -> Continuation:
-        continuation = self._generator.start(prompts, params, stop)
-        return replace(continuation, pieces=self._time_first_token(continuation.pieces))
+    def _warn_of_dtype(self) -> None:
+        """Warns where bfloat16 is slow, unless it was chosen."""
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        if on_cpu and self.plan.options.dtype == "auto" and not has_bfloat16_arithmetic():
+            warnings.warn(
+                "generating with bfloat16 parameters is several times slower than with float32 on "
+                "this CPU, which has no bfloat16 arithmetic: load with dtype='float32' (twice the "
+                "memory), or with dtype='bfloat16' to keep it without this warning",
+                stacklevel=2,
+            )
 
     def _time_first_token(self, pieces: Iterator[TextPiece]) -> Iterator[TextPiece]:
         """Yields the same pieces; adds the time of the model's first token to the report."""

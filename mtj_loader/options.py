@@ -65,7 +65,11 @@ class Source:
 class LoadOptions:
     """In which form a checkpoint is loaded, and what is checked."""
 
-    dtype: Annotated[DTypeName, "Dtype of the parameters; auto is bfloat16."] = "auto"
+    dtype: Annotated[
+        DTypeName,
+        "Dtype of the parameters; auto is bfloat16, and float32 for `mtj-loader generate` on a CPU "
+        "without bfloat16 arithmetic.",
+    ] = "auto"
     transposed_linear: Annotated[
         bool, "Keep linear weights in torch's order, [out, in]; the fastest to load."
     ] = False

@@ -31,7 +31,7 @@ def test_a_loaded_model() -> None:
     check(model.report, "LoadReport: 76 parameters, 7.65 MB read in ")
     check(model.plan, "LoadPlan of gpt_neox from", "dp=2, mp=4: 76 arrays, 1.92 MB on each device")
     check(model.tokenizer, "Tokenizer with 3,003 tokens")
-    check(model._generator, "Generator of a gpt_neox model", "3,003 tokens")
+    check(model._generator, "Generator", "3,003 tokens")
     check(model.plan.checkpoint, "Checkpoint", str(FIXTURE), "76 tensors in 2 files")
     check(model.plan.weight_map, "WeightMap", "gpt_neox.json")
     check(model.mesh)

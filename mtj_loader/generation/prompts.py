@@ -1,7 +1,4 @@
-"""Reads, tokenizes and checks prompts, and pads them to a batch with one of a few shapes.
-
-Axes: b batch, t time (padded prompt), T cache length.
-"""
+"""Reads, tokenizes and checks prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +17,6 @@ from mtj_loader.generation.tokenizer import Tokenizer
 _FORMS = "a string, a list of token ids, or a list of these"
 _MARGIN_TOKENS = 1_000  # more than the last word of a text can have, in published vocabularies
 _CHARS_PER_TOKEN = 6  # of text in few tokens: English has four to five
-_MIN_BUCKET = 16  # shorter passes save less time than their compilation takes
 
 
 @dataclass(frozen=True)
@@ -30,10 +26,12 @@ class Prompt:
     Attributes:
       ids: at least one token.
       is_text: it was given as text, so the result is text.
+      text: what was given; None for ids.
     """
 
     ids: tuple[int, ...]
     is_text: bool
+    text: str | None = None
 
 
 PromptLike = str | Sequence[int] | np.ndarray | jax.Array | Prompt
@@ -169,13 +167,13 @@ def _split_prompts(plain: object) -> list[tuple[int, object]] | None:
 
 def _read(item: object, name: str, rules: PromptRules, room: int) -> Prompt:
     if isinstance(item, str):
-        return Prompt(tuple(_encode(item, name, rules, room)), is_text=True)
-    is_text = isinstance(item, Prompt) and item.is_text
+        return Prompt(tuple(_encode(item, name, rules, room)), is_text=True, text=item)
     ids = list(item.ids) if isinstance(item, Prompt) else item
     if not isinstance(ids, list) or not ids:
         hint = "for an empty text pass an empty string"
         raise PromptError("the prompt is empty", key=name, expected="token ids", hint=hint)
-    return Prompt(tuple(_check_ids(ids, name, rules)), is_text)
+    checked = tuple(_check_ids(ids, name, rules))
+    return item if isinstance(item, Prompt) else Prompt(checked, is_text=False)
 
 
 def _encode(text: str, name: str, rules: PromptRules, room: int) -> list[int]:
@@ -239,91 +237,3 @@ def _check_length(name: str, prompt: int, max_new_tokens: int, max_positions: in
             expected=f"at most {max_positions} tokens in total",
             found=f"{prompt} in the prompt + {max_new_tokens} new = {prompt + max_new_tokens}",
         )
-
-
-@dataclass(frozen=True, order=True)
-class Shape:
-    """The shape that a batch is compiled for; ordered by size.
-
-    Attributes:
-      rows: b, a multiple of dp.
-      prompt: t.
-      cache: T.
-    """
-
-    rows: int
-    prompt: int
-    cache: int
-
-    def holds(self, other: Shape) -> bool:
-        """Whether a batch of the other shape can be padded to this one; rows are never added."""
-        return self.rows == other.rows and self.prompt >= other.prompt and self.cache >= other.cache
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """The input of prefill; rows beyond the prompts pad to a multiple of dp.
-
-    Attributes:
-      ids: int32 [b, t], padded on the right with 0.
-      lengths: int32 [b], the number of prompt tokens in each row.
-      totals: int32 [b], the most tokens that each row may have at the end.
-      cache_length: T.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    totals: np.ndarray
-    cache_length: int
-
-    @property
-    def shape(self) -> Shape:
-        """The shape it is compiled for."""
-        rows, prompt = self.ids.shape
-        return Shape(rows, prompt, self.cache_length)
-
-
-def make_batch(
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    max_positions: int,
-    dp: int,
-    compiled: Sequence[Shape] = (),
-) -> PromptBatch:
-    """Pads prompts on the right and to a multiple of dp rows.
-
-    Args:
-      prompts: at least one; they fit the model's context.
-      max_new_tokens: the most tokens to generate for each.
-      max_positions: of the model.
-      dp: the size of the mesh axis over which rows are split.
-      compiled: shapes that are compiled already; the smallest that holds the batch is used.
-    """
-    longest = max(len(prompt.ids) for prompt in prompts)
-    least = make_shape(len(prompts), longest, max_new_tokens, max_positions, dp)
-    shape = min((shape for shape in compiled if shape.holds(least)), default=least)
-    rows = [prompt.ids for prompt in prompts]
-    rows += rows[:1] * (shape.rows - len(rows))  # computed and ignored
-    lengths = np.array([len(row) for row in rows], np.int32)
-    ids = np.zeros((shape.rows, shape.prompt), np.int32)
-    for row, prompt in zip(ids, rows, strict=True):
-        row[: len(prompt)] = prompt
-    return PromptBatch(ids, lengths, lengths + np.int32(max_new_tokens), shape.cache)
-
-
-def make_shape(
-    prompts: int, longest: int, max_new_tokens: int, max_positions: int, dp: int
-) -> Shape:
-    """The shape for a number of prompts, given the length of the longest."""
-    cache = bucket(longest + max_new_tokens, max_positions)
-    return Shape(prompts + -prompts % dp, bucket(longest, max_positions), cache)
-
-
-def bucket(length: int, max_positions: int) -> int:
-    """The length to compile for: the next power of two, at most the model's positions.
-
-    Compiling a shape takes as long as generating hundreds of tokens. Powers of two give a dozen
-    shapes for 32,768 positions, with at most half of each being padding.
-    """
-    power = 1 << (int(length) - 1).bit_length()
-    return min(max(power, _MIN_BUCKET), max_positions)

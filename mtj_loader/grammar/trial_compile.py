@@ -27,7 +27,7 @@ def _compile() -> None:
     tokenizer = llguidance.LLTokenizer("byte", slices=[])
     grammar = sys.stdin.buffer.read().decode()
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-    print(json.dumps(matcher.get_error()))
+    sys.stdout.write(json.dumps(matcher.get_error()))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import resource
 import sys
 from dataclasses import asdict, dataclass, replace
 
-from mtj_loader.display import show_bytes
+from mtj_loader.display import counted, show_bytes
 from mtj_loader.distributed.hosts import Hosts
 from mtj_loader.loading.stream import ReadStats
 from mtj_loader.planning.load_plan import LoadPlan
@@ -36,7 +36,8 @@ class LoadReport:
       seconds: `plan`; `load`, from the first read to the last device; as parts of it `read` and
         `transform`, summed over the threads, `device`, the transfer to the devices, and
         `exchange`, from the last read to the last byte from other hosts, including waiting;
-        `compile`, the compilation for `warm_up`, and `overlap`, the part of it during the load.
+        `compile`, compiling or reading the programs for `warm_up`, and `overlap`, the part of it
+        during the load.
         The first generation adds `first_token`, the time from the call of `load` to its first
         token.
       threads: the number of reading threads.
@@ -50,6 +51,9 @@ class LoadReport:
       skipped: the number of tensors that the map lists as unneeded.
       compilation_cache: the folder in which JAX keeps all programs that this process compiles; None
         if it keeps none.
+      programs_read: the number of stored programs that are read instead of compiled.
+      programs_folder: where they are; None if there are none.
+      programs_unused: why stored programs are not used; None if they are, or there are none.
       ignored_settings: keys of config.json that nothing reads.
       hosts: the totals of each host if there are several; equal on all hosts.
     """
@@ -67,6 +71,9 @@ class LoadReport:
     warnings: tuple[str, ...]
     skipped: int
     compilation_cache: str | None = None
+    programs_read: int = 0
+    programs_folder: str | None = None
+    programs_unused: str | None = None
     ignored_settings: tuple[str, ...] = ()
     hosts: tuple[HostTotals, ...] = ()
 
@@ -95,6 +102,9 @@ class LoadReport:
         )
         if self.compilation_cache is not None:
             load += f", compiled programs in {self.compilation_cache}"
+        if self.programs_folder is not None:
+            read = counted(self.programs_read, "program")
+            lines.insert(0, f"{read} read from {self.programs_folder}")
         return "\n".join([load, *lines])
 
     @property

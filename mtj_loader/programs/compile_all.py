@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -14,7 +15,10 @@ from mtj_loader.programs.jax_private import compile_fresh, without_caches
 _COMPILE_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
 
 
-def compile_all(programs: Mapping[str, Callable[[], Lowered]]) -> dict[str, Compiled]:
+def compile_all(
+    programs: Mapping[str, Callable[[], Lowered]],
+    done: Callable[[str, float], None] = lambda _name, _seconds: None,
+) -> dict[str, Compiled]:
     """Traces programs one after another, and compiles up to four at once meanwhile.
 
     JAX's compilation cache is off in the whole process meanwhile: programs that were read from it
@@ -22,6 +26,8 @@ def compile_all(programs: Mapping[str, Callable[[], Lowered]]) -> dict[str, Comp
 
     Args:
       programs: for each name a function that traces and lowers the program.
+      done: gets the name of each compiled program and the seconds that XLA took; any thread calls
+        it.
 
     Returns:
       The compiled programs, in the same order.
@@ -35,7 +41,7 @@ def compile_all(programs: Mapping[str, Callable[[], Lowered]]) -> dict[str, Comp
     with without_caches():
         try:
             jobs = {
-                name: compilers.submit(_compile, tracer.submit(lower))
+                name: compilers.submit(_compile, name, tracer.submit(lower), done)
                 for name, lower in programs.items()
             }
             return {name: _result(name, job) for name, job in jobs.items()}
@@ -44,8 +50,11 @@ def compile_all(programs: Mapping[str, Callable[[], Lowered]]) -> dict[str, Comp
             compilers.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile(traced: Future[Lowered]) -> Compiled:
-    return compile_fresh(traced.result())
+def _compile(name: str, traced: Future[Lowered], done: Callable[[str, float], None]) -> Compiled:
+    lowered, start = traced.result(), time.perf_counter()
+    compiled = compile_fresh(lowered)
+    done(name, time.perf_counter() - start)
+    return compiled
 
 
 def _result(name: str, job: Future[Compiled]) -> Compiled:

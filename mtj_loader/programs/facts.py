@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,8 @@ _JAX_OPTIONS = (
 _IRRELEVANT_FLAGS = ("--xla_dump_", "--xla_force_host_platform_device_count")
 
 _FEATURES_SHOWN = 8  # of a CPU, in a sentence
+
+_SIZES = ("slots", "context")
 
 _Facts = Mapping[str, str]
 
@@ -91,9 +93,24 @@ class ProgramFacts:
 
     @property
     def folder_name(self) -> str:
-        """A name for the folder of programs for this model; the same for all versions of JAX."""
-        text = json.dumps(dict(self.model), sort_keys=True)
+        """A name for the folder of programs for this model and device, with any sizes.
+
+        It is the same for all versions of JAX.
+        """
+        model = {key: fact for key, fact in self.model.items() if key not in _SIZES}
+        device = {key: self.platform[key] for key in ("platform", "device_kind")}
+        text = json.dumps(model | device, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def sizes(self) -> tuple[str, str]:
+        """The slots and the context, as stated; they may come from a file."""
+        slots, context = (self.model.get(key, "") for key in _SIZES)
+        return slots, context
+
+    def with_sizes(self, slots: int, context: int) -> ProgramFacts:
+        """The facts of programs for other sizes."""
+        return replace(self, model={**self.model, "slots": str(slots), "context": str(context)})
 
     def to_dict(self) -> dict[str, dict[str, str]]:
         """The facts as JSON types."""

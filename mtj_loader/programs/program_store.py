@@ -39,12 +39,15 @@ from mtj_loader.storage.user_cache import user_cache_folder
 
 
 def default_programs_folder(facts: ProgramFacts) -> Path:
-    """Where programs for a model are kept: `$XDG_CACHE_HOME/mtj_loader/programs/<digest>`.
+    """Where programs are kept: `$XDG_CACHE_HOME/mtj_loader/programs/<digest>/<slots>x<context>`.
 
-    The digest does not cover versions, platform and settings: programs for new ones replace the
-    old ones.
+    The digest covers model and device, but not versions and settings: programs for new ones replace
+    the old ones.
+
+    Raises:
+      RuntimeError: the user has no home folder.
     """
-    return user_cache_folder("programs") / facts.folder_name
+    return user_cache_folder("programs") / facts.folder_name / "x".join(facts.sizes)
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,24 @@ def save_programs(
         check_name(name)
         files[f"{name}.xla"], records[name] = _serialize(name, program)
     files[MANIFEST] = format_manifest(records, facts)
+    prepare_folder(folder)
+    with create_folder(folder.absolute(), overwrite=True, mode=0o700) as new:
+        for file, data in files.items():
+            _write_private(new / file, data)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Creates the folders above a folder of programs; to be called before a long compilation.
+
+    Raises:
+      ProgramError: it holds anything else, or others may write to the folder above.
+    """
     folder = folder.absolute()
     _check_replaceable(folder)
     with _program_errors(folder.parent):
         _make_private_folders(folder.parent)
         with open_trusted_folder(folder.parent):
             pass
-    with create_folder(folder, overwrite=True, mode=0o700) as new:
-        for file, data in files.items():
-            _write_private(new / file, data)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -176,7 +188,7 @@ class StoredPrograms:
             raise ProgramError("XLA cannot load the program", file=file, found=error) from error
 
 
-def open_programs(folder: str | Path) -> StoredPrograms:
+def open_programs(folder: str | os.PathLike[str]) -> StoredPrograms:
     """Reads the manifest of a folder.
 
     Args:

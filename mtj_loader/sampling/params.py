@@ -27,7 +27,7 @@ class SamplingParams:
     """The settings of one request. docs/sampling.md gives the formulas and their sources.
 
     Attributes:
-      max_new_tokens: the most tokens to generate.
+      max_new_tokens: the most tokens to generate; 0 only scores the prompt.
       temperature: divides the logits; 0 (and less than 1e-6) is greedy: the most likely token
         after bias, bans and penalties; all other samplers are skipped.
       top_k: keep the k most likely tokens (and ties with the last of them); 0 keeps all.
@@ -128,7 +128,7 @@ class SamplingParams:
         return self.temperature < _GREEDY_BELOW
 
     def _check_integers(self) -> None:
-        _check_integer("max_new_tokens", self.max_new_tokens, low=1)
+        _check_integer("max_new_tokens", self.max_new_tokens)
         _check_integer("seed", self.seed, high=_MAX_SEED)
         names = ("repetition_penalty_range", "dry_allowed_length", "dry_range", "min_new_tokens")
         for name in ("top_k", *names):

@@ -1,4 +1,4 @@
-"""Prompts: what is accepted, their length, and the batches made of them."""
+"""Prompts: what is accepted, and their length."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from mtj_loader.errors import PromptError
 from mtj_loader.generation.prompts import (
     Prompt,
     PromptRules,
-    bucket,
     check_batch,
-    make_batch,
     read_prompts,
 )
 from tests.support.fixture_tokenizer import TOKENIZER
@@ -124,31 +122,12 @@ def test_a_long_text_of_few_tokens_is_not_too_long():
 
 def test_an_empty_text_becomes_the_bos_token():
     rules = replace(RULES, bos_id=3)
-    assert read_prompts(["", "!"], rules, 4) == ([Prompt((3,), True), Prompt((1,), True)], True)
+    assert read_prompts(["", "!"], rules, 4) == (
+        [Prompt((3,), True, ""), Prompt((1,), True, "!")],
+        True,
+    )
     with pytest.raises(PromptError, match=r"(?s)not a token id.*12"):
         read_prompts("", replace(RULES, bos_id=12), 4)
-
-
-# Shapes
-
-
-@pytest.mark.parametrize(
-    ("length", "limit", "expected"),
-    [(1, 512, 16), (16, 512, 16), (17, 512, 32), (300, 512, 512), (300, 400, 400), (3, 8, 8)],
-)
-def test_buckets(length: int, limit: int, expected: int):
-    assert bucket(length, limit) == expected
-
-
-def test_a_batch_is_padded_on_the_right_and_to_a_multiple_of_dp():
-    prompts = [Prompt((5, 6), False), Prompt((7,) * 17, False), Prompt((8,), False)]
-    batch = make_batch(prompts, max_new_tokens=20, max_positions=60, dp=2)
-    assert batch.ids.shape == (4, 32)
-    assert batch.ids[:3].tolist() == [[5, 6] + [0] * 30, [7] * 17 + [0] * 15, [8] + [0] * 31]
-    assert batch.lengths.tolist() == [2, 17, 1, 2]
-    assert batch.totals.tolist() == [22, 37, 21, 22]
-    assert batch.cache_length == 60
-    assert (batch.ids.dtype, batch.lengths.dtype, batch.totals.dtype) == (np.int32,) * 3
 
 
 # Batches for logits

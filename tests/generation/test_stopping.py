@@ -7,19 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtj_loader.errors import UsageError
-from mtj_loader.generation.row_output import StopMatch, find_stop_string, read_stop_strings
+from mtj_loader.generation.row_output import StopMatch, find_stop_string, read_strings
 
 
 def test_stop_may_be_a_string_or_a_list():
-    assert read_stop_strings(None) == read_stop_strings([]) == ()
-    assert read_stop_strings("\n") == ("\n",)
-    assert read_stop_strings(["a", "b"]) == ("a", "b")
+    assert read_strings("stop", None) == read_strings("stop", []) == ()
+    assert read_strings("stop", "\n") == ("\n",)
+    assert read_strings("stop", ["a", "b"]) == ("a", "b")
 
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], [3], [None]])
 def test_invalid_stop_strings_are_rejected(stop: object):
-    with pytest.raises(UsageError, match=r"(?s)not a stop string.*at least one character"):
-        read_stop_strings(stop)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match=r"(?s)not a string for stop.*at least one character"):
+        read_strings("stop", stop)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mtj_loader.engine.device import Steps
+from mtj_loader.engine.engine_programs import Programs, neutral_settings
+from mtj_loader.engine.keys import step_key
+from mtj_loader.engine.sizes import Sizes
 from mtj_loader.errors import ProgramError, StorageError, UsageError
 from mtj_loader.programs import (
     CompiledProgram,
@@ -161,25 +165,22 @@ def test_a_mesh_of_some_devices(tmp_path: Path):
 def test_a_decoding_step_of_a_real_model(tmp_path: Path):
     checkpoint = PARITY / "pythia_like"
     forward = make_forward(config_of(checkpoint), mp=2)
-    params, rows = forward.param_shapes(), NamedSharding(forward.mesh, P("dp"))
-    cache = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-        forward.lower_prefill(params, 2, 16, 16).out_info[1],
-    )
-    tokens = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=rows)
-    logits = jax.ShapeDtypeStruct((2, forward.config.vocab_size), jnp.float32, sharding=rows)
-    signature = Signature((params, cache, tokens, tokens), (logits, cache), donate_argnums=(1,))
-    step = compile_signature(lambda: forward.lower_step(params, cache, tokens), signature)
+    programs, sizes = Programs(forward, forward.param_shapes()), Sizes(1, 2, 16)
+    signature = programs.signature(sizes, step_key(2))
+    args = signature.args
+    step = compile_signature(lambda: programs.lower(sizes, step_key(2)), signature)
     save_programs(tmp_path / "model", {"step": step}, collect_facts())
     loaded = open_programs(tmp_path / "model").load("step", signature)
 
     def run(step: jax.stages.Compiled) -> object:
-        weights = params_of(checkpoint, forward)
-        _, cache = forward.prefill(
-            weights, np.array([[1, 2, 3]] * 2), np.array([3, 3]), [16, 16], 16
+        state = jax.tree.map(
+            lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), args[1]
         )
-        ids, positions = (jax.device_put(np.full(2, i, np.int32), rows) for i in (7, 3))
-        return step(weights, cache, ids, positions)
+        settings = jax.device_put(
+            neutral_settings(forward, sizes), NamedSharding(forward.mesh, P("dp"))
+        )
+        numbers = np.array([[0, 1], [1, 1], [0, 0], [1, 1]], np.int32)
+        return step(params_of(checkpoint, forward), state, settings, Steps(*numbers))
 
     assert_equal(run(loaded), run(step.compiled))
 
@@ -460,13 +461,20 @@ def test_arrays_without_a_mesh_are_refused():
         Signature((), ())
 
 
-def test_the_default_folder_depends_on_the_model_and_not_on_versions(monkeypatch):
+def test_the_default_folder_depends_on_model_device_and_sizes_and_not_on_versions(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     facts = collect_facts()
     folder = default_programs_folder(facts)
-    assert folder.parent == Path("/cache/mtj_loader/programs")
+    assert folder.parents[1] == Path("/cache/mtj_loader/programs")
+    assert folder.name == "4x64"
     assert default_programs_folder(replace(facts, versions={})) == folder
-    assert default_programs_folder(collect_facts(slots=8)) != folder
+    assert default_programs_folder(collect_facts(slots=8)) == folder.with_name("8x64")
+    assert default_programs_folder(facts.with_sizes(8, 64)) == folder.with_name("8x64")
+    for other in (
+        collect_facts(dtype=np.dtype("float16")),
+        replace(facts, platform={**facts.platform, "device_kind": "TPU v3"}),
+    ):
+        assert default_programs_folder(other).parent != folder.parent
 
 
 def test_lowering_needs_no_arrays():

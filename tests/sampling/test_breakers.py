@@ -6,7 +6,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from mtj_loader.errors import UsageError
-from mtj_loader.sampling.breakers import DEFAULT_BREAKERS, breaker_tokens, token_texts
+from mtj_loader.sampling.breakers import (
+    DEFAULT_BREAKERS,
+    breaker_tokens,
+    check_breakers,
+    default_breaker_tokens,
+    token_texts,
+)
 from tests.support.fixture_tokenizer import TOKENIZER
 
 TEXTS = ["a", "\n", ".\n", ' "', "b:c", "**", " a"]
@@ -25,11 +31,26 @@ def test_breakers_that_are_refused(breakers: list[str]):
         breaker_tokens(breakers, TEXTS)
 
 
+def test_default_breakers_are_left_out_where_no_token_contains_them():
+    assert default_breaker_tokens(TEXTS) == breaker_tokens(DEFAULT_BREAKERS, TEXTS)
+    assert default_breaker_tokens(TEXTS[:4]) == (1, 2, 3)
+    assert default_breaker_tokens(["a"]) == ()
+
+
+def test_breakers_are_texts_or_ids():
+    for breakers in (None, "\n", [], ["\n", ":"], (1, 2)):
+        check_breakers(breakers)
+    for breakers in (1, [1, ":"], {"\n": 1}, [1.5], b"x", [None]):
+        with pytest.raises(UsageError, match="not sequence breakers"):
+            check_breakers(breakers)
+
+
 def test_texts_of_byte_level_tokens():
     texts = token_texts(TOKENIZER.backend)
     assert len(texts) == TOKENIZER.backend.get_vocab_size()
     ids = TOKENIZER.encode("To be:\nor not")
     assert [texts[i] for i in ids if "\n" in texts[i]]
+    assert token_texts(TOKENIZER.backend, ids) == [texts[i] for i in ids]
     assert "".join(texts[i] for i in ids) == "To be:\nor not"
 
 

@@ -14,7 +14,7 @@ from mtj_loader.sampling.row_settings import bitmask, neutral_rows, row_settings
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_new_tokens", 0),
+        ("max_new_tokens", -1),
         ("max_new_tokens", 2**31),
         ("temperature", -0.1),
         ("temperature", float("nan")),

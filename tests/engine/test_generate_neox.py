@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mtj_loader.engine.generator import Generator
 from mtj_loader.formats.token_ids import bos_id, eos_ids
-from mtj_loader.generation.generator import Generator
 from mtj_loader.generation.prompts import PromptRules
-from mtj_loader.generation.sampling import SamplingParams
 from mtj_loader.generation.tokenizer import load_tokenizer
+from mtj_loader.models.forward import Forward, Params
+from mtj_loader.sampling.params import SamplingParams
+from tests.support.engines import make_generator
 from tests.support.models import DATA, config_of, make_forward, place
 from tests.support.mtj_tree import neox_tree
 
@@ -23,22 +25,27 @@ LOGITS_TOLERANCE = 1e-4  # between two implementations in float32
 
 
 @pytest.fixture(scope="module")
-def generator() -> Generator:
-    """On a mesh with both axes; a batch of five prompts or of one prompt has a padding row."""
+def model() -> tuple[Forward, Params]:
+    """On a mesh with both axes."""
     forward = make_forward(config_of(FIXTURE), dp=2, mp=4)
     tensors = {}
     for path in sorted(FIXTURE.glob("*.safetensors")):
         tensors |= load_file(path)
     tree = neox_tree(tensors, layers=6, shards=4, transposed_linear=False)
+    return forward, place(tree, forward)
+
+
+@pytest.fixture(scope="module")
+def generator(model: tuple[Forward, Params]) -> Generator:
     configs = [
         json.loads((FIXTURE / name).read_text())
         for name in ("config.json", "generation_config.json")
     ]
     tokenizer = load_tokenizer({path.name: path for path in FIXTURE.iterdir()}, "gpt_neox")
-    params = place(tree, forward)
+    forward, params = model
     config = forward.config
     rules = PromptRules(config.vocab_size, config.max_positions, tokenizer, bos_id(*configs))
-    return Generator(forward, params, rules, eos_ids(*configs))
+    return make_generator(forward, params, rules, eos_ids(*configs))
 
 
 def test_no_oracle_step_is_nearly_tied():
@@ -59,11 +66,12 @@ def test_greedy_text_of_one_prompt_equals_transformers(generator: Generator, cas
     assert "".join(generator.start(case["prompt"], GREEDY).stream()) == expected  # pyright: ignore
 
 
-def test_logits_equal_transformers(generator: Generator):
+def test_logits_equal_transformers(model: tuple[Forward, Params]):
     """At the end of the prompt and before the last new token, in one pass over both."""
     case = CASES[-1]
     ids = [*case["prompt_ids"], *case["new_ids"][:-1]]
-    logits = generator.forward.logits(generator.params, [ids])[0]
+    forward, params = model
+    logits = forward.logits(params, [ids])[0]
     for position, name in ((len(case["prompt_ids"]) - 1, "first_logits"), (-1, "last_logits")):
         found = np.asarray(logits)[position, case["logit_ids"]]
         np.testing.assert_allclose(found, case[name], rtol=0, atol=LOGITS_TOLERANCE)

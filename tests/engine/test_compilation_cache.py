@@ -13,7 +13,7 @@ import jax
 import pytest
 
 import mtj_loader
-from mtj_loader.generation.compilation_cache import (
+from mtj_loader.engine.compilation_cache import (
     compilation_cache_folder,
     default_cache_folder,
     enable_compilation_cache,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +16,22 @@ import pytest
 
 import mtj_loader
 from mtj_loader.distributed.hosts import Hosts
-from mtj_loader.errors import CheckpointError, UsageError
-from mtj_loader.generation import compile_ahead
-from mtj_loader.generation.compile_ahead import (
+from mtj_loader.engine.compile_ahead import (
+    NO_PROGRAMS,
     CompiledPrograms,
     add_compile_times,
-    keep_common_shapes,
+    keep_common_programs,
+    keys_for,
     read_shapes,
+    sizes_for,
 )
-from mtj_loader.generation.prompts import Prompt, PromptRules, Shape, make_batch
+from mtj_loader.engine.engine_programs import Programs
+from mtj_loader.engine.keys import Key
+from mtj_loader.engine.sizes import Sizes
+from mtj_loader.errors import CheckpointError, UsageError
+from mtj_loader.generation.prompts import PromptRules
 from mtj_loader.generation.tokenizer import Tokenizer
 from mtj_loader.loading.stream import Streamer
-from mtj_loader.models.forward import Forward
 from tests.support import adapters, neox
 from tests.support.command_line import run
 
@@ -60,7 +64,7 @@ def compilations() -> Iterator[list[str]]:
 def load(path: Path, mesh: str, **options) -> mtj_loader.Model:
     """Loads, and waits until all compilations end."""
     model = mtj_loader.load(path, mesh, **options)
-    wait(model.compiled.steps.values())
+    model.compiled.wait()
     return model
 
 
@@ -74,7 +78,7 @@ def test_generation_does_not_compile_warmed_up_shapes(folder: Path):
         model.generate([5], **GREEDY)
         assert list(model.stream([5, 6, 7], **GREEDY))
         assert found == []
-        model.generate([[1], [2]], **GREEDY)  # a shape that was not requested
+        model.generate([[1], [2]], **GREEDY)  # more slots than were requested
         assert found != []
 
 
@@ -105,34 +109,41 @@ def test_adapters_share_compiled_programs(folder: Path, tmp_path: Path):
     assert found == []
 
 
-def test_a_larger_shape_gives_the_same_text(folder: Path):
+def test_a_longer_cache_gives_the_same_text(folder: Path):
     cold = load(folder, "mp=2", dtype="float32")
     warm = load(folder, "mp=2", dtype="float32", warm_up=[(1, 20, 12)])
-    assert warm.warm == (Shape(1, 32, 32),)
+    assert list(map(str, warm.warm)) == ["init-1x1", "prefill-1x16", "choose-1x1", "step-1x1"]
     for sampling in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 3}):
         expected = cold.generate([3, 1, 4], max_new_tokens=9, **sampling)
         assert warm.generate([3, 1, 4], max_new_tokens=9, **sampling) == expected
 
 
-def test_the_smallest_compiled_shape_that_can_hold_the_batch_is_used():
-    warm = [Shape(1, 64, 128), Shape(1, 32, 64), Shape(2, 32, 32)]
-
-    def shape(length: int, new: int, rows: int = 1) -> Shape:
-        prompts = [Prompt((7,) * length, is_text=False)] * rows
-        batch = make_batch(prompts, new, max_positions=512, dp=1, compiled=warm)
-        assert batch.totals.tolist() == [length + new] * rows
-        assert (batch.ids[:, :length] == 7).all()
-        assert not batch.ids[:, length:].any()
-        return Shape(*batch.ids.shape, batch.cache_length)
-
-    assert shape(3, 5) == Shape(1, 32, 64)
-    assert shape(32, 32) == Shape(1, 32, 64)
-    assert shape(33, 5) == Shape(1, 64, 128)
-    assert shape(3, 120) == Shape(1, 64, 128)  # its cache is long enough
-    assert shape(3, 126) == Shape(1, 16, 256)  # no cache is long enough
-    assert shape(65, 5) == Shape(1, 128, 128)  # no other shape has room for the prompt
-    assert shape(3, 5, rows=2) == Shape(2, 32, 32)
-    assert shape(3, 5, rows=3) == Shape(3, 16, 16)  # rows are never added
+@pytest.mark.parametrize(
+    ("shapes", "sizes", "first", "later"),
+    [
+        ([(1, 5, 8)], (1, 256), ["init-1x1", "prefill-1x16", "choose-1x1"], ["step-1x1"]),
+        ([(1, 600, 8)], (1, 1024), ["init-1x1", "prefill-1x512", "choose-1x1"], ["step-1x1"]),
+        ([(3, 10, 1)], (4, 256), ["init-1x1", "prefill-4x16", "choose-4x1"], []),
+        (
+            [(1, 5, 1), (9, 5, 8)],
+            (16, 256),
+            ["init-1x1", "prefill-1x16", "choose-1x1"],
+            ["step-16x1"],
+        ),
+    ],
+)
+def test_the_programs_for_a_batch(
+    shapes: list[tuple[int, int, int]],
+    sizes: tuple[int, int],
+    first: list[str],
+    later: list[str],
+):
+    found = sizes_for(shapes, Sizes(1, 1, 1), Sizes(1, 16, 2048))
+    assert (found.slots, found.context) == sizes
+    names = list(map(str, keys_for(shapes, found)))
+    assert names[: len(first)] == first
+    assert set(later) <= set(names[len(first) :])
+    assert (names[len(first) :] == []) == (later == [])
 
 
 # Which shapes can be requested.
@@ -140,10 +151,10 @@ def test_the_smallest_compiled_shape_that_can_hold_the_batch_is_used():
 
 def test_the_default_number_of_new_tokens_is_that_of_generate():
     rules = PromptRules(vocab_size=29, max_positions=100)
-    assert read_shapes([(1, 5)], rules, dp=1) == (Shape(1, 16, 100),)  # 5 + 64 tokens
-    assert read_shapes([(1, 99)], rules, dp=1) == (Shape(1, 100, 100),)
-    assert read_shapes([(3, 5, 8), [4, 6, 8]], rules, dp=2) == (Shape(4, 16, 16),)
-    assert read_shapes(lambda given: [(1, given.max_positions, 0 + 1)][:0], rules, dp=1) == ()
+    assert read_shapes([(1, 5)], rules) == ((1, 5, 64),)
+    assert read_shapes([(1, 99)], rules) == ((1, 99, 1),)
+    assert read_shapes([(3, 5, 8), [4, 6, 8]], rules) == ((3, 5, 8), (4, 6, 8))
+    assert read_shapes(lambda given: [(1, given.max_positions, 0 + 1)][:0], rules) == ()
 
 
 @pytest.mark.parametrize(
@@ -170,88 +181,85 @@ def test_invalid_shapes_are_rejected_before_weights_are_read(
 # During the load.
 
 
-def test_a_failure_is_a_warning_and_the_model_is_usable(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def fail(*_: object) -> None:
-        raise ValueError("out of luck\nand more")
+@pytest.fixture
+def lowered(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[[], object]]]:
+    """What runs before programs of some kinds are traced."""
+    lower, before = Programs.lower, {}
 
-    monkeypatch.setattr(Forward, "lower_prefill", fail)
-    model = mtj_loader.load(folder, "mp=1", warm_up=[(2, 5, 2)])
-    what = "a batch of 2 prompts of up to 16 tokens could not be compiled ahead"
+    def trace(self: Programs, sizes: Sizes, key: Key) -> object:
+        if key.kind in before:
+            before[key.kind]()
+        return lower(self, sizes, key)
+
+    monkeypatch.setattr(Programs, "lower", trace)
+    return before
+
+
+def fail() -> None:
+    raise ValueError("out of luck\nand more")
+
+
+def test_a_failure_is_a_warning_and_the_model_is_usable(folder: Path, lowered):
+    lowered["prefill"] = fail
+    model = load(folder, "mp=1", warm_up=[(1, 5, 2)])
+    what = "program prefill-1x16 could not be compiled ahead"
     assert model.report.warnings == (f"{what}: ValueError: out of luck",)
-    assert (model.warm, len(model.params)) == ((), 15)
+    assert Key("prefill", 1, 16) not in model.warm
+    with pytest.raises(ValueError, match="out of luck"):
+        model.generate([5], **GREEDY)
+    del lowered["prefill"]
+    assert len(model.generate([5], **GREEDY)) == 4
 
 
-def test_the_load_does_not_wait_for_the_programs_of_later_tokens(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    released = threading.Event()
-    lower, step, stepped = Forward.lower_step, Forward.step, []
-
-    def trace(*given: object) -> object:
-        released.wait(60)
-        return lower(*given)
-
-    monkeypatch.setattr(Forward, "lower_step", trace)
-    monkeypatch.setattr(
-        Forward, "step", lambda *given: stepped.append(released.is_set()) or step(*given)
-    )
+def test_the_load_does_not_wait_for_the_programs_of_later_tokens(folder: Path, lowered):
+    released, waited = threading.Event(), []
+    lowered["step"] = lambda: waited.append(released.wait(60))
     model = mtj_loader.load(folder, "mp=1", warm_up=[(1, 5, 4)])
-    assert model.warm == (Shape(1, 16, 16),)
+    assert not model.compiled.jobs[Key("step", 1)].done()
     tokens = model.stream([5, 6], **GREEDY)
     first = next(tokens)
-    threading.Timer(0.5, released.set).start()
+    released.set()
     whole = [*first, *(token for piece in tokens for token in piece)]
-    assert stepped == [True] * 3  # the stream waited for it
+    assert waited
     assert whole == model.generate([5, 6], **GREEDY)
 
 
-def test_a_shape_whose_step_cannot_be_compiled_is_not_used(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def fail(*_: object) -> None:
-        raise ValueError("out of luck")
-
-    monkeypatch.setattr(Forward, "lower_step", fail)
-    model = load(folder, "mp=1", warm_up=[(1, 20, 4)])
-    assert model.warm == ()
-    assert model.generate([5], **GREEDY) == mtj_loader.load(folder, "mp=1").generate([5], **GREEDY)
-
-
-def test_several_hosts_wait_for_everything_and_report_every_failure():
+def test_several_hosts_wait_for_everything_and_report_every_failure(folder: Path):
     class Both(Hosts):
         count = 2
 
         def gather(self, name: str, value: bytes) -> list[bytes]:
-            return [value, json.dumps([[1, 16, 32], [1, 16, 64]]).encode()]
+            return [value, json.dumps(["step-1x1", "step-4x1"]).encode()]
 
     ready, failed = Future(), Future()
-    ready.set_result(1.0)
+    ready.set_result(None)
     threading.Timer(0.2, failed.set_exception, [ValueError("out of luck")]).start()
-    here = {Shape(1, 16, 16): ready, Shape(1, 16, 32): ready, Shape(1, 16, 64): failed}
-    compiled = keep_common_shapes(CompiledPrograms(0.0, 0.0, here, {}), Both())
-    assert compiled.shapes == (Shape(1, 16, 32),)
+    here = {Key("choose", 1): ready, Key("step", 1): ready, Key("step", 4): failed}
+    programs, sizes = load(folder, "mp=1").programs, Sizes(1, 4, 32)
+    for key in here:
+        programs.put(sizes, key, lambda: lambda: None)
+    everything = CompiledPrograms(0.0, 0.0, sizes, here, {})
+    compiled = keep_common_programs(programs, everything, Both())
+    assert compiled.keys == (Key("step", 1),)
+    assert programs.is_ready(sizes, Key("step", 1))
+    assert not programs.is_ready(sizes, Key("choose", 1))  # the other host would compile it
     (warning,) = compiled.warnings
     assert warning.endswith("could not be compiled ahead: ValueError: out of luck")
 
 
-def test_a_failed_load_does_not_wait_for_the_compiler(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    released, compiled = threading.Event(), threading.Event()
+def test_a_failed_load_does_not_wait_for_the_compiler(folder: Path, lowered):
+    released, traced = threading.Event(), threading.Event()
 
-    def compile_slowly(_: object) -> float:
+    def wait() -> None:
         released.wait(60)
-        compiled.set()
-        return 0.0
+        traced.set()
 
-    monkeypatch.setattr(compile_ahead, "_compile", compile_slowly)
+    lowered["prefill"] = wait
     plan = mtj_loader.plan(folder, "mp=1")
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError):
         mtj_loader.load(plan=plan, warm_up=[(1, 5)])
-    assert not compiled.is_set()
+    assert not traced.is_set()
     released.set()
     for thread in threading.enumerate():
         if thread.name.startswith(("mtj_loader_trace", "mtj_loader_compile")):
@@ -259,16 +267,9 @@ def test_a_failed_load_does_not_wait_for_the_compiler(
             assert not thread.is_alive()
 
 
-def test_threads_switch_more_often_while_tracing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_threads_switch_more_often_while_tracing(folder: Path, lowered):
     before, meanwhile = sys.getswitchinterval(), []
-
-    lower = Forward.lower_step
-
-    def trace(*given: object) -> object:
-        meanwhile.append(sys.getswitchinterval())
-        return lower(*given)
-
-    monkeypatch.setattr(Forward, "lower_step", trace)
+    lowered["step"] = lambda: meanwhile.append(sys.getswitchinterval())
     load(folder, "mp=1", warm_up=[(1, 5)])
     assert meanwhile == [pytest.approx(before / 10)]
     assert sys.getswitchinterval() == before
@@ -285,7 +286,7 @@ def test_the_report_has_the_overlap_of_load_and_compilation(
 ):
     report = mtj_loader.load(folder, "mp=1").report
     report = replace(report, seconds=report.seconds | {"load": 2.0})  # from 10 to 12
-    found = add_compile_times(report, CompiledPrograms(started, ended, {}, {}), load_end=12.0)
+    found = add_compile_times(report, replace(NO_PROGRAMS, start=started, end=ended), load_end=12.0)
     assert found.seconds["compile"] == ended - started
     assert found.seconds["overlap"] == overlap
     words = f"load 2.00 s, compile {ended - started:.2f} s, overlapping for {overlap:.2f} s"
@@ -309,21 +310,24 @@ def test_the_first_token_is_timed_once(folder: Path):
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
-    """The shapes that programs are made for, in order."""
-    found: list[Shape] = []
-    made = compile_ahead.Programs
-    monkeypatch.setattr(
-        compile_ahead, "Programs", lambda *given: found.append(given[-1]) or made(*given)
-    )
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The programs that are traced, in order."""
+    lower, found = Programs.lower, []
+
+    def trace(self: Programs, sizes: Sizes, key: Key) -> object:
+        found.append(f"{key} of {sizes.slots}x{sizes.context}")
+        return lower(self, sizes, key)
+
+    monkeypatch.setattr(Programs, "lower", trace)
     return found
 
 
-def test_load_compiles_the_requested_shapes(folder: Path, asked: list[Shape]):
+def test_load_compiles_the_requested_shapes(folder: Path, asked: list[str]):
     result = run(
-        "load", folder, "--mesh", "mp=1", "--warm-up", "1x5+3", "--warm-up=2x17+4", "--json"
+        "load", folder, "--mesh", "mp=1", "--warm-up", "1x5+1", "--warm-up=2x17+4", "--json"
     )
-    assert asked == [Shape(1, 16, 16), Shape(2, 32, 32)]
+    assert len(asked) == len(set(asked)) >= 4  # and more in the background
+    assert asked[:3] == [f"{key} of 4x32" for key in ("init-1x1", "prefill-1x16", "choose-1x1")]
     seconds = json.loads(result.stdout)["report"]["seconds"]
     assert 0 < seconds["overlap"] < seconds["compile"]
 
@@ -336,10 +340,11 @@ def test_an_invalid_shape_on_the_command_line(folder: Path, text: str):
     assert f"found: '{text}'" in result.stderr
 
 
-def test_generate_compiles_for_its_prompts(folder: Path, asked: list[Shape]):
+def test_generate_compiles_for_its_prompts(folder: Path, asked: list[str]):
     prompts = ["--ids", "1 2 3", "--ids", " ".join(["4"] * 17), "--max-new-tokens", "3"]
     result = run("generate", folder, "--mesh", "mp=1", *prompts, "--json")
-    assert asked == [Shape(2, 32, 32)]
+    assert len(asked) == len(set(asked))  # nothing is compiled twice, or later
+    assert {name.split(" of ")[1] for name in asked} == {"4x32"}
     seconds = json.loads(result.stdout)["seconds"]
     assert 0 < seconds["compile"] < seconds["first_token"]
     assert f"first token after {seconds['first_token']:.2f} s" in result.stderr
