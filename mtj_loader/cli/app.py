@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import mtj_loader
+from mtj_loader.cli.compile_command import compile
 from mtj_loader.cli.convert_command import convert
 from mtj_loader.cli.digests_command import digests
 from mtj_loader.cli.generate_command import generate
@@ -22,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (inspect, plan, load, generate, convert, digests):
+for _command in (inspect, plan, load, generate, compile, convert, digests):
     app.command()(_command)
 
 

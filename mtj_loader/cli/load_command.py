@@ -16,7 +16,13 @@ from mtj_loader.cli.cluster import Cluster
 from mtj_loader.cli.command import command
 from mtj_loader.cli.digests_command import digests_of_all_hosts
 from mtj_loader.cli.output import is_muted, note, print_json, print_lines, print_remarks
-from mtj_loader.cli.shared_options import AsJson, Machine, MeshOption
+from mtj_loader.cli.shared_options import (
+    AsJson,
+    ContextLengthOption,
+    Machine,
+    MeshOption,
+    SlotsOption,
+)
 from mtj_loader.cli.start_up import StartUp
 from mtj_loader.display import counted, show_bytes
 from mtj_loader.errors import StorageError, UsageError
@@ -36,6 +42,8 @@ Outcome = tuple[dict[str, object], str]  # a finished load: as JSON types (docs/
 def load(
     *,
     source: Source,
+    slots: SlotsOption = None,
+    context_length: ContextLengthOption = None,
     mesh: MeshOption = None,
     options: LoadOptions,
     machine: Machine,
@@ -73,7 +81,8 @@ def load(
     Example: [bold]mtj-loader load EleutherAI/pythia-70m --mesh mp=8 --cpu-devices 8 --verify[/bold]
     """
     if simulate_host is None:
-        run = start_up.options() | cluster.join(machine)
+        run = start_up.options() | {"slots": slots, "context_length": context_length}
+        run |= cluster.join(machine)
         with cluster.connect() as hosts, hosts.phase("files"):
             _check_writable(report, digests)
         model = load_model(source, options, mesh, machine, run)

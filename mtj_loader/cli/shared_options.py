@@ -20,6 +20,7 @@ from mtj_loader.options import LoadOptions, Source
 
 _LOADING = "What is loaded, and how"
 _SOURCE = "Where it comes from"
+_MEMORY = "Memory"
 _machine_option = functools.partial(typer.Option, rich_help_panel="This machine")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md describes it.")]
@@ -31,6 +32,25 @@ MeshOption = Annotated[
         rich_help_panel=_LOADING,
     ),
 ]
+SlotsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="How many prompts run at a time; others wait. By default up to 16 for each of the R "
+        "replicas.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+ContextLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="The most tokens of a prompt and its continuation; by default the model's limit.",
+        rich_help_panel=_MEMORY,
+    ),
+]
 
 
 def option_hints(group: type) -> dict[str, Any]:
@@ -39,14 +59,27 @@ def option_hints(group: type) -> dict[str, Any]:
     if group not in _PANELS:
         return hints
     return {
-        name: _option(name, hint.__origin__, hint.__metadata__[0], _PANELS[group])
+        name: make_option(
+            name,
+            hint.__origin__,
+            hint.__metadata__[0],
+            _PANELS[group],
+            _ON_THE_COMMAND_LINE.get(name, {}),
+        )
         for name, hint in hints.items()
     }
 
 
-def _option(name: str, type_: object, text: str, panel: str) -> object:
-    """A field as an option with a help text."""
-    more: Mapping[str, Any] = _ON_THE_COMMAND_LINE.get(name, {})
+def make_option(name: str, type_: object, text: str, panel: str, more: Mapping[str, Any]) -> object:
+    """The type of an option, annotated for typer.
+
+    Args:
+      name: of the setting.
+      type_: of its value.
+      text: for the help.
+      panel: of the help.
+      more: replaces the `type`, the `help` or the `flags`; adds a `metavar` or a `parser`.
+    """
     text = escape(more.get("help", text))
     if name == "path":
         argument = typer.Argument(metavar="PATH", help=text, show_default=False)

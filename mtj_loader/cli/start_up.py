@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ _SHAPE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})(?:\+([0-9]{1,9}))?")
 
 @dataclass(frozen=True)
 class StartUp:
-    """What is compiled while the weights are loaded, and whether it is kept."""
+    """What is compiled while the weights are loaded, whether it is kept, and what is read."""
 
     warm_up: Annotated[
         list[str] | None,
@@ -39,6 +40,16 @@ class StartUp:
         ),
     ] = False
 
+    programs: Annotated[
+        Path | None,
+        _option(
+            metavar="DIR",
+            file_okay=False,
+            help="Use the compiled programs in this folder, from mtj-loader compile --out; by "
+            "default those in the user's cache. Whoever can write to it can run code as you.",
+        ),
+    ] = None
+
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes to compile for, as `mtj_loader.load` takes them.
 
@@ -49,34 +60,45 @@ class StartUp:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `mtj_loader.load`."""
-        return {"warm_up": self.shapes(), "compilation_cache": not self.no_compilation_cache}
+        return {
+            "warm_up": self.shapes(),
+            "compilation_cache": not self.no_compilation_cache,
+            "programs": self.programs,
+        }
 
     def options_for(self, prompts: PendingPrompts) -> dict[str, Any]:
         """The same for known prompts: these are checked, and compiled for too."""
         shapes = self.shapes()
-        return self.options() | {"warm_up": lambda rules: [prompts.tokenize(rules), *shapes]}
+        return self.options() | {"warm_up": lambda rules: [*prompts.tokenize(rules), *shapes]}
 
 
 class PendingPrompts:
     """Prompts that `load` tokenizes and checks before it reads weights.
 
+    Args:
+      inputs: texts or token ids.
+      max_new_tokens: of each continuation.
+      n: continuations of each prompt.
+
     Attributes:
       tokenized: after the load, the prompts for `Model.generate`.
     """
 
-    def __init__(self, inputs: Sequence[PromptLike], sampling: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: Sequence[PromptLike], max_new_tokens: int, n: int) -> None:
         self.tokenized: list[Prompt] = []
-        self._inputs, self._sampling = list(inputs), sampling
+        self._inputs, self._max_new_tokens, self._n = list(inputs), max_new_tokens, n
 
-    def tokenize(self, rules: PromptRules) -> tuple[int, int, int]:
-        """Tokenizes and checks the prompts; returns the shape to compile for them."""
+    def tokenize(self, rules: PromptRules) -> list[tuple[int, int, int]]:
+        """Tokenizes and checks the prompts; returns what to compile for them.
+
+        Nothing for prompts that are only scored, whose programs are compiled when they are needed.
+        """
         from mtj_loader.generation.prompts import read_prompts  # noqa: PLC0415 -- imports JAX
-        from mtj_loader.generation.sampling import SamplingParams  # noqa: PLC0415
 
-        new = SamplingParams(**self._sampling).max_new_tokens
-        self.tokenized, _ = read_prompts(self._inputs, rules, new)
+        self.tokenized, _ = read_prompts(self._inputs, rules, self._max_new_tokens)
         longest = max(len(prompt.ids) for prompt in self.tokenized)
-        return len(self.tokenized), longest, new
+        new = self._max_new_tokens
+        return [(len(self.tokenized) * self._n, longest, new)] if new else []
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ def test_help_and_inspect_import_neither_jax_nor_the_hub():
         "app(sys.argv[1:], standalone_mode=False); "
         "sys.exit(' '.join({'jax', 'huggingface_hub'} & set(sys.modules)) or 0)"
     )
-    for arguments in (["--help"], ["inspect", str(FIXTURE)]):
+    for arguments in (["--help"], ["generate", "--help"], ["inspect", str(FIXTURE)]):
         process = start(*arguments, script=script)
         _, stderr = process.communicate(timeout=60)
         assert (process.returncode, stderr) == (0, "")
@@ -61,13 +61,16 @@ def documented() -> dict[str, set[str]]:
         keys[section.split()[0]] = {k for cell in cells for k in re.findall(r"`([^`]+)`", cell)}
     shared = {key for key in keys["inspect"] if key.startswith("tensors[].")}
     keys["plan"] = keys["plan"] - {"parameters[].tensors[]"} | {f"parameters[].{k}" for k in shared}
+    keys["plan"] = {k for k in keys["plan"] if not k.startswith("compiled[].")}  # --compile-for
     return {command: {key.rstrip("[]") for key in named} for command, named in keys.items()}
 
 
 def paths(value: object, path: str = "") -> Iterator[str]:
     """The path of every leaf, in the notation of docs/json.md."""
     if isinstance(value, dict):
-        is_data = path.endswith(("host_read_bytes", "host_received_bytes", "dtype_changes"))
+        is_data = path.endswith(
+            ("host_read_bytes", "host_received_bytes", "dtype_changes", "sampling")
+        )
         for key, item in value.items():
             yield from paths(item, f"{path}.{'*' if is_data else key}".removeprefix("."))
     elif isinstance(value, list) and value:
@@ -85,8 +88,8 @@ def test_json_has_the_documented_keys(tmp_path: Path, command: str):
     arrays |= {"extra": np.zeros((1,), np.float32)}
     folder = neox.write(tmp_path, arrays, tie_word_embeddings=True)
     loading = [] if command == "inspect" else ["--mesh", "mp=1", "--allow-unmapped"]
-    prompt = ["--ids", "1", "--max-new-tokens", "1"] if command == "generate" else []
-    result = run(command, folder, "--json", *loading, *prompt)
+    prompt = ["--ids", "1 2", "--max-new-tokens", "1", "--logprobs", "1", "--prompt-logprobs"]
+    result = run(command, folder, "--json", *loading, *(prompt if command == "generate" else []))
     assert result.exit_code == 0
     found = {path.rstrip("[]") for path in paths(json.loads(result.stdout))}
     assert found == documented()[command]
