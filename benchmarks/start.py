@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import wait
 from pathlib import Path
 from typing import Annotated
 
@@ -129,23 +128,28 @@ def _compile(folder: Path, mesh: object, prompt: int) -> Run:
     """Compiles what `warm_up` compiles, and does nothing else."""
     import mtj_loader  # noqa: PLC0415
     from mtj_loader.dtypes import parameter_dtype  # noqa: PLC0415
-    from mtj_loader.generation.compilation_cache import enable_compilation_cache  # noqa: PLC0415
-    from mtj_loader.generation.compile_ahead import (  # noqa: PLC0415
+    from mtj_loader.engine.cache_memory import default_limit  # noqa: PLC0415
+    from mtj_loader.engine.compilation_cache import enable_compilation_cache  # noqa: PLC0415
+    from mtj_loader.engine.compile_ahead import (  # noqa: PLC0415
         compile_in_background,
-        read_shapes,
+        keys_for,
+        sizes_for,
     )
-    from mtj_loader.generation.prompts import PromptRules  # noqa: PLC0415
+    from mtj_loader.engine.engine_programs import Programs  # noqa: PLC0415
+    from mtj_loader.engine.sizes import Sizes  # noqa: PLC0415
     from mtj_loader.models.forward import Forward  # noqa: PLC0415
 
     enable_compilation_cache()
     plan = mtj_loader.plan(folder, mesh)
-    rules = PromptRules(plan.config.vocab_size, plan.config.max_positions)
     forward = Forward(plan.config, mesh, False, parameter_dtype("auto"))
     started = time.perf_counter()
-    shapes = read_shapes([(1, prompt)], rules, dp=1)
-    with compile_in_background(forward, plan, shapes) as first_compiled:
+    shapes = [(1, prompt, 64)]
+    limit = default_limit(forward, plan.config.max_positions)
+    sizes = sizes_for(shapes, Sizes(1, 1, 1), limit)
+    programs = Programs(forward, plan.abstract_params(mesh))
+    with compile_in_background(programs, sizes, keys_for(shapes, sizes)) as first_compiled:
         compiled = first_compiled()
-        wait(compiled.steps.values())
+        compiled.wait()
     return {"seconds": time.perf_counter() - started, "first": compiled.end - started}
 
 

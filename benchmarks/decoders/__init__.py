@@ -1,0 +1,1 @@
+"""The programs that generate text and are compared; each in a module of its own."""
