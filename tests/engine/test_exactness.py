@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
 import pytest
 
 import mtj_loader
@@ -11,6 +12,7 @@ from mtj_loader.engine.engine_programs import Programs
 from mtj_loader.engine.generator import Generator
 from mtj_loader.engine.keys import INIT, choose_key, prefill_key, round_key, step_key
 from mtj_loader.engine.sizes import Sizes
+from mtj_loader.errors import NonFiniteError
 from mtj_loader.generation.prompts import PromptRules
 from mtj_loader.sampling.params import SamplingParams
 from tests.parity.cases import CASES
@@ -115,3 +117,17 @@ def with_a_kept_prompt(loaded: Loaded) -> object:
     generator = loaded.generator()
     drawing(generator, PROMPT).result()
     return drawing(generator, PROMPT).result()
+
+
+def test_what_a_request_with_nan_leaves_in_its_slot_harms_nobody():
+    loaded = load("llama")
+    expected = drawing(loaded.generator(), PROMPT).result()
+    unused = next(token for token in range(2, 31) if token not in [*PROMPT, *expected])
+    module = "causal_transformer_shard/~/embedding_shard/~/linear"
+    table = jnp.asarray(loaded.model.params[module]["w"])
+    damaged = loaded.model.params | {module: {"w": table.at[:, unused].set(jnp.nan)}}
+    generator = loaded.generator(damaged)
+    for first in range(SIZES.slots):  # no common beginning, so each gets a slot of its own
+        with pytest.raises(NonFiniteError):
+            drawing(generator, [first] + [unused] * 18).result()
+    assert drawing(generator, PROMPT).result() == expected
