@@ -149,7 +149,7 @@ class Programs:
         try:
             future.set_result(make())
         except BaseException as error:  # noqa: BLE001 -- another thread may be waiting
-            del self._compiled[sizes, key]
+            self.discard(sizes, key)
             future.set_exception(error)
 
     def _describe(self, sizes: Sizes, key: Key) -> tuple[Program, Signature]:

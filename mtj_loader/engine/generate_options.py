@@ -128,6 +128,12 @@ def read_options(
     names = {field.name for field in fields(TextOptions)}
     options = TextOptions(**{name: given.pop(name) for name in names & given.keys()})
     params = SamplingParams(**given)
+    check_new_tokens(params, options)
+    return params, options, seeds
+
+
+def check_new_tokens(params: SamplingParams, options: TextOptions) -> None:
+    """Raises UsageError for a request that chooses no token and scores none: it would never end."""
     if params.max_new_tokens == 0 and not options.prompt_logprobs:
         raise UsageError(
             "max_new_tokens is out of range",
@@ -135,7 +141,6 @@ def read_options(
             expected="an integer, 1 or more; 0 only with prompt_logprobs",
             found=0,
         )
-    return params, options, seeds
 
 
 def takes_settings(method: _F) -> _F:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from mtj_loader.distributed.host_group import call_on_devices
-from mtj_loader.engine.generate_options import TextOptions
+from mtj_loader.engine.generate_options import TextOptions, check_new_tokens
 from mtj_loader.engine.request import RunningRequest
 from mtj_loader.engine.runner import Engine
 from mtj_loader.engine.scheduler import TokenSequence
@@ -133,6 +133,7 @@ class Generator:
           QueueFullError: from `pieces`, if too many requests wait.
         """
         options = options or TextOptions()
+        check_new_tokens(params, options)
         read, is_list = read_prompts(prompts, self.rules, params.max_new_tokens)
         first_seeds = _check_seeds(seeds, len(read)) or [params.seed] * len(read)
         params = self._add_breakers(params, options)

@@ -70,7 +70,7 @@ class _Started:
     """A program that was started.
 
     Attributes:
-      packed: int32 [k, b, p], see `device.unpack`; without results, what is ready when it ran.
+      packed: int32 [k, b, p], see `sampling.result`; without results, what is ready when it ran.
       results: which rows belong to whom.
     """
 

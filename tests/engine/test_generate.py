@@ -261,3 +261,5 @@ def test_invalid_arguments_are_reported_before_the_first_piece():
         generate(hashing(), "x", seeds=[1, 2])
     with pytest.raises(PromptError):
         stream(hashing(), [], GREEDY)
+    with pytest.raises(UsageError, match="0 only with prompt_logprobs"):
+        stream(hashing(), [5], replace(GREEDY, max_new_tokens=0))
